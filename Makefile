@@ -1,0 +1,40 @@
+# Everything runs in .venv, which the first target that needs it makes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: install install-dev demo test check format bench clean
+
+install: .venv/.installed
+install-dev: .venv/.installed-dev
+
+.venv/.installed: requirements.txt pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+.venv/.installed-dev: .venv/.installed requirements-dev.txt
+	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+demo: install  ## pretrain on the bundled images, k-NN, attention picture
+	$(BIN)/python -m dino_jax.demo --workdir=runs/demo
+
+test: install-dev  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: install-dev  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy dino_jax train.py evaluate.py
+
+format: install-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install-dev  ## speed of the train step and of the input pipeline on this machine
+	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.input
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,39 @@
+"""A small ViT on the bundled garments, minutes on two CPU cores: `make demo`."""
+
+from configs import default
+
+
+def get_config():
+    """Deltas from the defaults; tiny net, small batch, many steps."""
+    config = default.get_config()
+    config.batch_size = 32
+    config.epochs = 16
+    config.dtype = "float32"
+    config.log_every = 100
+    config.model.arch = "vit_nano"
+    config.model.patch_size = 8
+    config.model.in_channels = 1
+    config.model.drop_path_rate = 0.0
+    config.head.out_dim = 256
+    config.head.hidden_dim = 256
+    config.head.bottleneck_dim = 64
+    config.dino.teacher_momentum = 0.99
+    config.optim.lr = 8e-3  # 1e-3 at batch 32
+    config.optim.warmup_epochs = 1
+    config.crops.global_size = 32
+    config.crops.local_size = 16
+    config.crops.local_number = 4
+    config.crops.global_blur = (0.0, 0.0)
+    config.crops.local_blur = 0.0
+    config.crops.global_solarize = (0.0, 0.0)
+    config.data.source = "demo"
+    config.data.canvas_size = 40
+    config.data.workers = 0
+    config.data.mean = (0.5,)
+    config.data.std = (0.25,)
+    config.eval.resize = 40
+    config.eval.crop = 40
+    config.eval.train = "demo:train:30"
+    config.eval.test = "demo:test"
+    config.eval.knn_every_epochs = 4
+    return config

@@ -1,0 +1,274 @@
+"""What a run leaves on disk: checkpoints to resume from, its config, and the teacher's backbone for everyone else.
+
+workdir/
+  config.json          the config of the run
+  checkpoints/STEP/    state (Orbax), metadata (config and versions), manifest.json (a hash of each file)
+  export/              variables (Orbax), card.json (architecture, preprocessing, provenance), manifest.json
+
+A workdir is a path that all processes see. All of them call these functions; process 0 alone writes JSON.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dino_jax.errors import UserError
+from dino_jax.models import build_backbone
+
+MANIFEST = "manifest.json"
+
+# What may change between a run and its continuation; any other key of these sections shapes the state.
+STATE_SECTIONS = ("model", "head")
+STATE_KEYS = ("optim.name", "crops.global_size")  # the size sets the grid of learnt positions
+FREE_KEYS = ("model.drop_path_rate", "model.remat")
+
+
+def open_manager(workdir: str | Path, checkpoint: Any) -> ocp.CheckpointManager:
+    """The asynchronous manager of `workdir/checkpoints`; whoever opens it closes it, which waits for saves.
+
+    checkpoint: config.checkpoint. Kept are the newest `keep_last` and, unless `keep_every_steps` is 0, every
+    multiple of it. What a killed run left half-written is removed. When to save is the caller's business.
+    Raises UserError if keep_last is less than 1.
+    """
+    if checkpoint.keep_last < 1:
+        raise UserError(f"checkpoint.keep_last is {checkpoint.keep_last}: a run needs its newest; set it to 1 or more")
+    directory = Path(workdir).resolve() / "checkpoints"
+
+    def write_manifest_of_save_in_progress():
+        # Orbax calls this on process 0 when all data is written and before the checkpoint counts as finished, so there
+        # is none without a manifest. It does not say which; one save runs at a time.
+        for folder in directory.glob("[0-9]*"):
+            if not (folder / MANIFEST).exists() and folder.suffix != ".damaged":
+                write_manifest(folder)
+
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=checkpoint.keep_last,
+        keep_period=checkpoint.keep_every_steps or None,
+        cleanup_tmp_directories=True,
+        async_options=ocp.AsyncOptions(post_finalization_callback=write_manifest_of_save_in_progress),
+    )
+    return ocp.CheckpointManager(directory, options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: Any, config: Any) -> bool:
+    """Starts saving the state (a pytree of arrays) after `step`; False if that step is saved already.
+
+    Returns once the arrays are copied to the host: the caller may donate them to the next step.
+    """
+    if step in manager.all_steps():
+        return False
+    metadata = {"config": plain(config), "versions": versions()}
+    arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
+    return manager.save(step, args=arguments, force=True)
+
+
+def restore(manager: ocp.CheckpointManager, state_target: Any, config: Any) -> tuple[Any, int] | None:
+    """The newest intact checkpoint as (state, step), or None if there is no checkpoint.
+
+    state_target: the state's tree of jax.ShapeDtypeStruct with the shardings wanted, on any mesh. Damaged newer
+    checkpoints are renamed to `STEP.damaged`, with one line on stderr. Raises UserError if `config` differs from the
+    checkpoint's in what shapes the state, or if every checkpoint is damaged.
+    """
+    step = newest_intact(manager.directory)
+    if step is None:
+        return None
+    folder = Path(manager.directory) / str(step)
+    _require_same_state(read_metadata(folder)["config"], plain(config), folder)
+    _set_aside(manager, [damaged for damaged in manager.all_steps() if damaged > step])
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state_target)))
+    return restored["state"], step
+
+
+def restore_arrays(folder: Path, target: Any) -> Any:
+    """The part of an Orbax tree that `target` (any leaves) has the structure of, as NumPy arrays on every process."""
+    arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
+    restore_args = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.restore(folder, args=restore_args)
+
+
+def read_metadata(folder: Path) -> dict:
+    """The config and the library versions saved with the checkpoint in `folder`."""
+    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
+        return checkpointer.restore(folder / "metadata")
+
+
+def newest_intact(directory: str | Path) -> int | None:
+    """The newest step in a `checkpoints` folder whose files match their manifest; None if it holds no checkpoint.
+
+    Each damaged one that is passed over is reported in one line on stderr. Raises UserError if all are damaged.
+    """
+    directory = Path(directory)
+    newest = -1
+    if jax.process_index() == 0:
+        steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+        for step in sorted(steps, reverse=True):
+            problem = damage(directory / str(step))
+            if problem is None:
+                newest = step
+                break
+            print(
+                f"checkpoint {directory / str(step)} is damaged ({problem}): passed over", file=sys.stderr, flush=True
+            )
+        else:
+            newest = -2 if steps else -1
+    newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
+    if newest == -2:
+        raise UserError(f"every checkpoint in {directory} is damaged: put a copy back or start in another --workdir")
+    return None if newest == -1 else newest
+
+
+def write_config(workdir: str | Path, config: Any) -> None:
+    """Writes `workdir/config.json`. Call it after `restore`, which refuses a config that is not the run's."""
+    if jax.process_index() == 0:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        _write_json(Path(workdir) / "config.json", plain(config))
+
+
+def model_card(config: Any, step: int) -> dict:
+    """What a user of the exported backbone must know: architecture, preprocessing and provenance, as plain JSON."""
+    config = plain(config)
+    backbone = build_backbone(config["model"]["arch"], patch_size=config["model"]["patch_size"])
+    return {
+        "architecture": {
+            "arch": config["model"]["arch"],
+            "patch_size": config["model"]["patch_size"],
+            "in_channels": config["model"]["in_channels"],
+            "image_size": config["crops"]["global_size"],
+            "embed_dim": backbone.embed_dim,
+        },
+        "preprocessing": {
+            "resize": config["eval"]["resize"],
+            "crop": config["eval"]["crop"],
+            "mean": config["data"]["mean"],
+            "std": config["data"]["std"],
+            "interpolation": "bicubic",
+        },
+        "provenance": {
+            "step": int(step),
+            "data_source": config["data"]["source"],
+            "versions": versions(),
+            "config": config,
+        },
+    }
+
+
+def export(folder: str | Path, params: Any, batch_stats: Any, card: Mapping) -> Path:
+    """Writes a backbone's variables and its `model_card` to `folder/export` and returns that path.
+
+    The last export stays until the new one is complete.
+    """
+    final = Path(folder).resolve() / "export"
+    unfinished, previous = final.with_name("export.tmp"), final.with_name("export.previous")
+    if jax.process_index() == 0:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+    multihost_utils.sync_global_devices("export_begin")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(unfinished / "variables", {"params": params, "batch_stats": batch_stats})
+    if jax.process_index() == 0:
+        _write_json(unfinished / "card.json", card)
+        write_manifest(unfinished)
+        if final.exists():
+            shutil.rmtree(previous, ignore_errors=True)
+            final.rename(previous)
+        unfinished.rename(final)
+        shutil.rmtree(previous, ignore_errors=True)
+    multihost_utils.sync_global_devices("export_end")
+    return final
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `folder/manifest.json`: the SHA-256 of each file in folder's subfolders, by relative path."""
+    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+    _write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder's files by its manifest, or None. Orbax itself restores flipped bits silently."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return f"{MANIFEST} is missing or unreadable"
+    for name, expected in manifest.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if _sha256(path) != expected:
+            return f"{name} has changed"
+    return None
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide what a state means."""
+    return {"python": platform.python_version()} | {
+        name: _version(name) for name in ("dino_jax", "jax", "flax", "optax", "orbax-checkpoint")
+    }
+
+
+def plain(config: Any) -> dict:
+    """A ConfigDict or dict as JSON would give it back: dicts, lists, numbers, strings."""
+    return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed (run from its source folder)"
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: Any) -> None:
+    """Writes the file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _state_settings(config: Mapping) -> dict[str, Any]:
+    """The settings that shape the state, by dotted name."""
+    settings = {f"{section}.{key}": value for section in STATE_SECTIONS for key, value in config[section].items()}
+    for name in STATE_KEYS:
+        section, key = name.split(".")
+        settings[name] = config[section][key]
+    return {name: value for name, value in settings.items() if name not in FREE_KEYS}
+
+
+def _require_same_state(saved: Mapping, current: Mapping, folder: Any) -> None:
+    saved, current = _state_settings(saved), _state_settings(current)
+    different = [name for name in current if name in saved and saved[name] != current[name]]
+    if different:
+        changes = ", ".join(f"{name} is {current[name]!r}, there {saved[name]!r}" for name in different)
+        raise UserError(
+            f"checkpoint {folder} is of another model: {changes}; use another --workdir or the checkpoint's settings"
+        )
+
+
+def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+    """Renames damaged checkpoints, so that the run can save these steps again."""
+    if not steps:
+        return
+    if jax.process_index() == 0:
+        for step in steps:
+            folder = Path(manager.directory) / str(step)
+            shutil.rmtree(folder.with_name(f"{step}.damaged"), ignore_errors=True)
+            folder.rename(folder.with_name(f"{step}.damaged"))
+    multihost_utils.sync_global_devices("set_aside_damaged_checkpoints")
+    manager.reload()

@@ -1,0 +1,1 @@
+"""Sources of images, the host pipeline, and the crops made on the device."""

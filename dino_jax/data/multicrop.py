@@ -1,0 +1,199 @@
+"""All crops of a batch on the device: boxes, crop and resize, flip, colour, blur, solarize, normalise.
+
+One pure function with a key per image, so that an image's crops depend neither on the rest of the batch nor on how
+many devices share it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dino_jax.data import photometric
+from dino_jax.errors import UserError
+
+GLOBAL_CROPS = 2
+ATTEMPTS = 10
+# Uniform random numbers that one crop takes. All come from one call of the generator: a call for each quantity made up
+# most of the compile time.
+BOX_NUMBERS, JITTER_NUMBERS, OTHER_NUMBERS = 2 * ATTEMPTS + 2, 9, 5
+MIN_RATIO, MAX_RATIO = 3.0 / 4.0, 4.0 / 3.0
+# In plain bfloat16 products levels up to 255 would be off by half a level or more at each of four steps. HIGH is TF32
+# on a GPU, three bfloat16 passes on a TPU and float32 on a CPU: at most an eighth of a level.
+PRECISION = jax.lax.Precision.HIGH
+
+
+class Crops(NamedTuple):
+    """Normalised crops of B images, batch-major: merging `[B, V]` into one axis needs no communication."""
+
+    global_crops: jax.Array  # [B, 2, Hg, Wg, C]
+    local_crops: jax.Array  # [B, L, Hl, Wl, C], L may be 0
+
+
+class Group(NamedTuple):
+    """Static settings of the crops that share a size; the tuples have one probability per crop."""
+
+    first: int  # number of the group's first crop among all crops of an image
+    size: int
+    scale: tuple[float, float]
+    blur: tuple[float, ...]
+    solarize: tuple[float, ...]
+
+
+def multicrop(
+    keys: jax.Array,
+    canvas: jax.Array,
+    sizes: jax.Array,
+    crops: Any,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: Any,
+) -> Crops:
+    """Two global and L local crops per image, drawn and augmented as the reference's (torchvision on Pillow images).
+
+    To be jitted with all but the first three arguments bound. Saturation, hue and grayscale need three channels and
+    are left out for any other number; operations of probability 0 cost nothing.
+
+    Args:
+      keys: typed PRNG keys `[B]`.
+      canvas: uint8 `[B, S, S, C]`, each image squeezed to a square.
+      sizes: `[B, 2]`, the images' height and width in pixels before that: boxes are drawn in these coordinates.
+      crops: the section `config.crops`.
+      mean: C values, of levels in 0..1.
+      std: C values, likewise.
+      dtype: of the result; all arithmetic before is float32.
+
+    Raises:
+      UserError: a setting has the wrong number of values.
+    """
+    _check(canvas.shape[-1], crops, mean, std)
+    local = crops.local_number
+    groups = (
+        Group(0, crops.global_size, crops.global_scale, crops.global_blur, crops.global_solarize),
+        Group(GLOBAL_CROPS, crops.local_size, crops.local_scale, (crops.local_blur,) * local, (0.0,) * local),
+    )
+    planes = jnp.swapaxes(canvas, 2, 3).astype(jnp.float32)  # [B, S, C, S]: see photometric about this layout
+    slope = 1.0 / (255.0 * jnp.array(std))
+    offset = jnp.array(mean) / jnp.array(std)
+
+    def normalized(group):
+        images = _group_crops(keys, planes, sizes, group, crops)
+        return (jnp.swapaxes(images, 3, 4) * slope - offset).astype(dtype)
+
+    return Crops(*map(normalized, groups))
+
+
+def _check(channels: int, crops: Any, mean: Sequence[float], std: Sequence[float]) -> None:
+    expected = {
+        "data.mean": (mean, channels, "channel"),
+        "data.std": (std, channels, "channel"),
+        "crops.global_blur": (crops.global_blur, GLOBAL_CROPS, "global crop"),
+        "crops.global_solarize": (crops.global_solarize, GLOBAL_CROPS, "global crop"),
+    }
+    for name, (values, number, what) in expected.items():
+        if len(values) != number:
+            raise UserError(f"config.{name} has {len(values)} values: give {number}, one per {what}")
+
+
+def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Group, crops: Any) -> jax.Array:
+    """The n crops of a group: float32 `[B, n, size, C, size]` in 0..255."""
+    number = len(group.blur)
+    if number == 0:
+        return jnp.zeros((planes.shape[0], 0, group.size, planes.shape[2], group.size))
+
+    def view(key, image, size, blur, solarize):
+        numbers = jax.random.uniform(key, (BOX_NUMBERS + JITTER_NUMBERS + OTHER_NUMBERS,))
+        for_box, for_jitter, others = jnp.split(numbers, (BOX_NUMBERS, BOX_NUMBERS + JITTER_NUMBERS))
+        flipped, greyed, blurred, sigma, solarized = others
+        crop = crop_and_resize(image, size, random_box(for_box, size, group.scale), flipped < crops.flip, group.size)
+        if crops.jitter > 0:
+            crop = photometric.color_jitter(crop, *random_jitter(for_jitter, crops))
+        if crops.grayscale > 0 and crop.shape[1] == 3:
+            crop = jnp.where(greyed < crops.grayscale, photometric.grey(crop), crop)
+        if max(group.blur) > 0:
+            sigma = crops.blur_sigma[0] + sigma * (crops.blur_sigma[1] - crops.blur_sigma[0])
+            matrix = photometric.blur_matrix(group.size, jnp.where(blurred < blur, sigma, 0.0))
+            crop = jnp.einsum("oh,hcw->ocw", matrix, crop, precision=PRECISION)
+            crop = jnp.einsum("hcw,pw->hcp", crop, matrix, precision=PRECISION)
+        if max(group.solarize) > 0:
+            crop = jnp.where(solarized < solarize, photometric.solarize(crop), crop)
+        return crop
+
+    def views(key, image, size):
+        view_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, group.first + jnp.arange(number))
+        arguments = view_keys, image, size, jnp.array(group.blur), jnp.array(group.solarize)
+        return jax.vmap(view, (0, None, None, 0, 0))(*arguments)
+
+    return jax.vmap(views)(keys, planes, sizes.astype(jnp.float32))
+
+
+def random_box(numbers: jax.Array, size: jax.Array, scale: tuple[float, float]) -> jax.Array:
+    """torchvision's RandomResizedCrop: a box float32 `[4]` (top, left, height, width), whole pixels of the original.
+
+    Of ten boxes of random area and aspect ratio the first that fits counts; if none does, the largest central box of
+    an allowed ratio. `numbers` are BOX_NUMBERS uniform ones in [0, 1), `size` is height and width.
+    """
+    for_area, for_ratio, for_corner = jnp.split(numbers, (ATTEMPTS, 2 * ATTEMPTS))
+    area = size[0] * size[1] * (scale[0] + for_area * (scale[1] - scale[0]))
+    ratio = jnp.exp(math.log(MIN_RATIO) + for_ratio * math.log(MAX_RATIO / MIN_RATIO))
+    drawn = jnp.round(jnp.sqrt(jnp.stack([area / ratio, area * ratio], axis=1)))  # [10, 2] heights and widths
+    fits = jnp.all((drawn > 0) & (drawn <= size), axis=1)
+
+    clamped = jnp.clip(size[1] / size[0], MIN_RATIO, MAX_RATIO)
+    central = jnp.minimum(size, jnp.round(size[::-1] * jnp.stack([1.0 / clamped, clamped])))
+    extent = jnp.where(jnp.any(fits), drawn[jnp.argmax(fits)], central)
+
+    room = size - extent
+    corner = jnp.minimum(jnp.floor(for_corner * (room + 1.0)), room)
+    corner = jnp.where(jnp.any(fits), corner, jnp.floor(room / 2.0))
+    return jnp.concatenate([corner, extent])
+
+
+def crop_and_resize(image: jax.Array, size: jax.Array, box: jax.Array, flip: jax.Array | bool, out: int) -> jax.Array:
+    """Pillow's crop, then resize with antialiased bicubic, then horizontal flip where `flip`, as two matrix products.
+
+    `image` is `[S, C, S]`, the square canvas of an original of `size` (height, width), `box` is in the original's
+    pixels. Returns float32 `[out, C, out]`. Rows go first: their product is shared by all views of an image when
+    `vmap`ped over boxes, one large matrix by the unchanged image.
+    """
+    canvas = image.shape[0]
+    start, extent = box[:2] / size * canvas, box[2:] / size * canvas
+    rows = resize_matrix(canvas, out, start[0], extent[0])
+    columns = resize_matrix(canvas, out, start[1], extent[1])
+    columns = jnp.where(flip, columns[::-1], columns)
+    image = jnp.einsum("oh,hcw->ocw", rows, image, precision=PRECISION)
+    image = jnp.einsum("ocw,pw->ocp", image, columns, precision=PRECISION)
+    return jnp.clip(image, 0.0, 255.0)
+
+
+def resize_matrix(size: int, out: int, start: jax.Array, extent: jax.Array) -> jax.Array:
+    """Weights float32 `[out, size]` that resize the part `start..start + extent` of an axis to `out` pixels.
+
+    Pillow's bicubic (a = -0.5), its support widened by the factor of down-scaling. Only pixels whose centre lies in the
+    part count, as after a crop; a part thinner than a pixel is widened to one.
+    """
+    step = extent / out
+    centers = start + (jnp.arange(out)[:, None] + 0.5) * step
+    pixels = jnp.arange(size) + 0.5
+    distance = jnp.abs(pixels - centers) / jnp.maximum(step, 1.0)
+    near = (1.5 * distance - 2.5) * distance**2 + 1.0
+    far = ((-0.5 * distance + 2.5) * distance - 4.0) * distance + 2.0
+    weights = jnp.where(distance < 1.0, near, jnp.where(distance < 2.0, far, 0.0))
+    inside = jnp.abs(pixels - (start + extent / 2.0)) <= jnp.maximum(extent / 2.0, 0.5)
+    weights = jnp.where(inside, weights, 0.0)
+    return weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def random_jitter(numbers: jax.Array, crops: Any) -> tuple[jax.Array, jax.Array]:
+    """The factors and places of `photometric.color_jitter`, from JITTER_NUMBERS uniform numbers in [0, 1).
+
+    With probability `1 - crops.jitter` the factors are those that change nothing. All 24 orders are equally likely.
+    """
+    for_factors, for_places, applied = numbers[:4], numbers[4:8], numbers[8] < crops.jitter
+    span = jnp.array([crops.brightness, crops.contrast, crops.saturation, crops.hue])
+    neutral = photometric.NEUTRAL
+    low = jnp.maximum(neutral - span, jnp.array([0.0, 0.0, 0.0, -crops.hue]))
+    factors = low + for_factors * (neutral + span - low)
+    return jnp.where(applied, factors, neutral), jnp.argsort(for_places)

@@ -1,0 +1,235 @@
+"""DINO: self-distillation with no labels (Caron et al., ICCV 2021), one page.
+
+A student predicts, from many crops of an image, what a teacher says about its two large ones. The teacher is a moving
+average of the student. Nothing but *centering* (no prototype may always win) and *sharpening* (the teacher must commit
+itself) keeps both from saying the same of every image.
+
+Shapes: `B` images of this device's share, `G` = 2 global crops, `L` local crops, `V` = G + L views, `K` prototypes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from dino_jax import optimizers
+from dino_jax.data.multicrop import Crops
+from dino_jax.models.vit import drop_path_factors
+from dino_jax.schedules import Schedules
+from dino_jax.sharding import AXES
+
+
+class Network(NamedTuple):
+    """The two modules; student and teacher are each a {"backbone": ..., "head": ...} of their parameters."""
+
+    backbone: nn.Module
+    head: nn.Module
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Arrays only. `*_stats` are the running statistics of batch norm, empty without it."""
+
+    step: jax.Array
+    student: dict
+    teacher: dict
+    student_stats: dict
+    teacher_stats: dict
+    center: jax.Array  # float32 [K]
+    opt_state: optax.OptState
+
+
+def targets(teacher_logits: jax.Array, center: jax.Array, temp: jax.Array) -> jax.Array:
+    """Centered, sharpened teacher distributions, [B, G, K] -> [B, G, K]; no gradient flows into them."""
+    return jax.lax.stop_gradient(jax.nn.softmax((teacher_logits - center) / temp))
+
+
+def cross_entropy(target: jax.Array, student_logits: jax.Array, temp: float) -> jax.Array:
+    """-sum(target * log softmax(student_logits / temp)) over K, [..., K] -> [...]; targets may sum to any number."""
+    logits = student_logits / temp
+    return target.sum(-1) * jax.nn.logsumexp(logits, axis=-1) - (target * logits).sum(-1)
+
+
+def pair_loss(q: jax.Array, global_logits: jax.Array, local_logits: jax.Array | None, temp: float) -> jax.Array:
+    """Mean cross-entropy over the pairs (teacher's global crop g, student's view v != g); q [B, G, K] -> scalar.
+
+    Cross-entropy is linear in its target, so each view meets the *sum* of its targets once: both globals for a local
+    view, the other one for a global view.
+    """
+    total = cross_entropy(q[:, ::-1], global_logits, temp).mean(0).sum()
+    pairs = 2
+    if local_logits is not None:
+        total += cross_entropy(q.sum(1, keepdims=True), local_logits, temp).mean(0).sum()
+        pairs += 2 * local_logits.shape[1]
+    return total / pairs
+
+
+def update_teacher(teacher: dict, student: dict, momentum: jax.Array) -> dict:
+    """teacher <- momentum * teacher + (1 - momentum) * student."""
+    return optax.incremental_update(student, teacher, 1 - momentum)
+
+
+def update_center(center: jax.Array, batch_mean: jax.Array, momentum: float) -> jax.Array:
+    """center <- momentum * center + (1 - momentum) * mean teacher logits of the global batch; [K]."""
+    return momentum * center + (1 - momentum) * batch_mean
+
+
+def forward(network: Network, params: dict, stats: dict, crop_groups: list, drop_paths: list) -> tuple[list, dict]:
+    """Groups of equally large crops [B, V_i, H, W, C] -> their logits float32 [B, V_i, K] and the new statistics.
+
+    One backbone call a group, as batch norm there is per crop size; the head's MLP sees all views together, as its
+    batch norm must; logits, the largest arrays of the step, are made group by group.
+    """
+    features, backbone_stats = [], stats["backbone"]
+    for crops, drop_path in zip(crop_groups, drop_paths, strict=True):
+        B, V = crops.shape[:2]
+        x, backbone_stats = _apply(
+            network.backbone, params["backbone"], backbone_stats, crops.reshape(B * V, *crops.shape[2:]), drop_path
+        )
+        features.append(x.reshape(B, V, -1))
+    z, head_stats = _apply(
+        network.head, params["head"], stats["head"], jnp.concatenate(features, axis=1), method="bottleneck"
+    )
+    logits, first = [], 0
+    for x in features:
+        view = z[:, first : first + x.shape[1]]
+        logits.append(network.head.apply({"params": params["head"]}, view, method="prototypes"))
+        first += x.shape[1]
+    return logits, {"backbone": backbone_stats, "head": head_stats}
+
+
+def _apply(module: nn.Module, params: dict, stats: dict, x: jax.Array, *args, method: str = "__call__"):
+    variables = {"params": params, "batch_stats": stats}
+    y, mutated = module.apply(variables, x, True, *args, method=method, mutable=["batch_stats"])
+    return y, mutated.get("batch_stats", stats)
+
+
+def init_state(key: jax.Array, network: Network, optim, image_shape: tuple[int, int, int]) -> TrainState:
+    """Fresh student, its copy as the teacher, zero centre. image_shape: [H, W, C] of a global crop."""
+    backbone_key, head_key = jax.random.split(key)
+    backbone = network.backbone.init(backbone_key, jnp.zeros((1, *image_shape)))
+    head = network.head.init(head_key, jnp.zeros((1, network.backbone.embed_dim)))
+    student = {"backbone": backbone["params"], "head": head["params"]}
+    stats = {"backbone": backbone.get("batch_stats", {}), "head": head.get("batch_stats", {})}
+    return TrainState(
+        step=jnp.int32(0),
+        student=student,
+        teacher=jax.tree.map(jnp.copy, student),
+        student_stats=stats,
+        teacher_stats=jax.tree.map(jnp.copy, stats),
+        center=jnp.zeros(network.head.out_dim),
+        opt_state=optimizers.build(optim).init(student),
+    )
+
+
+class Recipe(NamedTuple):
+    """What stays the same in every step of a run.
+
+    `augment(keys [B], batch) -> Crops` is the first thing that happens to a batch, a pytree whose leaves have `B` rows
+    and whose `position` (int32 [B]) is each image's place in the *global* batch.
+    """
+
+    config: ConfigDict
+    network: Network
+    schedules: Schedules
+    augment: Callable[..., Crops]
+
+
+def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dict]:
+    """This step's gradient and other means over the global batch, and the new student and teacher statistics.
+
+    Runs on one device's share inside `shard_map` over AXES. All randomness of an image comes from its position in the
+    global batch, so that the run does not depend on how many devices or hosts share it. With `accum_steps` the share
+    is walked in that many parts under one centre, and everything is reduced over devices once, at the end.
+    """
+    config, network, schedules, augment = recipe
+    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    teacher_temp = schedules.teacher_temp(state.step)
+    rate = config.model.drop_path_rate
+
+    def microbatch(carry, batch):
+        sums, student_stats, teacher_stats = carry
+        keys = jax.vmap(lambda position: jax.random.split(jax.random.fold_in(step_key, position), 3))(batch.position)
+        crops = augment(keys[:, 0], batch)
+        groups = [crops.global_crops] + ([crops.local_crops] if crops.local_crops.shape[1] else [])
+        drop_paths = [
+            drop_path_factors(keys[:, 1 + i], rate, network.backbone.depth, group.shape[1]) if rate else None
+            for i, group in enumerate(groups)
+        ]
+
+        [teacher_logits], teacher_stats = forward(network, state.teacher, teacher_stats, groups[:1], [None])
+        q = targets(teacher_logits, state.center, teacher_temp)
+
+        def loss_fn(student):
+            logits, stats = forward(network, student, student_stats, groups, drop_paths)
+            return pair_loss(q, logits[0], logits[1] if len(logits) > 1 else None, config.dino.student_temp), stats
+
+        (loss, student_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
+        new = {
+            "grads": grads,
+            "loss": loss,
+            "teacher_entropy": entropy(q).mean(),
+            "teacher_logits": teacher_logits.mean((0, 1)),
+            "targets": q.mean((0, 1)),
+        }
+        return (jax.tree.map(jnp.add, sums, new), student_stats, teacher_stats), None
+
+    zeros = {
+        "grads": jax.tree.map(jnp.zeros_like, state.student),
+        "loss": jnp.float32(0),
+        "teacher_entropy": jnp.float32(0),
+        "teacher_logits": jnp.zeros_like(state.center),
+        "targets": jnp.zeros_like(state.center),
+    }
+    parts = jax.tree.map(lambda x: x.reshape(config.accum_steps, -1, *x.shape[1:]), batch)
+    carry, _ = jax.lax.scan(microbatch, (zeros, state.student_stats, state.teacher_stats), parts)
+    sums, student_stats, teacher_stats = carry
+    mean = jax.lax.pmean(jax.tree.map(lambda x: x / config.accum_steps, sums), AXES)  # all that crosses devices
+    return mean, student_stats, teacher_stats
+
+
+def train_step(recipe: Recipe, state: TrainState, batch) -> tuple[TrainState, dict]:
+    """One step on one device's share of the batch: student by gradient, teacher by average, then the centre.
+
+    Returns the new state and scalar metrics, the same on every device.
+    """
+    config, _, schedules, _ = recipe
+    step = state.step
+    mean, student_stats, teacher_stats = gradients(recipe, state, batch)
+
+    lr, weight_decay = schedules.lr(step), schedules.weight_decay(step)
+    optimizer = optimizers.build(config.optim, lr, weight_decay, schedules.last_layer_frozen(step))
+    updates, opt_state = optimizer.update(mean["grads"], state.opt_state, state.student)
+    student = optax.apply_updates(state.student, updates)
+
+    teacher_momentum = schedules.teacher_momentum(step)
+    teacher = update_teacher(state.teacher, student, teacher_momentum)
+    center_momentum = config.dino.center_momentum if config.dino.centering else 1.0  # 1: the centre stays at 0
+    center = update_center(state.center, mean["teacher_logits"], center_momentum)
+
+    metrics = {
+        "loss": mean["loss"],
+        "teacher_entropy": mean["teacher_entropy"],
+        "kl": mean["loss"] - mean["teacher_entropy"],
+        "mean_target_entropy": entropy(mean["targets"]),
+        "center_norm": jnp.linalg.norm(center),
+        "grad_norm": optax.tree.norm(mean["grads"]),
+        "param_norm": optax.tree.norm(student),
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "teacher_momentum": teacher_momentum,
+        "teacher_temp": schedules.teacher_temp(step),
+        "student_temp": jnp.float32(config.dino.student_temp),
+    }
+    new = TrainState(step + 1, student, teacher, student_stats, teacher_stats, center, opt_state)
+    return new, metrics
+
+
+def entropy(p: jax.Array) -> jax.Array:
+    """-sum p log p over the last axis, in nats; 0 log 0 is 0."""
+    return -jax.scipy.special.xlogy(p, p).sum(-1)

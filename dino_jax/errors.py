@@ -1,0 +1,8 @@
+"""A user's mistake is one clear line, never a traceback."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message is one line that names the knob and the way out.
+
+    The command line prints it and exits with code 2.
+    """

@@ -1,0 +1,264 @@
+"""What the last block's CLS token looks at, head by head: pictures, masks, and how well they cover known objects."""
+
+from functools import partial
+from pathlib import Path
+
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dino_jax.backbone import Backbone, normalize
+from dino_jax.data.pipeline import DecodeError, decode
+from dino_jax.data.sources import IMAGE_EXTENSIONS
+from dino_jax.errors import UserError
+
+# From black over purple and orange to pale yellow, brightness growing evenly: readable in print and to colour-blind.
+HEAT = np.array(
+    [
+        (0, 0, 4),
+        (40, 11, 84),
+        (101, 21, 110),
+        (159, 42, 99),
+        (212, 72, 66),
+        (245, 125, 21),
+        (250, 193, 39),
+        (252, 255, 164),
+    ]
+)
+MASK_COLOUR = np.array((255, 60, 60), np.uint8)
+GAP = 4  # pixels between the tiles of a sheet
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every knob of `python evaluate.py attention`."""
+    return ml_collections.ConfigDict(
+        {
+            "images": "",  # a picture, several with commas between, or a folder
+            "size": 480,  # pixels of the longer side; 0 keeps the picture's own size
+            "mass": 0.6,  # share of the attention that the masks keep
+        }
+    )
+
+
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+    """Writes one sheet a picture to `out`: the image, its mean attention, each head's, and the mask.
+
+    Returns {"pictures": [paths]}. Raises UserError: no such picture, one that can't be read or is smaller than a
+    patch, or a backbone without attention.
+    """
+    patch, channels = _patch_size(backbone), backbone.config["in_channels"]
+    written: list[str] = []
+    for path in _picture_paths(config.images):
+        image = _cut(_scaled(_read(path, channels), config.size), patch)
+        if not image.size:
+            raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
+        maps = attention_maps(backbone, _normalised(backbone, image[None]))[0]
+        mask = upsample(mass_masks(maps.mean(0), config.mass), patch)
+        target = out / f"{len(written):03d}_{path.stem}.png"
+        contact_sheet([picture_row(image, maps, mask)], target, tile=240)
+        print(f"{path} -> {target}")
+        written.append(str(target))
+    return {"pictures": written}
+
+
+def attention_maps(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """Normalised images [B, H, W, C], sides multiples of the patch -> float32 [B, heads, H/patch, W/patch].
+
+    Row 0 of the last block's self-attention without CLS to itself, so that a map's sum is a little below 1.
+
+    Raises:
+        UserError: the backbone is a convnet.
+    """
+    patch = _patch_size(backbone)
+    attention = np.asarray(_cls_attention(backbone.model.apply, backbone.variables, images))
+    return attention.reshape(*attention.shape[:2], images.shape[1] // patch, images.shape[2] // patch)
+
+
+@partial(jax.jit, static_argnums=0)
+def _cls_attention(apply_fn, variables, images):
+    return apply_fn(variables, images, method="last_attention")[:, :, 0, 1:]
+
+
+def mass_masks(maps: np.ndarray, mass: float = 0.6) -> np.ndarray:
+    """Float [..., h, w] -> bool [..., h, w]: the patches that hold the given share of each map's mass.
+
+    As the reference: the weakest patches go while their sum stays within 1 - mass, so at least `mass` is kept.
+    """
+    flat = maps.reshape(*maps.shape[:-2], -1).astype(np.float64)
+    order = np.argsort(flat, axis=-1, kind="stable")
+    ascending = np.take_along_axis(flat, order, -1)
+    keep = np.cumsum(ascending, -1) > (1 - mass) * ascending.sum(-1, keepdims=True)
+    masks = np.empty_like(keep)
+    np.put_along_axis(masks, order, keep, -1)
+    return masks.reshape(maps.shape)
+
+
+def upsample(maps: np.ndarray, factor: int) -> np.ndarray:
+    """[..., h, w] -> [..., h * factor, w * factor], each value repeated."""
+    return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
+
+
+def best_heads(masks: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which head's mask [B, heads, H, W] covers each object [B, H, W] best -> head int [B], Jaccard index [B].
+
+    The Jaccard index is intersection / union of the pixels (0 where both are empty). Both inputs are bool.
+    """
+    objects = objects[:, None]
+    shared = (masks & objects).sum((2, 3))
+    scores = shared / np.maximum((masks | objects).sum((2, 3)), 1)
+    return scores.argmax(1), scores.max(1)
+
+
+def jaccard(masks: np.ndarray, objects: np.ndarray) -> float:
+    """Mean over objects of the best head's Jaccard index, in 0..1; the paper's protocol. Shapes as in `best_heads`."""
+    return float(best_heads(masks, objects)[1].mean())
+
+
+def evaluate_masks(
+    backbone: Backbone,
+    images: np.ndarray,
+    objects: np.ndarray,
+    sheet: Path | None = None,
+    *,
+    upscale: int = 1,
+    mass: float = 0.6,
+    rows: int = 12,
+    batch_size: int = 64,
+) -> float:
+    """How well the attention segments images whose objects are known: mean Jaccard index of the best head, in 0..1.
+
+    Args:
+        backbone: a vision transformer.
+        images: uint8 [B, H, W, C].
+        objects: bool [B, H, W], the exact masks.
+        sheet: where to write a picture of the first images: image, attention, best head's mask; none by default.
+        upscale: images are enlarged this many times (bicubic) first, so that the grid of patches is finer.
+        mass: share of the attention that a mask keeps.
+        rows: number of images on the sheet.
+        batch_size: images at a time.
+    """
+    patch = _patch_size(backbone)
+    H, W = images.shape[1] * upscale, images.shape[2] * upscale
+    enlarged = _cut(np.stack([_resized(image, H, W) for image in images]), patch)
+    objects = upsample(objects, upscale)[:, : enlarged.shape[1], : enlarged.shape[2]]
+    batches = [enlarged[i : i + batch_size] for i in range(0, len(images), batch_size)]
+    maps = np.concatenate([attention_maps(backbone, _normalised(backbone, batch)) for batch in batches])
+    masks = upsample(mass_masks(maps, mass), patch)
+    best, scores = best_heads(masks, objects)
+    if sheet is not None:
+        shown = range(min(rows, len(images)))
+        contact_sheet([picture_row(enlarged[i], maps[i], masks[i, best[i]]) for i in shown], sheet)
+    return float(scores.mean())
+
+
+def picture_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """A sheet's row, {title: uint8 [H, W, 3]}: image, mean attention over it, each head's map, what the mask keeps.
+
+    Args:
+        image: uint8 [H, W, C]; one channel is shown grey, of more than three the first three.
+        maps: float [heads, h, w], with H and W multiples of h and w.
+        mask: bool [H, W].
+    """
+    shown = np.broadcast_to(image, (*mask.shape, 3)) if image.shape[-1] == 1 else image[..., :3]
+    factor = len(mask) // maps.shape[1]
+    heads = {f"head {i + 1}": upsample_colours(heat(one), factor) for i, one in enumerate(maps)}
+    overlay = (0.4 * shown + 0.6 * upsample_colours(heat(maps.mean(0)), factor)).astype(np.uint8)
+    # Coloured rather than cut out: what is kept of a black background shows too.
+    kept = np.where(mask[..., None], shown // 2 + MASK_COLOUR // 2, shown)
+    return {"image": shown, "mean": overlay, **heads, "mask": kept}
+
+
+def upsample_colours(picture: np.ndarray, factor: int) -> np.ndarray:
+    """[h, w, 3] -> [h * factor, w * factor, 3], each pixel repeated."""
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Float [h, w] -> uint8 [h, w, 3], from black at the smallest value to pale yellow at the largest."""
+    low, high = values.min(), values.max()
+    at = (values - low) / max(high - low, 1e-12) * (len(HEAT) - 1)
+    return np.stack([np.interp(at, np.arange(len(HEAT)), channel) for channel in HEAT.T], -1).astype(np.uint8)
+
+
+def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120) -> None:
+    """Writes rows of pictures under their titles as one PNG; the longer side of each is scaled to `tile` pixels."""
+    tiles = [{title: _fit(picture, tile) for title, picture in row.items()} for row in rows]
+    widest = max(picture.width for row in tiles for picture in row.values())
+    heights = [max(picture.height for picture in row.values()) for row in tiles]
+    font, header = ImageFont.load_default(), 14
+    size = (len(rows[0]) * (widest + GAP) + GAP, header + sum(heights) + (len(rows) + 1) * GAP)
+    sheet = Image.new("RGB", size, "white")
+    for column, title in enumerate(rows[0]):
+        ImageDraw.Draw(sheet).text((GAP + column * (widest + GAP), 2), title, fill="black", font=font)
+    y = header + GAP
+    for row, height in zip(tiles, heights, strict=True):
+        for column, picture in enumerate(row.values()):
+            sheet.paste(picture, (GAP + column * (widest + GAP), y))
+        y += height + GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _fit(picture: np.ndarray, tile: int) -> Image.Image:
+    height, width = picture.shape[:2]
+    scale = tile / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Small pictures stay pixels: a blurred patch grid would hide how coarse it is.
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
+    return Image.fromarray(np.ascontiguousarray(picture)).resize(size, method)
+
+
+def _patch_size(backbone: Backbone) -> int:
+    if not hasattr(backbone.model, "patch_size"):
+        raise UserError(f"attention needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
+    return backbone.model.patch_size
+
+
+def _normalised(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """uint8 [B, H, W, C] -> float32 as the backbone was trained."""
+    as_trained = backbone.card["preprocessing"]
+    return normalize(images, as_trained["mean"], as_trained["std"])
+
+
+def _cut(images: np.ndarray, patch: int) -> np.ndarray:
+    """[..., H, W, C] without the rows and columns beyond the last whole patch."""
+    height, width = (side // patch * patch for side in images.shape[-3:-1])
+    return images[..., :height, :width, :]
+
+
+def _scaled(image: np.ndarray, size: int) -> np.ndarray:
+    scale = size / max(image.shape[:2]) if size else 1
+    return _resized(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
+
+
+def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """uint8 [H, W, C] -> uint8 [height, width, C], bicubic, any number of channels."""
+    if image.shape[:2] == (height, width):
+        return image
+    channels = [
+        Image.fromarray(image[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(image.shape[2])
+    ]
+    return np.stack([np.asarray(channel) for channel in channels], -1)
+
+
+def _picture_paths(images: str) -> list[Path]:
+    paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+        if not paths:
+            raise UserError(f"--config.images: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
+    if not paths:
+        raise UserError("--config.images is empty: set it to a picture, several with commas between, or a folder")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--config.images: no such picture: {path}")
+    return paths
+
+
+def _read(path: Path, channels: int) -> np.ndarray:
+    try:
+        return decode(path.read_bytes(), channels)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"--config.images: {path} can't be read as a picture ({error})") from error

@@ -1,0 +1,121 @@
+"""Features of every image of a source: one table, in the order of the source, whatever the number of devices."""
+
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from dino_jax.data.pipeline import EvalBatch
+from dino_jax.sharding import replicate, shard_batch
+
+# Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
+GATHER_ROWS = 65536
+
+
+class FeatureTable(NamedTuple):
+    """One row an image that could be decoded, in the order of the source."""
+
+    features: np.ndarray  # float32 [N, D]
+    labels: np.ndarray  # int32 [N], -1 where unlabelled
+    records: np.ndarray  # int32 [N], record number in the source
+
+
+def extract(
+    apply_fn: Callable, variables, batches: Iterable[EvalBatch], mesh: Mesh, mean: Sequence[float], std: Sequence[float]
+) -> FeatureTable:
+    """Runs apply_fn(variables, images float32 [b, H, W, C], normalised) -> [b, D] over all batches.
+
+    Each process runs its share of the images on its own devices (no communication), then the tables are gathered and
+    every process returns the whole one. The devices compute a batch while the host prepares the next.
+
+    Args:
+        apply_fn: `model.apply` or any function of that shape; the same object in later calls is not compiled again.
+        variables: parameters and statistics, on the host or whole on each device.
+        batches: this process's share. Those smaller than the largest so far (the last, or after images that could not
+            be decoded) are padded to its size on the way to the devices and cut back after: one program serves all.
+        mesh: all devices.
+        mean: per channel, of pixels in [0, 1].
+        std: per channel, of pixels in [0, 1].
+    """
+    local = mesh.local_mesh
+    variables = replicate(jax.device_get(variables), local)
+    mean, std = replicate((np.asarray(mean, np.float32), np.asarray(std, np.float32)), local)
+    size, running, features, labels, index = local.size, [], [], [], []
+    for batch in batches:
+        n = len(batch.images)
+        size = max(size, -(-n // local.size) * local.size)
+        running.append((_forward(apply_fn, variables, shard_batch(_pad_rows(batch.images, size), local), mean, std), n))
+        # Copies: arrays from grain's workers each hold a file descriptor, which thousands of batches would use up.
+        labels.append(np.array(batch.labels))
+        index.append(np.array(batch.index))
+        # Waiting only for the batch before keeps the devices busy while this loop waits for the host's next one.
+        if len(running) > 1:
+            features.append(_fetch(*running.pop(0)))
+    features += [_fetch(*last) for last in running]
+    return _gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
+
+
+def extract_pixels(
+    batches: Iterable[EvalBatch], mesh: Mesh, mean: Sequence[float], std: Sequence[float]
+) -> FeatureTable:
+    """The normalised pixels themselves as features [N, H*W*C]: what any learnt feature has to beat."""
+    return extract(_flatten, {}, batches, mesh, mean, std)
+
+
+def progress(batches: Iterable[EvalBatch], total: int, what: str, every: float = 10.0) -> Iterator[EvalBatch]:
+    """Passes batches on and says on stderr, every so many seconds, how far, how fast and how long still."""
+    start = said = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch.images)
+        now = time.monotonic()
+        if now - said >= every:
+            said, rate = now, done / (now - start)
+            left = (total - done) / rate
+            print(f"{what}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left:,.0f} s left", file=sys.stderr)
+
+
+@partial(jax.jit, static_argnums=0)
+def _forward(apply_fn, variables, images, mean, std):
+    """uint8 [b, H, W, C] split over the devices -> float32 [b, D], split alike."""
+    return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
+
+
+def _flatten(variables, images):
+    return images.reshape(len(images), -1)
+
+
+def _fetch(output: jax.Array, n: int) -> np.ndarray:
+    return np.asarray(output)[:n]
+
+
+def _gather(share: FeatureTable) -> FeatureTable:
+    """Every process's rows, sorted by record number."""
+    if jax.process_count() > 1:
+        # Shares differ by a few records and the exchange wants equal ones: rows of zeros are added, and real records
+        # counted from 1 meanwhile to tell them apart.
+        rows = int(multihost_utils.process_allgather(np.array(len(share.records))).max())
+        table = FeatureTable(*(_all_rows(_pad_rows(x, rows)) for x in share._replace(records=share.records + 1)))
+        real = table.records > 0
+        share = FeatureTable(*(x[real] for x in table._replace(records=table.records - 1)))
+    order = np.argsort(share.records)
+    return FeatureTable(*(x[order] for x in share))
+
+
+def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
+    """[n, ...] -> [rows, ...], zeros at the end."""
+    return x if len(x) == rows else np.pad(x, ((0, rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
+
+
+def _all_rows(x: np.ndarray) -> np.ndarray:
+    """[n, ...] of each process -> [processes * n, ...]."""
+    pieces = [x[i : i + GATHER_ROWS] for i in range(0, len(x), GATHER_ROWS)]
+    return np.concatenate([np.asarray(multihost_utils.process_allgather(piece, tiled=True)) for piece in pieces])

@@ -1,0 +1,225 @@
+"""What a run says about itself: a progress line, metrics.jsonl, TensorBoard; and how to count its work."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+from tensorboardX import SummaryWriter
+
+# Dense FLOP/s of one JAX device in bfloat16 with float32 accumulation, by `device_kind`: the vendors' figures (NVIDIA's
+# data sheets without sparsity, Google Cloud's TPU pages), which no real program reaches. V100 and T4 have no bfloat16:
+# theirs are for float16.
+PEAK_FLOPS = {
+    "Tesla V100-SXM2-16GB": 125e12,
+    "Tesla V100-SXM2-32GB": 125e12,
+    "Tesla T4": 65e12,
+    "NVIDIA A10": 125e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """The vendor's peak FLOP/s of this device (see PEAK_FLOPS), or None if it is not listed, as a CPU is not."""
+    return PEAK_FLOPS.get(device.device_kind)
+
+
+class Logger:
+    """Appends scalars to `workdir/metrics.jsonl` and `workdir/tensorboard`, and prints a progress line.
+
+    Only process 0 writes; on the others every method does nothing. A run that resumes at `start_step` first drops what
+    an earlier run logged beyond that step, so that no step is there twice.
+    """
+
+    def __init__(self, workdir: str | Path, total_steps: int, steps_per_epoch: int, start_step: int = 0):
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        self._total_steps = total_steps
+        self._steps_per_epoch = steps_per_epoch
+        self._pace_from = (start_step, time.monotonic())
+        self._first_line = True
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        _drop_after(workdir / "metrics.jsonl", start_step)
+        self._jsonl = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Records the scalars (whatever `float` takes) of one step; JSON holds null for a value that is not finite.
+
+        With a `loss` among them the line on the console is the progress line, which also shows `images_per_second` and
+        `data_wait` (see `Rate`); without one it shows all the scalars.
+        """
+        if not self._active:
+            return
+        step, values = int(step), {name: float(value) for name, value in scalars.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
+        self._jsonl.flush()
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+        position = [f"step {step:,}/{self._total_steps:,}", f"epoch {step / self._steps_per_epoch:.1f}"]
+        if "loss" in values:
+            self.info("  ".join([*position, *_progress(values), f"ETA {self._time_left(step)}"]))
+        else:
+            self.info("  ".join([*position, *(f"{name} {value:.4g}" for name, value in values.items())]))
+
+    def info(self, text: str) -> None:
+        """Prints one line on the same console."""
+        if self._active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._active:
+            self._jsonl.close()
+            self._tensorboard.close()
+
+    def _time_left(self, step: int) -> str:
+        """h:mm:ss at the run's mean pace, evaluations and saves included."""
+        now = time.monotonic()
+        from_step, from_time = self._pace_from
+        if self._first_line:  # until here the pace was mostly that of compilation
+            self._first_line, self._pace_from = False, (step, now)
+        if step <= from_step:
+            return "?"
+        return format_duration((now - from_time) / (step - from_step) * (self._total_steps - step))
+
+
+def _progress(values: Mapping[str, float]) -> Iterator[str]:
+    yield f"loss {values['loss']:.3f}"
+    if "images_per_second" in values:
+        yield f"{values['images_per_second']:,.0f} images/s"
+    if "data_wait" in values:
+        yield f"data wait {values['data_wait']:.1%}"
+
+
+def format_duration(seconds: float) -> str:
+    """7:12 for 432 seconds, 1:00:05 for 3605."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _drop_after(path: Path, last_step: int) -> None:
+    """Rewrites the JSON lines without those of later steps and without a line that was cut off half-written."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    rewritten = path.with_suffix(".jsonl.tmp")
+    rewritten.write_text("".join(kept), encoding="utf-8")
+    os.replace(rewritten, path)
+
+
+class Rate:
+    """Images, seconds and seconds spent waiting for data between two readings.
+
+        with rate.waiting():
+            batch = next(batches)
+        rate.add(batch_size)
+        ...
+        logger.log(step, {"loss": loss, **rate.read()})
+
+    Steps are dispatched asynchronously: read it after something has waited for the device, as `float(loss)` does.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
+        self.reset()
+
+    def reset(self) -> None:
+        """Starts a new interval; call it after what is not training (an evaluation), which would spoil the rate."""
+        self._start, self._waited, self._images = self._clock(), 0.0, 0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time of its block as time spent waiting for data."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self._waited += self._clock() - start
+
+    def add(self, images: int) -> None:
+        """Counts the images of one step (of the global batch)."""
+        self._images += images
+
+    def read(self) -> dict[str, float]:
+        """images_per_second and data_wait (a fraction of the time) since the last reading, then starts anew."""
+        seconds = max(self._clock() - self._start, 1e-9)
+        rates = {"images_per_second": self._images / seconds, "data_wait": self._waited / seconds}
+        self.reset()
+        return rates
+
+
+def count_flops(fn: Callable, *args: Any) -> int:
+    """FLOPs of `fn(*args)` over all devices: 2 for each multiply-add of its matrix products and convolutions.
+
+    Arguments may be arrays or jax.ShapeDtypeStructs; nothing is computed. Loops of known length count every turn (which
+    XLA's own analysis does not), recomputation under remat counts where the jaxpr shows it, the body of a `while` once,
+    of a `cond` the dearest branch. Elementwise work and hand-written kernels are left out, as is usual for the
+    utilisation that PaLM defines (Chowdhery et al., 2022, appendix B).
+    """
+    return _jaxpr_flops(jax.make_jaxpr(fn)(*args))
+
+
+def _jaxpr_flops(jaxpr: Any) -> int:
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
+
+
+def _equation_flops(equation: Any) -> int:
+    name, params = equation.primitive.name, equation.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        lhs = equation.invars[0].aval
+        return 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel = equation.invars[1].aval
+        taps = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
+        # Zeros that a transposed convolution puts between its inputs are no work.
+        return 2 * equation.outvars[0].aval.size * taps // math.prod(params["lhs_dilation"])
+    inner = [_jaxpr_flops(jaxpr) for jaxpr in _inner_jaxprs(params)]
+    if name == "cond":
+        return max(inner)
+    if name == "scan":
+        return params["length"] * sum(inner)
+    if name == "shard_map":  # its jaxpr is one device's share
+        return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+    return sum(inner)
+
+
+def _inner_jaxprs(params: Mapping[str, Any]) -> Iterator[Any]:
+    for param in params.values():
+        for value in param if isinstance(param, tuple | list) else (param,):
+            if hasattr(value, "eqns"):
+                yield value

@@ -1,0 +1,42 @@
+"""Flax modules: backbones and the projection head. Nothing of training lives here."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from dino_jax.errors import UserError
+from dino_jax.models import resnet, vit
+from dino_jax.models.head import DINOHead
+
+VITS = {
+    "vit_nano": vit.vit_nano,
+    "vit_tiny": vit.vit_tiny,
+    "vit_small": vit.vit_small,
+    "vit_base": vit.vit_base,
+    "vit_large": vit.vit_large,
+}
+RESNETS = {"resnet18": resnet.resnet18, "resnet50": resnet.resnet50}
+
+__all__ = ["RESNETS", "VITS", "DINOHead", "build_backbone"]
+
+
+def build_backbone(
+    arch: str,
+    *,
+    patch_size: int = 16,
+    image_size: int = 224,
+    remat: bool = False,
+    dtype: jnp.dtype = jnp.float32,
+    axis_name: str | tuple[str, ...] | None = None,
+) -> nn.Module:
+    """The backbone named `arch`: `apply(variables, images [B, H, W, C], train) -> [B, embed_dim]`.
+
+    Channels follow the images that it is initialised with. patch_size, image_size (the grid of learnt positions) and
+    remat are the ViTs'; axis_name is the convnets', for batch norm over devices.
+
+    Raises UserError for an unknown name.
+    """
+    if arch in VITS:
+        return VITS[arch](patch_size=patch_size, image_size=image_size, remat=remat, dtype=dtype)
+    if arch in RESNETS:
+        return RESNETS[arch](axis_name=axis_name, dtype=dtype)
+    raise UserError(f"unknown architecture {arch!r}: set --config.model.arch to one of {', '.join([*VITS, *RESNETS])}")

@@ -1,0 +1,44 @@
+"""Batch norm over the global batch, as torch computes it."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel over all other axes and over the devices of `axis_name`.
+
+    Statistics are float32. Unlike Flax's own, the running variance is the unbiased one, momentum is the weight of the
+    *new* value (0.1), and the mean is subtracted before squaring: torch's (Synchronised) BatchNorm.
+    """
+
+    axis_name: str | tuple[str, ...] | None = None
+    momentum: float = 0.1
+    epsilon: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[..., C] -> [..., C]; with `train`, by the batch's statistics, and the running ones move."""
+        channels = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (channels,))
+        bias = self.param("bias", nn.initializers.zeros, (channels,))
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
+        running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
+
+        x = x.astype(jnp.float32)
+        if not train:
+            mean, var = running_mean.value, running_var.value
+        else:
+            axes = tuple(range(x.ndim - 1))
+            mean = self._over_devices(x.mean(axes))
+            var = self._over_devices(jnp.square(x - mean).mean(axes))
+            count = x.size // channels * (jax.lax.axis_size(self.axis_name) if self.axis_name else 1)
+            new = {"mean": mean, "var": var * count / max(count - 1, 1)}
+            for running, value in ((running_mean, new["mean"]), (running_var, new["var"])):
+                running.value += self.momentum * (jax.lax.stop_gradient(value) - running.value)
+        y = (x - mean) * jax.lax.rsqrt(var + self.epsilon) * scale + bias
+        return y.astype(self.dtype)
+
+    def _over_devices(self, value: jax.Array) -> jax.Array:
+        return jax.lax.pmean(value, self.axis_name) if self.axis_name else value

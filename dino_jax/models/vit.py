@@ -1,0 +1,222 @@
+"""Vision transformer (Dosovitskiy et al., ICLR 2021) as the DINO reference builds it.
+
+Pre-norm blocks, LayerNorm eps 1e-6, exact GELU, qkv bias, a learnt position for each patch. Shapes: `B` images,
+`N` patches, `D` embedding, `h` heads. The blocks are scanned: their parameters carry a leading `depth` axis, which
+makes tracing and compilation as fast for 24 blocks as for one.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from dino_jax.models.initializers import torch_uniform
+
+normal_init = nn.initializers.normal(0.02)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax in float32."""
+
+    num_heads: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        """Declares the projections; their widths follow the input."""
+        self.qkv = Projection(3, self.dtype)
+        self.proj = Projection(1, self.dtype)
+
+    def _heads(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B, N, D] -> attention probabilities float32 [B, h, N, N] and values [B, N, h, D/h]."""
+        B, N, D = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads), 2, 0)
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q * (D // self.num_heads) ** -0.5, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(scores, axis=-1), v
+
+    def probabilities(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> float32 [B, h, N, N]: how much each token (row) looks at each other one."""
+        return self._heads(x)[0]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        probabilities, v = self._heads(x)
+        return self.proj(jnp.einsum("bhqk,bkhd->bqhd", probabilities.astype(self.dtype), v).reshape(x.shape))
+
+
+class Projection(nn.Module):
+    """Linear map from D to `multiple` * D."""
+
+    multiple: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[..., D] -> [..., multiple * D]."""
+        kernel = self.param("kernel", normal_init, (x.shape[-1], self.multiple * x.shape[-1]))
+        bias = self.param("bias", nn.initializers.zeros, (self.multiple * x.shape[-1],))
+        return x.astype(self.dtype) @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact (erf) GELU."""
+
+    hidden_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> [B, N, D]."""
+        y = nn.Dense(self.hidden_dim, kernel_init=normal_init, dtype=self.dtype, name="fc1")(x)
+        y = jax.nn.gelu(y, approximate=False)
+        return nn.Dense(x.shape[-1], kernel_init=normal_init, dtype=self.dtype, name="fc2")(y)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    num_heads: int
+    hidden_dim: int
+    dtype: jnp.dtype
+
+    def setup(self):
+        """Declares the two residual branches."""
+        self.norm1 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+        self.attn = Attention(self.num_heads, self.dtype)
+        self.norm2 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+        self.mlp = Mlp(self.hidden_dim, self.dtype)
+
+    def attention(self, x: jax.Array) -> jax.Array:
+        """[B, N, D] -> float32 [B, h, N, N], this block's attention probabilities."""
+        return self.attn.probabilities(self.norm1(x))
+
+    def __call__(self, x: jax.Array, drop_path: jax.Array | None, collect: bool):
+        """[B, N, D] and drop_path [2, B], a factor for each branch of each image -> ([B, N, D], the same or None)."""
+        scale = (1, 1) if drop_path is None else drop_path.astype(self.dtype)[:, :, None, None]
+        x = x + scale[0] * self.attn(self.norm1(x))
+        x = x + scale[1] * self.mlp(self.norm2(x))
+        return x, x if collect else None
+
+
+class ViT(nn.Module):
+    """The backbone; `image_size` only sets how many positions are learnt, any other size is interpolated."""
+
+    embed_dim: int
+    depth: int
+    num_heads: int
+    patch_size: int = 16
+    image_size: int = 224
+    mlp_ratio: int = 4
+    remat: bool = False
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Declares patch embedding, tokens, `depth` scanned blocks and the final norm."""
+        grid = self.image_size // self.patch_size
+        self.patch_embed = nn.Conv(
+            self.embed_dim,
+            (self.patch_size, self.patch_size),
+            strides=self.patch_size,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=torch_uniform,
+            bias_init=nn.initializers.zeros,
+        )
+        self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
+        self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + grid * grid, self.embed_dim))
+        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if self.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(0, nn.broadcast),
+            length=self.depth,
+        )
+        self.blocks = scanned(self.num_heads, self.mlp_ratio * self.embed_dim, self.dtype)
+        self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+
+    def tokens(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> [B, 1+N, D]: CLS and patch tokens with their positions, before the first block.
+
+        Sides that are no multiple of the patch lose the remainder, as in the reference.
+        """
+        patches = self.patch_embed(images.astype(self.dtype))
+        B, rows, columns, D = patches.shape
+        cls_token = jnp.broadcast_to(self.cls_token, (B, 1, D)).astype(self.dtype)
+        tokens = jnp.concatenate([cls_token, patches.reshape(B, rows * columns, D)], axis=1)
+        return tokens + resize_pos_embed(self.pos_embed, rows, columns).astype(self.dtype)
+
+    def __call__(self, images: jax.Array, train: bool = False, drop_path: jax.Array | None = None) -> jax.Array:
+        """[B, H, W, C] -> [B, D], the CLS token of the last block after the norm.
+
+        drop_path [depth, 2, B] holds the factor of each residual branch for each image (see `drop_path_factors`).
+        `train` changes nothing here; convnets need it for their batch norm.
+        """
+        x, _ = self.blocks(self.tokens(images), drop_path, False)
+        return self.norm(x[:, 0])
+
+    def last_tokens(self, images: jax.Array, n: int = 1) -> list[jax.Array]:
+        """[B, H, W, C] -> the last n blocks' tokens, oldest first, each [B, 1+N, D] after the final norm."""
+        x, every_block = self.blocks(self.tokens(images), None, n > 1)
+        return [self.norm(x) for x in (every_block[-n:] if n > 1 else [x])]
+
+    def last_attention(self, images: jax.Array) -> jax.Array:
+        """[B, H, W, C] -> float32 [B, h, 1+N, 1+N], the self-attention of the last block (rows: queries)."""
+        x = self.tokens(images)
+        if self.depth > 1:
+            _, every_block = self.blocks(x, None, True)
+            x = every_block[-2]
+        last = jax.tree.map(lambda p: p[-1], self.variables["params"]["blocks"])
+        block = Block(self.num_heads, self.mlp_ratio * self.embed_dim, self.dtype, parent=None)
+        attention: jax.Array = block.apply({"params": last}, x, method=Block.attention)  # type: ignore[assignment]
+        return attention
+
+
+def drop_path_factors(keys: jax.Array, rate: float, depth: int, views: int) -> jax.Array:
+    """Stochastic depth (Huang et al., 2016): factors float32 [depth, 2, B * views], 0 or 1 / keep.
+
+    `keys` [B] is one key an image, so the factors do not depend on how images are spread over devices. The rate grows
+    linearly from 0 at the first block to `rate` at the last.
+    """
+    keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (views, depth, 2)))(keys)
+    uniform = uniform.reshape(-1, depth, 2).transpose(1, 2, 0)
+    return (uniform < keep) / keep
+
+
+def resize_pos_embed(pos_embed: jax.Array, rows: int, columns: int) -> jax.Array:
+    """[1, 1+n, D] learnt for a square grid -> [1, 1+rows*columns, D].
+
+    torch's bicubic (a = -0.75, no antialias) with the reference's scale factor of (side + 0.1) / sqrt(n), which shifts
+    every sample a little: published weights expect it (dino `interpolate_pos_encoding`).
+    """
+    side = int((pos_embed.shape[1] - 1) ** 0.5)
+    if rows == columns == side:
+        return pos_embed
+    grid = pos_embed[0, 1:].reshape(side, side, -1)
+    down, across = (jnp.asarray(_bicubic(side, n, (n + 0.1) / side)) for n in (rows, columns))
+    resized = jnp.einsum("yi,xj,ijd->yxd", down, across, grid, precision=jax.lax.Precision.HIGHEST)
+    return jnp.concatenate([pos_embed[:, :1], resized.reshape(1, rows * columns, -1)], axis=1)
+
+
+def _bicubic(n_in: int, n_out: int, scale: float, a: float = -0.75) -> np.ndarray:
+    """float32 [n_out, n_in]: torch's bicubic interpolation as a matrix, borders repeated."""
+    source = (np.arange(n_out) + 0.5) / scale - 0.5
+    first = np.floor(source).astype(int) - 1
+    weights = np.zeros((n_out, n_in), np.float32)
+    for tap in range(4):
+        d = np.abs(source - (first + tap))
+        near = ((a + 2) * d - (a + 3)) * d * d + 1
+        far = ((a * d - 5 * a) * d + 8 * a) * d - 4 * a
+        column = np.clip(first + tap, 0, n_in - 1)
+        np.add.at(weights, (np.arange(n_out), column), np.where(d <= 1, near, far).astype(np.float32))
+    return weights
+
+
+vit_tiny = partial(ViT, embed_dim=192, depth=12, num_heads=3)
+vit_small = partial(ViT, embed_dim=384, depth=12, num_heads=6)
+vit_base = partial(ViT, embed_dim=768, depth=12, num_heads=12)
+vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
+# Ours, not the field's: small enough that a laptop's CPU learns something in minutes.
+vit_nano = partial(ViT, embed_dim=64, depth=3, num_heads=4)

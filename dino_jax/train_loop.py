@@ -1,0 +1,306 @@
+"""Pretraining, from a config to an exported backbone: restore, step, log, save, evaluate."""
+
+import math
+import signal
+import time
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from dino_jax import checkpoints, dino, metrics, schedules, sharding
+from dino_jax.checks import check_config
+from dino_jax.data.multicrop import multicrop
+from dino_jax.data.pipeline import Batch, eval_batches, train_batches
+from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.evals.features import extract
+from dino_jax.evals.knn import knn_accuracy
+from dino_jax.models import DINOHead, build_backbone
+
+
+class DeviceBatch(NamedTuple):
+    """What of a `Batch` the devices need."""
+
+    canvas: jax.Array  # uint8 [B, S, S, C]
+    size: jax.Array  # float32 [B, 2]
+    position: jax.Array  # int32 [B]
+
+
+def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
+    """Pretrains, or goes on where `workdir` stopped, and returns the final state.
+
+    Raises UserError for what the user can mend: settings, data, a workdir of another model, a loss that is not finite.
+    """
+    sharding.initialize(config.distributed)
+    check_config(config, jax.device_count())
+    source = open_source(config.data.source)
+    steps_per_epoch = check_enough_images(source, config)
+    total_steps = config.epochs * steps_per_epoch
+    mesh = sharding.make_mesh()
+    recipe = build_recipe(config, steps_per_epoch)
+    state = init_state(recipe, mesh)
+
+    with checkpoints.open_manager(workdir, config.checkpoint) as manager, StopSignal() as stop:
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        state, start = checkpoints.restore(manager, like, config) or (state, 0)
+        checkpoints.write_config(workdir, config)
+        logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)
+        logger.info(describe(recipe, state, source, steps_per_epoch, start))
+        evaluate = knn_evaluation(recipe, source, mesh, logger)
+        if start == 0:
+            evaluate(state)
+        run = Run(recipe, mesh, source, logger)
+        with batches_from(start, source, config) as batches:
+            for done in range(start + 1, total_steps + 1):
+                state = run.step(state, batches, done)
+                stopping = stop.requested(done)
+                finished = done == total_steps
+                if finished or stopping or done % config.checkpoint.every_steps == 0:
+                    run.require_finite()  # nothing broken is ever saved
+                    checkpoints.save(manager, done, state, config)
+                    export_teacher(workdir, state, config)
+                if finished or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
+                    evaluate(state)
+                    run.rate.reset()
+                if stopping and not finished:
+                    logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
+                    break
+        manager.wait_until_finished()
+        logger.close()
+    return state
+
+
+class Run:
+    """One step after the other: fetch, dispatch, and look at the step before while the devices work on this one."""
+
+    def __init__(self, recipe: dino.Recipe, mesh: jax.sharding.Mesh, source: Source, logger: metrics.Logger):
+        self.rate = metrics.Rate()
+        self._config, self._mesh, self._source, self._logger = recipe.config, mesh, source, logger
+        self._train_step = sharding.distribute(partial(dino.train_step, recipe), mesh)
+        self._flops_per_image = flops_per_image(recipe)
+        self._peak = metrics.peak_flops(jax.devices()[0])
+        self._bad: set[int] = set()
+        self._last: tuple | None = None  # (step, metrics, images) that has not been looked at
+        self._compiled = False
+
+    def step(self, state: dino.TrainState, batches, done: int) -> dino.TrainState:
+        """Trains on the next batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
+        with self.rate.waiting():
+            batch = next(batches)
+        self._note_bad(batch)
+        started = time.perf_counter()
+        arrays = DeviceBatch(batch.canvas, batch.size, batch.position)
+        state, scalars = self._train_step(state, sharding.shard_batch(arrays, self._mesh))
+        self.require_finite()
+        self._last = (done, scalars, batch.index)
+        self.rate.add(self._config.batch_size)
+        if not self._compiled:
+            jax.block_until_ready(scalars)
+            self._logger.info(f"first step, with compilation: {time.perf_counter() - started:.1f} s")
+            self._compiled = True
+            self.rate.reset()
+        elif done % self._config.log_every == 0:
+            self._logger.log(done, {name: float(value) for name, value in scalars.items()} | self._speed())
+        return state
+
+    def require_finite(self) -> None:
+        """Raises UserError if the last dispatched step's loss is not finite, naming the step and its images."""
+        if self._last is None:
+            return
+        step, scalars, index = self._last
+        self._last = None
+        loss, grad_norm = float(scalars["loss"]), float(scalars["grad_norm"])
+        if not math.isfinite(loss):
+            names = ", ".join(self._source.name(int(i)) for i in index)
+            raise UserError(
+                f"loss is {loss} at step {step:,} (gradient norm {grad_norm:.3g}): the last checkpoint is kept; "
+                f"try a lower --config.optim.lr or --config.dtype=float32; its images: {names}"
+            )
+
+    def _speed(self) -> dict[str, float]:
+        speed = self.rate.read()
+        if self._peak:
+            work = self._flops_per_image * speed["images_per_second"]
+            speed["model_flop_utilisation"] = work / (self._peak * jax.device_count())
+        return speed
+
+    def _note_bad(self, batch: Batch) -> None:
+        for record in batch.bad[batch.bad >= 0].tolist():
+            if record not in self._bad:
+                self._bad.add(record)
+                name = self._source.name(record)
+                self._logger.info(f"cannot decode {name}: another image stands in for it ({len(self._bad)} so far)")
+        limit = self._config.data.max_bad_fraction
+        if len(self._bad) > limit * len(self._source):
+            names = ", ".join(self._source.name(record) for record in sorted(self._bad)[:20])
+            raise UserError(
+                f"{len(self._bad)} of {len(self._source):,} images cannot be decoded, more than data.max_bad_fraction="
+                f"{limit} allows: mend or remove them, or raise --config.data.max_bad_fraction; the first: {names}"
+            )
+
+
+class StopSignal:
+    """Turns SIGTERM and Ctrl-C into a wish to stop, so that the run can save first. A second one ends it at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __enter__(self):
+        self._received = False
+        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number, frame):
+        self._received = True
+        signal.signal(number, self._previous[number])
+
+    def requested(self, step: int) -> bool:
+        """Whether to stop after this step; all processes get the same answer."""
+        if jax.process_count() > 1:  # JAX agrees on a step that none has passed
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self._received
+
+
+def check_enough_images(source: Source, config: ConfigDict) -> int:
+    """Whole batches in an epoch; UserError if there is not one."""
+    if len(source) < config.batch_size:
+        raise UserError(
+            f"data.source has {len(source)} images, fewer than a batch of {config.batch_size}: "
+            f"set --config.batch_size to {len(source)} or less"
+        )
+    return len(source) // config.batch_size
+
+
+def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
+    """Modules, schedules and augmentation of a config."""
+    dtype = compute_dtype(config.dtype)
+    backbone = build_backbone(
+        config.model.arch,
+        patch_size=config.model.patch_size,
+        image_size=config.crops.global_size,
+        remat=config.model.remat,
+        dtype=dtype,
+        axis_name=sharding.AXES,
+    )
+    head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
+
+    def augment(keys, batch):
+        return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
+
+    return dino.Recipe(config, dino.Network(backbone, head), schedules.from_config(config, steps_per_epoch), augment)
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto` is bfloat16 where matrix units want it, float32 on a CPU, which only emulates it."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def init_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
+    """A fresh state on every device, a function of config.seed."""
+    config = recipe.config
+    shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
+    init = partial(dino.init_state, network=recipe.network, optim=config.optim, image_shape=shape)
+    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+
+
+def batches_from(step: int, source: Source, config: ConfigDict):
+    """This process's stream of training batches from a step on."""
+    return train_batches(
+        source,
+        batch_size=config.batch_size,
+        canvas_size=config.data.canvas_size,
+        channels=config.model.in_channels,
+        seed=config.seed,
+        start_step=step,
+        workers=config.data.workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
+def export_teacher(workdir: str | Path, state: dino.TrainState, config: ConfigDict) -> None:
+    """The teacher's backbone, what a run is for, to `workdir/export`."""
+    card = checkpoints.model_card(config, int(state.step))
+    checkpoints.export(workdir, state.teacher["backbone"], state.teacher_stats["backbone"], card)
+
+
+def knn_evaluation(recipe: dino.Recipe, source: Source, mesh: jax.sharding.Mesh, logger: metrics.Logger):
+    """evaluate(state): logs k-NN top-1 of teacher and student; does nothing where labels or settings are missing."""
+    config = recipe.config
+    if not config.eval.knn_every_epochs or not config.eval.test:
+        logger.info("no k-NN while training: eval.test or eval.knn_every_epochs is not set")
+        return lambda state: None
+    bank = open_source(config.eval.train) if config.eval.train else source
+    queries = open_source(config.eval.test)
+    if not (bank.num_classes and queries.num_classes):
+        logger.info("no k-NN while training: eval.train or eval.test has no labels")
+        return lambda state: None
+
+    def table(source, variables):
+        with eval_batches(
+            source,
+            batch_size=config.eval.batch_size,
+            resize=config.eval.resize,
+            crop=config.eval.crop,
+            channels=config.model.in_channels,
+            workers=config.data.workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ) as batches:
+            return extract(recipe.network.backbone.apply, variables, batches, mesh, config.data.mean, config.data.std)
+
+    def evaluate(state):
+        scalars = {}
+        for who in ("teacher", "student"):
+            params, stats = getattr(state, who)["backbone"], getattr(state, f"{who}_stats")["backbone"]
+            train, test = (table(s, {"params": params, "batch_stats": stats}) for s in (bank, queries))
+            rows = train.features, train.labels, test.features, test.labels
+            top1, _ = knn_accuracy(*rows, (config.eval.k,), num_classes=bank.num_classes, mesh=mesh)[config.eval.k]
+            scalars[f"knn_top1_{who}"] = top1
+        logger.log(int(state.step), scalars)
+
+    return evaluate
+
+
+def describe(recipe: dino.Recipe, state: dino.TrainState, source: Source, steps_per_epoch: int, start: int) -> str:
+    """What is about to run, in a line or two."""
+    config, device = recipe.config, jax.devices()[0]
+    count = sum(x.size for x in jax.tree.leaves(state.student["backbone"]))
+    resumed = f"; resuming after step {start:,}" if start else ""
+    uniform = math.log(config.head.out_dim)
+    return (
+        f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "
+        f"({recipe.network.backbone.dtype}), {jax.process_count()} process(es)\n"
+        f"{len(source):,} images, batch {config.batch_size}: {config.epochs} epochs of {steps_per_epoch:,} steps; "
+        f"a loss that stays at ln K = {uniform:.2f} is collapse to uniform outputs{resumed}"
+    )
+
+
+def flops_per_image(recipe: dino.Recipe) -> float:
+    """Model FLOPs of a step for one image: student forward and backward (3 x forward), teacher forward."""
+    crops, network = recipe.config.crops, recipe.network
+    channels = recipe.config.model.in_channels
+
+    def forward(size):
+        images = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+        backbone = jax.eval_shape(network.backbone.init, jax.random.key(0), images)
+        features = jax.eval_shape(network.backbone.apply, backbone, images)
+        head = jax.eval_shape(network.head.init, jax.random.key(0), features)
+        return sum(
+            metrics.count_flops(module.apply, variables, x)
+            for module, variables, x in ((network.backbone, backbone, images), (network.head, head, features))
+        )
+
+    teacher = 2 * forward(crops.global_size)
+    return 3 * (teacher + crops.local_number * forward(crops.local_size)) + teacher

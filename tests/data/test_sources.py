@@ -1,0 +1,188 @@
+import io
+import os
+import pickle
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_jax.data import demo_images
+from dino_jax.data.sources import Example, open_source, write_array_record
+from dino_jax.errors import UserError
+
+
+def image_bytes(value, format="PNG"):
+    buffer = io.BytesIO()
+    Image.new("RGB", (5, 4), (value, value, value)).save(buffer, format)
+    return buffer.getvalue()
+
+
+def put(path, value=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(image_bytes(value))
+
+
+def names(source):
+    return [source.name(i).replace(os.sep, "/") for i in range(len(source))]
+
+
+def labels(source):
+    return [source[i].label for i in range(len(source))]
+
+
+def test_class_folders_at_any_depth(tmp_path):
+    for i, path in enumerate(["dog/b.JPG", "dog/deep/er/a.png", "cat/x.webp", "ant/1.jpeg"]):
+        put(tmp_path / path, i)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "dog/notes.txt").write_text("not an image")
+    (tmp_path / "dog/._b.JPG").write_text("what macOS leaves on foreign disks")
+    source = open_source(f"folder:{tmp_path}")
+    assert names(source) == ["ant/1.jpeg", "cat/x.webp", "dog/b.JPG", "dog/deep/er/a.png"]
+    assert labels(source) == [0, 1, 2, 2] == [source.label(i) for i in range(4)]
+    assert source.num_classes == 3
+    assert source.class_names == ["ant", "cat", "dog"]
+    assert source[2].image == image_bytes(0)
+    assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_an_image_beside_the_folders_means_no_labels(tmp_path):
+    put(tmp_path / "a.png")
+    put(tmp_path / "cat/b.png")
+    source = open_source(f"folder:{tmp_path}")
+    assert names(source) == ["a.png", "cat/b.png"]
+    assert labels(source) == [-1, -1]
+    assert source.num_classes == 0
+
+
+def test_links_are_followed_but_a_loop_ends(tmp_path):
+    put(tmp_path / "outside/c.png")
+    put(tmp_path / "set/cat/a.png")
+    put(tmp_path / "set/dog/b.png")
+    (tmp_path / "set/cat/loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set/cat/other_class").symlink_to(tmp_path / "set/dog")
+    (tmp_path / "set/linked").symlink_to(tmp_path / "outside")
+    (tmp_path / "set/dog/nowhere.png").symlink_to(tmp_path / "gone.png")
+    assert names(open_source(f"folder:{tmp_path}/set")) == ["cat/a.png", "dog/b.png", "linked/c.png"]
+
+
+def test_a_wrong_folder_is_explained(tmp_path):
+    (tmp_path / "table.csv").write_text("1")
+    for spec, words in [
+        (f"folder:{tmp_path}/gone", "no such folder"),
+        (f"folder:{tmp_path}/table.csv", "a file, not a folder"),
+        (f"folder:{tmp_path}", "1 x .csv"),
+        ("folder:", "expected folder:PATH"),
+        ("imagenet", "expected folder:PATH"),
+        (f"array_record:{tmp_path}/gone*", "no such files"),
+        (f"array_record:{tmp_path}/table.csv", "layout"),
+        ("demo:validation", "train and test"),
+        (f"tfds:{tmp_path}", "tfds build"),
+        ("tfds:", "expected folder:PATH"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            open_source(spec)
+        assert "data.source" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+def test_few_labels_keeps_the_first_of_each_class(tmp_path):
+    for path in ["a/1.png", "a/2.png", "a/3.png", "b/1.png", "c/1.png", "c/2.png", "c/3.png"]:
+        put(tmp_path / path)
+    few = open_source(f"folder:{tmp_path}:2")
+    assert names(few) == ["a/1.png", "a/2.png", "b/1.png", "c/1.png", "c/2.png"]
+    assert labels(few) == [0, 0, 1, 2, 2]
+    assert few.num_classes == 3
+    put(tmp_path / "flat.png")
+    with pytest.raises(UserError, match="no labels"):
+        open_source(f"folder:{tmp_path}:2")
+
+
+@pytest.mark.parametrize("stored_as", ["bytes", "array"])
+def test_array_record_keeps_images_and_labels(tmp_path, stored_as):
+    class Memory:
+        num_classes = 4
+
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            image = image_bytes(i) if stored_as == "bytes" else np.full((4, 5, 1 + 2 * (i % 2)), i, np.uint8)
+            return Example(image, i % 4)
+
+    write_array_record(Memory(), str(tmp_path / "part-0"))
+    write_array_record(Memory(), str(tmp_path / "part-1"))
+    source = pickle.loads(pickle.dumps(open_source(f"array_record:{tmp_path}/part-*")))
+    assert len(source) == 12
+    assert labels(source) == [0, 1, 2, 3, 0, 1] * 2
+    assert source.num_classes == 4
+    assert len(open_source(f"array_record:{tmp_path}/part-*:1")) == 4
+    for i in range(12):
+        assert np.all(np.asarray(Image.open(io.BytesIO(source[i].image))) == i % 6)
+
+
+def test_array_record_of_bare_images_has_no_labels(tmp_path):
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(tmp_path / "bare"), "group_size:1")
+    writer.write(image_bytes(7, "JPEG"))
+    writer.close()
+    source = open_source(f"array_record:{tmp_path}/bare")
+    assert source[0] == Example(image_bytes(7, "JPEG"), -1)
+    assert source.num_classes == 0
+
+
+def test_tfds_gives_encoded_images_and_labels(tmp_path):
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class Tiny(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # its search fails for a class outside any package
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(6):
+                yield i, {"image": image_bytes(i), "label": i % 3}
+
+    builder = Tiny(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    source = pickle.loads(pickle.dumps(open_source(f"tfds:{builder.data_dir}:train")))
+    assert source.num_classes == 3
+    values = []
+    for i in range(len(source)):
+        image, label = source[i]
+        assert isinstance(image, bytes)
+        values.append(int(np.asarray(Image.open(io.BytesIO(image)))[0, 0, 0]))
+        assert label == values[-1] % 3
+    assert sorted(values) == list(range(6))
+    assert len(open_source(f"tfds:{builder.data_dir}:train[:50%]")) == 3
+    assert len(open_source(f"tfds:{builder.data_dir}")) == 6
+    with pytest.raises(UserError, match="data.source"):
+        open_source(f"tfds:{builder.data_dir}:validation")
+
+
+def test_demo_images_are_placed_at_random_but_fixed():
+    source = open_source("demo:test")
+    images, masks = demo_images.demo_images("test"), demo_images.demo_masks("test")
+    side = demo_images.CANVAS
+    assert images.shape == (2000, side, side, 1)
+    assert masks.shape == (2000, side, side)
+    assert source.num_classes == 10
+    assert np.array_equal(source[17].image, images[17])
+    assert np.array_equal(masks, images[..., 0] > demo_images.MASK_THRESHOLD)
+    rows, columns = np.nonzero(masks[17])
+    assert max(np.ptp(rows), np.ptp(columns)) < demo_images.MAX_SIDE
+    centres = np.array([np.mean(np.nonzero(mask), axis=1) for mask in masks[:200]])
+    assert np.all(centres.std(axis=0) > 1.5)
+
+
+def test_demo_splits_and_few_labels():
+    assert len(open_source("demo")) == 12000
+    few = open_source("demo:train:30")
+    assert np.bincount(labels(few)).tolist() == [30] * 10
+    assert few[0].label == open_source("demo:train")[0].label

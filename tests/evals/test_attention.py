@@ -1,0 +1,148 @@
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_jax.backbone import Backbone
+from dino_jax.errors import UserError
+from dino_jax.evals import attention
+from dino_jax.models import build_backbone
+
+
+def make_backbone(arch="vit_nano", channels=3):
+    model = build_backbone(arch, patch_size=8, image_size=16)
+    variables = model.init(jax.random.key(0), np.zeros((1, 16, 16, channels), np.float32))
+    card = {
+        "architecture": {"arch": arch, "in_channels": channels},
+        "preprocessing": {"mean": [0.5] * channels, "std": [0.5] * channels, "resize": 16, "crop": 16},
+    }
+    return Backbone(model, variables, card)
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    return make_backbone()
+
+
+def settings(**values):
+    config = attention.default_config()
+    config.update(values)
+    return config
+
+
+def test_maps_are_the_reference_cls_row(golden):
+    arrays, meta = golden("vit")
+    patch = meta["config"]["patch_size"]
+    for height, width in meta["config"]["sizes"]:
+        rows, columns = height // patch, width // patch
+        whole = arrays[f"attn_last_{height}x{width}"]
+        model = SimpleNamespace(patch_size=patch, apply=lambda variables, images, method, whole=whole: whole)
+        images = np.zeros((len(whole), rows * patch, columns * patch, 3), np.float32)
+        maps = attention.attention_maps(Backbone(model, {}, {}), images)
+        for y in range(rows):
+            for x in range(columns):
+                assert np.array_equal(maps[:, :, y, x], whole[:, :, 0, 1 + y * columns + x])
+
+
+def test_maps_of_a_rectangular_image(backbone):
+    maps = attention.attention_maps(backbone, np.random.default_rng(0).standard_normal((2, 16, 32, 3), np.float32))
+    assert maps.shape == (2, 4, 2, 4)
+    assert (maps > 0).all()
+    assert (maps.sum((2, 3)) < 1).all()
+
+
+def test_masks_keep_the_mass():
+    maps = np.array([[[0.5, 0.1], [0.25, 0.15]], [[1.0, 1.0], [7.0, 1.0]]])
+    # Shares in ascending order: 0.1, 0.15, 0.25, 0.5; the first two stay within the 0.4 to drop, the third does not.
+    assert attention.mass_masks(maps, 0.6)[0].tolist() == [[True, False], [True, False]]
+    assert attention.mass_masks(maps, 0.6)[1].tolist() == [[False, False], [True, False]]
+    assert attention.mass_masks(maps, 0.45)[0].tolist() == [[True, False], [False, False]]
+    kept = np.random.default_rng(0).random((3, 5, 6, 7)) ** 4
+    share = (kept * attention.mass_masks(kept, 0.6)).sum((2, 3)) / kept.sum((2, 3))
+    assert (share >= 0.6).all()
+
+
+def test_upsample_repeats_each_value():
+    assert attention.upsample(np.array([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
+
+
+def test_jaccard_takes_the_best_head_of_each_object():
+    objects = np.zeros((2, 4, 4), bool)
+    objects[:, :2] = True  # upper half
+    masks = np.zeros((2, 3, 4, 4), bool)
+    masks[0, 1, :2] = True  # exact: 8 / 8
+    masks[0, 2] = True
+    masks[1, 0, :, :2] = True  # left half: 4 / 12
+    masks[1, 2] = True  # everything: 8 / 16
+    heads, scores = attention.best_heads(masks, objects)
+    assert heads.tolist() == [1, 2]
+    assert scores.tolist() == [1.0, 0.5]
+    assert attention.jaccard(masks, objects) == 0.75
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_evaluate_masks_scores_and_draws(tmp_path, channels):
+    images = np.random.default_rng(0).integers(0, 256, (5, 20, 20, channels), np.uint8)
+    objects = np.zeros((5, 20, 20), bool)
+    objects[:, 4:12, 4:12] = True
+    backbone = make_backbone(channels=channels)
+    sheet = tmp_path / "pictures" / "sheet.png"
+    # 20 pixels are 60 enlarged, of which 56 are whole patches.
+    score = attention.evaluate_masks(backbone, images, objects, sheet, upscale=3, rows=4, batch_size=2)
+    assert 0 < score < 1
+    assert score == pytest.approx(attention.evaluate_masks(backbone, images, objects, upscale=3))
+    with Image.open(sheet) as picture:
+        assert picture.width > 7 * 120  # image, mean, four heads, mask
+        assert picture.height > 4 * 120
+        assert len(picture.getcolors(1 << 20)) > 100
+
+
+def test_heat_goes_from_dark_to_bright():
+    colours = attention.heat(np.linspace(-3, 5, 20).reshape(1, 20))[0]
+    brightness = colours.astype(int) @ [299, 587, 114]
+    assert (np.diff(brightness) > 0).all()
+    assert attention.heat(np.ones((2, 2))).max() <= 4  # a flat map has no peak
+
+
+@pytest.mark.parametrize("shape", [(30, 50), (75, 21)])
+def test_run_writes_a_picture_for_a_photo_of_any_shape(backbone, tmp_path, shape):
+    photo = tmp_path / "photo.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)).save(photo)
+    written = attention.run(backbone, settings(images=str(photo), size=40), tmp_path / "out")["pictures"]
+    with Image.open(written[0]) as picture:
+        assert min(picture.size) > 100
+
+
+def test_run_takes_a_folder_or_a_list(backbone, tmp_path):
+    for name in ("b.png", "a.JPG", "notes.txt"):
+        if name == "notes.txt":
+            (tmp_path / name).write_text("no picture")
+        else:
+            Image.new("RGB", (24, 24)).save(tmp_path / name)
+    assert len(attention.run(backbone, settings(images=str(tmp_path), size=0), tmp_path / "out")["pictures"]) == 2
+    both = f"{tmp_path / 'b.png'}, {tmp_path / 'a.JPG'}"
+    assert len(attention.run(backbone, settings(images=both, size=16), tmp_path / "out")["pictures"]) == 2
+
+
+def test_mistakes_are_named(backbone, tmp_path):
+    broken, small = tmp_path / "broken.jpg", tmp_path / "small.png"
+    broken.write_bytes(b"not a picture")
+    Image.new("RGB", (5, 90)).save(small)
+    (tmp_path / "empty").mkdir()
+    for images, message in (
+        ("", "config.images is empty"),
+        (str(tmp_path / "none.jpg"), "no such picture"),
+        (str(tmp_path / "empty"), "no pictures"),
+        (str(broken), "broken.jpg"),
+        (str(small), "smaller than a patch"),
+    ):
+        with pytest.raises(UserError, match=message):
+            attention.run(backbone, settings(images=images, size=0), tmp_path / "out")
+
+
+def test_convnet_is_refused():
+    convnet = Backbone(build_backbone("resnet18"), {}, {"architecture": {"arch": "resnet18"}})
+    with pytest.raises(UserError, match="vision transformer"):
+        attention.attention_maps(convnet, np.zeros((1, 32, 32, 3), np.float32))

@@ -1,0 +1,191 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dino_jax.backbone import Backbone
+from dino_jax.errors import UserError
+from dino_jax.evals import knn
+
+ROOT = Path(__file__).parents[2]
+
+
+def blobs(seed, rows, dim=6, classes=4):
+    """Rows around one direction for each class, near enough to each other that votes are mixed."""
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(0, classes, rows)
+    centres = np.random.default_rng(0).standard_normal((classes, dim))
+    return (centres[labels] + rng.standard_normal((rows, dim))).astype(np.float32), labels
+
+
+def plain_knn(train, labels, test, k, temperature, classes):
+    """The protocol as a page would state it: float64, everything at once."""
+    train, test = (x.astype(np.float64) / np.linalg.norm(x, axis=1, keepdims=True) for x in (train, test))
+    similarity = test @ train.T
+    nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    votes = np.zeros((len(test), classes))
+    for row, neighbours in enumerate(nearest):
+        np.add.at(votes[row], labels[neighbours], np.exp(similarity[row, neighbours] / temperature))
+    return np.argsort(-votes, axis=1, kind="stable")[:, :5]
+
+
+def test_matches_reference(golden):
+    arrays, meta = golden("knn")
+    data = [arrays[f"in/{split}_{part}"] for split in ("train", "test") for part in ("features", "labels")]
+    for key, expected in arrays.items():
+        setting = re.fullmatch(r"k(\d+)_T([\d.]+?)(?:_nc(\d+))?", key)
+        if not setting:
+            continue
+        k, temperature, classes = int(setting[1]), float(setting[2]), int(setting[3] or meta["config"]["classes"])
+        result = knn.knn_accuracy(*data, ks=(k,), temperature=temperature, num_classes=classes)[k]
+        bounds = arrays.get(f"{key}_bounds", np.repeat(expected, 2))
+        assert bounds[0] - 1e-4 <= result[0] <= bounds[1] + 1e-4, key
+        assert bounds[2] - 1e-4 <= result[1] <= bounds[3] + 1e-4, key
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "bank_chunk", "query_chunk"), [(103, 41, 10, 7), (64, 1, 64, 8), (9, 5, 4, 2)]
+)
+def test_streaming_equals_plain(monkeypatch, train, test, bank_chunk, query_chunk):
+    monkeypatch.setattr(knn, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(knn, "QUERY_CHUNK", query_chunk)
+    features, labels = blobs(1, train)
+    queries, _ = blobs(2, test)
+    ks = (1, 5, min(train, 50))
+    predicted = knn.knn_predict(features, labels, queries, ks, 0.1, 4)
+    for k in ks:
+        expected = plain_knn(features, labels, queries, k, 0.1, 4)
+        assert np.array_equal(predicted[k], expected)
+
+
+def test_length_of_features_does_not_matter():
+    features, labels = blobs(1, 60)
+    queries, _ = blobs(2, 20)
+    plain = knn.knn_predict(features, labels, queries, (7,))[7]
+    lengths = np.random.default_rng(3).uniform(0.1, 100, (60, 1))
+    assert np.array_equal(knn.knn_predict(features * lengths, labels, queries * 1e3, (7,))[7], plain)
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3, 4, 7])
+def test_top5_with_any_number_of_classes(classes):
+    features, labels = blobs(1, 80, classes=classes)
+    queries, truth = blobs(2, 50, classes=classes)
+    top1, top5 = knn.knn_accuracy(features, labels, queries, truth, (10,), num_classes=classes)[10]
+    predicted = knn.knn_predict(features, labels, queries, (10,), num_classes=classes)[10]
+    assert predicted.shape == (50, min(5, classes))
+    assert top1 == pytest.approx(100 * np.mean(predicted[:, 0] == truth))
+    assert top5 == 100 if classes <= 5 else top5 >= top1
+
+
+def test_small_temperature_does_not_overflow():
+    features, labels = blobs(1, 60)
+    queries, truth = blobs(2, 30)
+    nearest = knn.knn_accuracy(features, labels, queries, truth, (1, 20), temperature=1e-4)
+    assert nearest[20][0] == nearest[1][0]
+
+
+def test_eight_devices_equal_one():
+    program = """
+import jax, numpy as np, sys
+from dino_jax.evals import knn
+from dino_jax.sharding import make_mesh
+knn.BANK_CHUNK, knn.QUERY_CHUNK = 10, 30
+rng = np.random.default_rng(0)
+train, labels, test = rng.standard_normal((203, 5)), rng.integers(0, 9, 203), rng.standard_normal((37, 5))
+devices = jax.devices()
+assert len(devices) == 8
+one, eight = (knn.knn_predict(train, labels, test, (1, 5, 150), mesh=make_mesh(devices[:n])) for n in (1, 8))
+assert all(np.array_equal(one[k], eight[k]) for k in one)
+"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, **flags}, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("k", [0, 61, "a", 2.5])
+def test_impossible_k_is_named(k):
+    features, labels = blobs(1, 60)
+    with pytest.raises(UserError, match=f"k={k} .*--config"):
+        knn.knn_accuracy(features, labels, features, labels, (10, k))
+
+
+def test_unlabelled_rows_are_refused():
+    features, labels = blobs(1, 60)
+    labels[3] = -1
+    with pytest.raises(UserError, match="class"):
+        knn.knn_accuracy(features, labels, features, labels, (10,))
+
+
+@pytest.fixture
+def colours():
+    """A backbone that sees the mean colour."""
+    card = {
+        "architecture": {"in_channels": 3},
+        "preprocessing": {"resize": 8, "crop": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
+    }
+    return Backbone(SimpleNamespace(apply=lambda variables, images: images.mean((1, 2))), {}, card)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Class folders of a train and a test split, each class with its own colour; one training file is damaged."""
+    for split, rows in (("train", 6), ("test", 2)):
+        for number, name in enumerate(("red", "green", "blue")):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(rows):
+                colour = [40, 40, 40]
+                colour[number] += 100 + 9 * i
+                Image.new("RGB", (9, 12), tuple(colour)).save(tmp_path / split / name / f"{i}.png")
+    (tmp_path / "train" / "red" / "0.png").write_bytes(b"damaged")
+    return tmp_path
+
+
+def settings(folders, **values):
+    config = knn.default_config()
+    config.update({"train": f"folder:{folders}/train", "test": f"folder:{folders}/test", "k": (1, 5), "workers": 0})
+    config.update(values)
+    return config
+
+
+def test_run_reports_figures_and_what_it_left_out(colours, folders, capsys):
+    results = knn.run(colours, settings(folders, batch_size=4), folders)
+    assert results["figures"] == {"k=1": {"top1": 100, "top5": 100}, "k=5": {"top1": 100, "top5": 100}}
+    assert results["images"] == {"train": 17, "test": 6}
+    assert results["undecodable"] == {"train": 1, "test": 0}
+    assert results["settings"]["crop"] == 8
+    printed = capsys.readouterr()
+    assert os.path.join("red", "0.png") in printed.err
+    assert "100.00" in printed.out
+
+
+def test_mistakes_are_named(colours, folders):
+    for values, message in (
+        ({"test": ""}, "config.test is empty"),
+        ({"train": f"folder:{folders}/train/red"}, "no labels"),
+        ({"test": f"folder:{folders}"}, "different class folders"),
+        ({"k": (1, 20)}, "k=20"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"batch_size": 0}, "batch_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            knn.run(colours, settings(folders, **values), folders)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nearest", "--config.k=3"], "knn, attention"),
+        (["knn", "--config.tran=x"], "train"),
+        (["knn", "--checkpoint=/nowhere"], "/nowhere"),
+    ],
+)
+def test_command_line_says_what_is_wrong_in_one_line(arguments, message):
+    done = subprocess.run([sys.executable, "evaluate.py", *arguments], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,35 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from torch_names import from_torch, to_torch
+
+from dino_jax.models import build_backbone
+
+
+def test_resnet50(golden, rule_weights):
+    arrays, meta = golden("resnet50")
+    weights = rule_weights(meta["shapes"], meta["weights_seed"], meta["gain"])
+    x = jnp.asarray(arrays["in/x"].transpose(0, 2, 3, 1))
+    module = build_backbone("resnet50")
+    variables = {k: from_torch(v, weights) for k, v in jax.eval_shape(module.init, jax.random.key(0), x).items()}
+    assert sum(v.size for v in jax.tree.leaves(variables)) == sum(w.size for w in weights.values())
+
+    def check(features, key):
+        # The reference itself moves by f64diff between float32 and float64, and so may we, the other way.
+        np.testing.assert_allclose(features, arrays[key], rtol=1e-4, atol=max(1e-4, 2 * meta["f64diff"][key]))
+
+    check(module.apply(variables, x), "feat_eval")
+    features, mutated = module.apply(variables, x, True, mutable=["batch_stats"])
+    check(features, "feat_train")
+    after = to_torch(mutated["batch_stats"])
+    for key, value in arrays.items():
+        if key.startswith("after_train/"):
+            ours = after[key.removeprefix("after_train/")]
+            np.testing.assert_allclose(ours, value, err_msg=key, rtol=1e-4, atol=1e-4)
+
+
+def test_resnet18_takes_any_channels():
+    module = build_backbone("resnet18")
+    x = jnp.ones((2, 40, 32, 1))
+    variables = module.init(jax.random.key(0), x)
+    assert module.apply(variables, x).shape == (2, module.embed_dim) == (2, 512)

@@ -1,0 +1,94 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from torch_names import from_torch, to_torch
+
+from dino_jax.models.vit import ViT, drop_path_factors, resize_pos_embed
+
+# The reference moves by up to 1.6e-5 between float32 and float64 (meta.f64diff).
+TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
+
+
+@pytest.fixture(scope="module")
+def reference(golden):
+    """The golden's model with its weights: (arrays, meta, module, variables)."""
+    arrays, meta = golden("vit")
+    c = meta["config"]
+    module = ViT(c["embed_dim"], c["depth"], c["num_heads"], c["patch_size"], c["img_size"], c["mlp_ratio"])
+    template = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, c["img_size"], c["img_size"], 3)))
+    weights = {key[2:]: value for key, value in arrays.items() if key.startswith("w/")}
+    return arrays, meta, module, {"params": from_torch(template["params"], weights)}
+
+
+def images(arrays, height, width):
+    return jnp.asarray(arrays[f"in/x_{height}x{width}"].transpose(0, 2, 3, 1))
+
+
+def test_outputs_at_every_size(reference):
+    arrays, meta, module, variables = reference
+    for height, width in meta["config"]["sizes"]:
+        x, size = images(arrays, height, width), f"{height}x{width}"
+        first, last = module.apply(variables, x, 2, method="last_tokens")
+        np.testing.assert_allclose(module.apply(variables, x), arrays[f"cls_{size}"], **TOLERANCE)
+        np.testing.assert_allclose(first, arrays[f"inter2_first_{size}"], **TOLERANCE)
+        np.testing.assert_allclose(last, arrays[f"inter2_last_{size}"], **TOLERANCE)
+        attention = module.apply(variables, x, method="last_attention")
+        np.testing.assert_allclose(attention, arrays[f"attn_last_{size}"], **TOLERANCE)
+
+
+def test_position_embeddings_of_the_model(reference):
+    arrays, meta, module, variables = reference
+    for height, width in meta["config"]["sizes"]:
+        rows, columns = height // module.patch_size, width // module.patch_size
+        pos = resize_pos_embed(variables["params"]["pos_embed"], rows, columns)
+        np.testing.assert_allclose(pos, arrays[f"pos_{height}x{width}"], **TOLERANCE)
+
+
+def test_position_embeddings_of_real_grids(golden):
+    arrays, meta = golden("pos_embed")
+    for i, grid in enumerate(meta["config"]):
+        for height, width in grid["to"]:
+            rows, columns = height // grid["patch_size"], width // grid["patch_size"]
+            pos = resize_pos_embed(jnp.asarray(arrays[f"in/pos{i}"]), rows, columns)
+            np.testing.assert_allclose(pos, arrays[f"pos{i}_{height}x{width}"], **TOLERANCE)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradients(reference, remat):
+    arrays, _, module, variables = reference
+    x, r = images(arrays, 16, 16), arrays["in/r"]
+    module = module.copy(remat=remat)
+    grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
+    for name, grad in to_torch(grads).items():
+        np.testing.assert_allclose(grad, arrays[f"grad/{name}"], err_msg=name, rtol=1e-4, atol=5e-5)
+
+
+def test_any_number_of_channels():
+    module = ViT(32, 2, 2, patch_size=8, image_size=16)
+    x = jnp.ones((2, 16, 24, 5))
+    assert module.apply(module.init(jax.random.key(0), x), x).shape == (2, 32)
+
+
+def test_drop_path_keeps_the_mean_and_grows_with_depth():
+    keys = jax.random.split(jax.random.key(0), 2_000)
+    factors = np.asarray(drop_path_factors(keys, rate=0.3, depth=4, views=5))
+    assert factors.shape == (4, 2, 10_000)
+    np.testing.assert_allclose((factors == 0).mean((1, 2)), [0, 0.1, 0.2, 0.3], atol=0.01)  # 3 sigma of 20,000 draws
+    np.testing.assert_allclose(factors.mean((1, 2)), 1, atol=0.015)
+    alone = drop_path_factors(keys[7:8], rate=0.3, depth=4, views=5)
+    np.testing.assert_array_equal(alone, factors[:, :, 35:40])
+
+
+def test_dropped_branches_leave_the_input():
+    module = ViT(32, 2, 2, patch_size=8, image_size=16)
+    x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    variables = module.init(jax.random.key(0), x)
+    everything = jnp.ones((2, 2, 2))
+    np.testing.assert_allclose(module.apply(variables, x, False, everything), module.apply(variables, x), rtol=1e-6)
+    only_first = everything.at[:, :, 1].set(0)
+    first, second = module.apply(variables, x, False, only_first)
+    np.testing.assert_allclose(first, module.apply(variables, x)[0], rtol=1e-5, atol=1e-6)
+    tokens = module.apply(variables, x, method="tokens")[1, 0]
+    normed = (tokens - tokens.mean()) / jnp.sqrt(tokens.var() + 1e-6)
+    np.testing.assert_allclose(second, normed, rtol=1e-4, atol=1e-5)

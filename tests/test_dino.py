@@ -1,0 +1,208 @@
+"""The method against the reference: loss and centre, then whole training runs, number by number."""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from torch_names import from_torch, to_torch
+
+from dino_jax import dino, schedules, sharding
+from dino_jax.data.multicrop import Crops
+from dino_jax.models import DINOHead
+from dino_jax.models.vit import ViT
+
+TRAJECTORIES = ["adamw", "adamw_clip", "adamw_g", "adamw_bn", "sgd", "lars"]
+
+
+class CropBatch(NamedTuple):
+    """A batch whose crops are given."""
+
+    position: np.ndarray
+    crops: Crops
+
+
+def by_image(crop_major, crops):
+    """Rows crop by crop [crops * B, K] -> [B, crops, K]."""
+    return jnp.asarray(crop_major.reshape(crops, -1, crop_major.shape[-1]).swapaxes(0, 1))
+
+
+def test_loss_gradient_and_center(golden):
+    arrays, meta = golden("loss")
+    c = meta["config"]
+    temp = schedules.temperature(c["wt"], c["tt"], c["wte"], steps_per_epoch=1)
+    center = jnp.zeros(c["out_dim"])
+    for i, epoch in enumerate(c["epochs"]):
+        student, teacher = by_image(arrays[f"in/student{i}"], c["ncrops"]), by_image(arrays[f"in/teacher{i}"], 2)
+        np.testing.assert_allclose(center, arrays[f"center_before{i}"][0], atol=1e-6)
+
+        def loss_fn(student, teacher=teacher, center=center, epoch=epoch):
+            q = dino.targets(teacher, center, temp(epoch))
+            return dino.pair_loss(q, student[:, :2], student[:, 2:], meta["student_temp"])
+
+        loss, grad = jax.value_and_grad(loss_fn)(student)
+        np.testing.assert_allclose(loss, arrays[f"loss{i}"], rtol=1e-5)
+        np.testing.assert_allclose(grad, by_image(arrays[f"grad_student{i}"], c["ncrops"]), rtol=1e-4, atol=1e-6)
+        center = dino.update_center(center, teacher.mean((0, 1)), meta["center_momentum"])
+        np.testing.assert_allclose(center, arrays[f"center_after{i}"][0], rtol=1e-5, atol=1e-6)
+
+
+def test_loss_without_local_crops(golden):
+    arrays, meta = golden("loss")
+    c = meta["config"]
+    student, teacher = by_image(arrays["in/student_2crops"], 2), by_image(arrays["in/teacher_2crops"], 2)
+    temp = schedules.temperature(c["wt"], c["tt"], c["wte"], steps_per_epoch=1)(0)
+    q = dino.targets(teacher, jnp.zeros(c["out_dim"]), temp)  # the reference computed it first: epoch 0, no centre
+    np.testing.assert_allclose(dino.pair_loss(q, student, None, meta["student_temp"]), arrays["loss_2crops"], rtol=1e-5)
+
+
+def test_targets_pass_no_gradient():
+    logits = jnp.arange(6.0).reshape(1, 2, 3)
+    grad = jax.grad(lambda t: dino.pair_loss(dino.targets(t, jnp.zeros(3), 0.1), logits, None, 0.1))(logits)
+    np.testing.assert_array_equal(grad, 0)
+
+
+class Run(NamedTuple):
+    """A golden trajectory, ready to be run."""
+
+    arrays: dict
+    meta: dict
+    recipe: dino.Recipe
+    state: dino.TrainState
+    names: dict
+
+
+def load_run(golden, rule_weights, kind, **changes):
+    """The golden's config, initial weights and crops as a recipe and a state."""
+    arrays, meta = golden(f"traj_{kind}")
+    inputs, _ = golden("traj_inputs")
+    c, names = meta["config"], {"use_bn": meta["use_bn_in_head"]}
+    v = c["vit"]
+    backbone = ViT(v["embed_dim"], v["depth"], v["num_heads"], v["patch_size"], v["img_size"], v["mlp_ratio"])
+    head = DINOHead(
+        c["out_dim"],
+        c["head"]["hidden_dim"],
+        c["head"]["bottleneck_dim"],
+        use_bn=meta["use_bn_in_head"],
+        norm_last_layer=meta["norm_last_layer"],
+        axis_name=sharding.AXES,
+    )
+    config = ConfigDict(
+        {
+            "seed": 0,
+            "batch_size": c["batch"],
+            "epochs": c["epochs"],
+            "accum_steps": 1,
+            "model": {"drop_path_rate": 0.0},
+            "dino": {
+                "student_temp": 0.1,
+                "teacher_temp": c["tt"],
+                "warmup_teacher_temp": c["wt"],
+                "warmup_teacher_temp_epochs": c["wte"],
+                "center_momentum": 0.9,
+                "teacher_momentum": c["momentum"],
+                "teacher_momentum_end": 1.0,
+                "teacher_update": "ema",
+                "centering": True,
+                "sharpening": True,
+            },
+            "optim": {
+                "name": meta["optimizer"],
+                "lr": c["lr"] * 256 / c["batch"],
+                "min_lr": c["min_lr"],
+                "warmup_epochs": c["warmup_epochs"],
+                "weight_decay": c["wd"],
+                "weight_decay_end": c["wd_end"],
+                "clip_grad": meta["clip_grad"],
+                "freeze_last_layer_epochs": meta["freeze_last_layer"],
+            },
+        }
+    )
+    config.update(changes)
+    network = dino.Network(backbone, head)
+    recipe = dino.Recipe(config, network, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
+    state = dino.init_state(jax.random.key(0), network, config.optim, (v["img_size"], v["img_size"], 3))
+    weights = rule_weights(meta["shapes"], meta["weights_seed"], override=meta["override"])
+    student = {part: from_torch(state.student[part], weights, f"{part}.", **names) for part in ("backbone", "head")}
+    stats = {part: from_torch(state.student_stats[part], weights, f"{part}.", **names) for part in ("backbone", "head")}
+    state = state.replace(student=student, teacher=student, student_stats=stats, teacher_stats=stats)
+
+    def batch(i):
+        crops = [inputs[f"step{i}_crop{j}"].transpose(0, 2, 3, 1) for j in range(2 + c["n_local"])]
+        return CropBatch(np.arange(c["batch"]), Crops(np.stack(crops[:2], 1), np.stack(crops[2:], 1)))
+
+    return Run(arrays, meta | {"batches": [batch(i) for i in range(len(arrays["loss"]))]}, recipe, state, names)
+
+
+def torch_params(tree, names):
+    return to_torch(tree["backbone"], "backbone.", **names) | to_torch(tree["head"], "head.", **names)
+
+
+def compare(ours, theirs, meta, **tolerance):
+    """Tensors by name, leaving out what meta.ignore lists (analytically zero gradients: noise under Adam)."""
+    dim = meta["config"]["vit"]["embed_dim"]
+    ignored = [pattern for pattern in meta["ignore"] if "[" not in pattern]
+    for name, value in theirs.items():
+        if name in ignored or name.endswith("num_batches_tracked"):
+            continue
+        if name not in ours:
+            assert name == "head.last_layer.weight_g"  # no parameter of ours where its gain is fixed
+            np.testing.assert_array_equal(value, 1)
+            continue
+        ours_value = np.asarray(ours[name])
+        if name.endswith("qkv.bias"):
+            value, ours_value = (np.delete(x, np.s_[dim : 2 * dim]) for x in (value, ours_value))
+        np.testing.assert_allclose(ours_value, value, err_msg=name, **tolerance)
+
+
+def norms_by_name(arrays, meta, key):
+    """Norms of a golden, without those that contain ignored entries."""
+    names = meta["grad_norm_names"] if key == "grad_norms_before_clip" else meta["norm_names"]
+    return {name: i for i, name in enumerate(names) if "qkv.bias" not in name and name not in meta["ignore"]}
+
+
+@pytest.mark.parametrize("kind", TRAJECTORIES)
+def test_trajectory(golden, rule_weights, kind):
+    arrays, meta, recipe, state, names = load_run(golden, rule_weights, kind)
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    gradients = sharding.distribute(partial(dino.gradients, recipe), mesh, donate=False)
+    step = sharding.distribute(partial(dino.train_step, recipe), mesh, donate=False)
+
+    for i, batch in enumerate(meta["batches"]):
+        mean, _, _ = gradients(state, batch)
+        ours = torch_params(mean["grads"], names)
+        if i == 0:
+            theirs = {k.removeprefix("grad_step0/"): v for k, v in arrays.items() if k.startswith("grad_step0/")}
+            compare(ours, theirs, meta, rtol=1e-4, atol=1e-5)
+        for name, column in norms_by_name(arrays, meta, "grad_norms_before_clip").items():
+            expected = arrays["grad_norms_before_clip"][i, column]
+            if name in ours:
+                np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
+
+        state, metrics = step(state, batch)
+        for key, theirs in [("loss", "loss"), ("lr", "lr"), ("weight_decay", "wd"), ("teacher_momentum", "momentum")]:
+            np.testing.assert_allclose(metrics[key], arrays[theirs][i], err_msg=f"{key} {i}", rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(state.center, arrays[f"center_step{i}"][0], rtol=1e-4, atol=1e-4)
+        for who in ("student", "teacher"):
+            ours = torch_params(getattr(state, who), names)
+            for name, column in norms_by_name(arrays, meta, who).items():
+                if name in ours:
+                    expected = arrays[f"{who}_norms_step{i}"][column]
+                    np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
+
+    for who in ("student", "teacher"):
+        theirs = {k.removeprefix(f"{who}/"): v for k, v in arrays.items() if k.startswith(f"{who}/")}
+        ours = torch_params(getattr(state, who), names) | torch_params(getattr(state, f"{who}_stats"), names)
+        compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
+
+
+def test_outputs_at_step_0(golden, rule_weights):
+    arrays, meta, recipe, state, _ = load_run(golden, rule_weights, "adamw")
+    crops = meta["batches"][0].crops
+    for key, groups in [("teacher", [crops.global_crops]), ("student", [crops.global_crops, crops.local_crops])]:
+        logits, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))
+        rows = np.concatenate([group.swapaxes(0, 1).reshape(-1, group.shape[-1]) for group in logits])
+        np.testing.assert_allclose(rows, arrays[f"{key}_out_step0"], rtol=1e-4, atol=1e-5)

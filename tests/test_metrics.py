@@ -1,0 +1,135 @@
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from dino_jax.metrics import Logger, Rate, count_flops, format_duration, peak_flops
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
+    logger = Logger(tmp_path, total_steps=6000, steps_per_epoch=375)
+    logger.log(1200, {"loss": jnp.float32(5.1234), "images_per_second": 612.3, "data_wait": 0.004, "lr": 1e-3})
+    logger.close()
+    assert lines(tmp_path) == [
+        {"step": 1200, "loss": pytest.approx(5.1234), "images_per_second": 612.3, "data_wait": 0.004, "lr": 1e-3}
+    ]
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    pattern = r"step 1,200/6,000  epoch 3\.2  loss 5\.123  612 images/s  data wait 0\.4%  ETA \d+:\d\d\n"
+    assert re.fullmatch(pattern, capsys.readouterr().out)
+
+
+def test_scalars_without_a_loss_are_all_shown(tmp_path, capsys):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(5, {"knn_top1": 81.25})
+    logger.close()
+    assert capsys.readouterr().out == "step 5/10  epoch 1.0  knn_top1 81.25\n"
+
+
+def test_a_loss_that_is_not_finite_keeps_the_json_valid(tmp_path):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(1, {"loss": np.nan})
+    logger.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    for step in range(1, 6):
+        logger.log(step, {"loss": step})
+    logger.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5, start_step=3)
+    logger.log(4, {"loss": 40})
+    logger.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(1, {"loss": 1.0})
+    logger.info("hello")
+    logger.close()
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (432, "7:12"), (3605, "1:00:05"), (360000, "100:00:00")])
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_rate_counts_between_readings():
+    now = [100.0]
+    rate = Rate(clock=lambda: now[0])
+    with rate.waiting():
+        now[0] += 1.0
+    rate.add(64)
+    now[0] += 3.0
+    assert rate.read() == {"images_per_second": 16.0, "data_wait": 0.25}
+    now[0] += 60.0  # an evaluation
+    rate.reset()
+    rate.add(10)
+    now[0] += 1.0
+    assert rate.read() == {"images_per_second": 10.0, "data_wait": 0.0}
+
+
+def struct(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def test_flops_of_matrix_products_in_loops_and_branches():
+    a, b = struct(4, 8), struct(8, 16)
+    product = 2 * 4 * 8 * 16
+    square = jax.jit(lambda a, b: jnp.tanh(a @ b))
+    assert count_flops(square, a, b) == product
+    assert count_flops(lambda a, b: jnp.einsum("nij,njk->nik", a, b), struct(3, 4, 8), struct(3, 8, 16)) == 3 * product
+
+    def loop(a, weights):
+        return jax.lax.scan(lambda x, w: (jax.checkpoint(lambda x: jax.nn.relu(x @ w))(x), None), a, weights)[0]
+
+    assert count_flops(loop, a, struct(5, 8, 8)) == 5 * 2 * 4 * 8 * 8
+    branches = lambda a, b: jax.lax.cond(a[0, 0] > 0, lambda: (a @ b).sum(), lambda: 0.0)  # noqa: E731
+    assert count_flops(branches, a, b) == product
+    # Backward: one product for each of the two gradients; the forward product itself is still needed for tanh.
+    assert count_flops(jax.grad(lambda a, b: square(a, b).sum(), (0, 1)), a, b) == 3 * product
+
+
+def test_flops_of_convolutions_and_their_gradients():
+    def conv(x, w):
+        return jax.lax.conv_general_dilated(x, w, (4, 4), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+
+    x, w = struct(2, 16, 16, 3), struct(4, 4, 3, 8)
+    forward = 2 * (2 * 4 * 4 * 8) * (4 * 4 * 3)
+    assert count_flops(conv, x, w) == forward
+    assert count_flops(jax.grad(lambda x, w: conv(x, w).sum(), 1), x, w) == 2 * forward
+    assert count_flops(jax.grad(lambda x, w: conv(x, w).sum(), 0), x, w) == pytest.approx(2 * forward, rel=0.5)
+    grouped = lambda x, w: jax.lax.conv_general_dilated(  # noqa: E731
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=4
+    )
+    assert count_flops(grouped, struct(1, 8, 8, 4), struct(3, 3, 1, 4)) == 2 * (8 * 8 * 4) * 9
+
+
+def test_flops_of_a_shard_map_are_those_of_all_devices():
+    devices = 4
+    mesh = jax.sharding.AbstractMesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    sharded = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(spec, PartitionSpec()), out_specs=spec)
+    assert count_flops(sharded, struct(8, 4), struct(4, 2)) == 2 * 8 * 4 * 2
+
+
+def test_peak_flops_is_none_for_a_device_that_is_not_listed():
+    class Device:
+        device_kind = "NVIDIA H100 80GB HBM3"
+
+    assert peak_flops(Device()) == 989e12
+    assert peak_flops(jax.devices("cpu")[0]) is None

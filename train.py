@@ -1,0 +1,23 @@
+"""Pretrains a backbone with DINO.
+
+python train.py --config=configs/vits16.py --workdir=runs/a --config.data.source=folder:photos --config.optim.lr=1e-3
+
+The same command with the same workdir resumes.
+"""
+
+from absl import flags
+
+from dino_jax import cli, train_loop
+
+CONFIG = cli.config_file_flag("configs/default.py")
+WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
+
+
+def main(argv: list[str]) -> None:
+    """Flags in, training out."""
+    cli.require_no_arguments(argv)
+    train_loop.train(CONFIG.value, cli.required("workdir", WORKDIR.value))
+
+
+if __name__ == "__main__":
+    cli.run(main)
