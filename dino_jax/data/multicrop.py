@@ -21,7 +21,7 @@ ATTEMPTS = 10
 BOX_NUMBERS, JITTER_NUMBERS, OTHER_NUMBERS = 2 * ATTEMPTS + 2, 9, 5
 MIN_RATIO, MAX_RATIO = 3.0 / 4.0, 4.0 / 3.0
 # In plain bfloat16 products levels up to 255 would be off by half a level or more at each of four steps. HIGH is TF32
-# on a GPU, three bfloat16 passes on a TPU and float32 on a CPU: at most an eighth of a level.
+# on a GPU, three bfloat16 passes on a TPU and float32 on a CPU: at worst a quarter of a level in each step.
 PRECISION = jax.lax.Precision.HIGH
 
 

@@ -1,0 +1,59 @@
+"""The house's arrows point down only (docs/design.md): who may import whom inside the package."""
+
+import ast
+from pathlib import Path
+
+PACKAGE = Path(__file__).parent.parent / "dino_jax"
+LOW = {"errors"}
+MAY_IMPORT = {
+    "errors": set(),
+    "models": LOW,
+    "schedules": LOW,
+    "optimizers": LOW,
+    "data": LOW,
+    "metrics": LOW,
+    "sharding": LOW,
+    "cli": LOW,
+    "dino": {"models", "schedules", "optimizers", "data", "sharding"},
+    "checkpoints": {"models", *LOW},
+    "backbone": {"models", "data", "checkpoints", *LOW},
+    "checks": {"models", "schedules", "optimizers", *LOW},
+    "evals": {"models", "data", "checkpoints", "backbone", "sharding", *LOW},
+    "train_loop": {
+        "dino",
+        "sharding",
+        "checkpoints",
+        "metrics",
+        "evals",
+        "models",
+        "schedules",
+        "data",
+        "checks",
+        *LOW,
+    },
+    "preview": {"data", "cli", "checks", *LOW},
+    "demo": {"train_loop", "backbone", "checkpoints", "data", "evals", "sharding", "cli"},
+}
+
+
+def imported_rooms(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dino_jax":
+            parts = node.module.split(".")
+            yield from ([parts[1]] if len(parts) > 1 else [alias.name for alias in node.names])
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dino_jax."))
+
+
+def test_imports_go_down_only():
+    for path in PACKAGE.rglob("*.py"):
+        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        if room == "__init__":
+            continue
+        wrong = set(imported_rooms(path)) - MAY_IMPORT[room] - {room}
+        assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"
+
+
+def test_configs_import_nothing_of_the_package():
+    for path in (PACKAGE.parent / "configs").glob("*.py"):
+        assert not set(imported_rooms(path)), path
