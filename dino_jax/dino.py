@@ -140,6 +140,12 @@ class Recipe(NamedTuple):
     augment: Callable[..., Crops]
 
 
+def image_keys(seed: int, step: jax.Array, position: jax.Array) -> jax.Array:
+    """Keys [B, 3] of each image: for its crops, and for its drop paths in the global and in the local crops."""
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda place: jax.random.split(jax.random.fold_in(step_key, place), 3))(position)
+
+
 def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dict]:
     """This step's gradient and other means over the global batch, and the new student and teacher statistics.
 
@@ -148,13 +154,12 @@ def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dic
     is walked in that many parts under one centre, and everything is reduced over devices once, at the end.
     """
     config, network, schedules, augment = recipe
-    step_key = jax.random.fold_in(jax.random.key(config.seed), state.step)
     teacher_temp = schedules.teacher_temp(state.step)
     rate = config.model.drop_path_rate
 
     def microbatch(carry, batch):
         sums, student_stats, teacher_stats = carry
-        keys = jax.vmap(lambda position: jax.random.split(jax.random.fold_in(step_key, position), 3))(batch.position)
+        keys = image_keys(config.seed, state.step, batch.position)
         crops = augment(keys[:, 0], batch)
         groups = [crops.global_crops] + ([crops.local_crops] if crops.local_crops.shape[1] else [])
         drop_paths = [

@@ -18,6 +18,7 @@ from dino_jax import cli
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import open_source
+from dino_jax.dino import image_keys
 from dino_jax.errors import UserError
 
 # Pixels: between tiles, of the labels' line, and of a tile's side at least (labels need the width).
@@ -25,7 +26,7 @@ GAP, LABEL_HEIGHT, MIN_TILE = 4, 24, 96
 
 
 def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
-    """The first `images` images of the config's training order as canvases, and crops of them (float32)."""
+    """The first `images` images of the config's first step as canvases, and their crops in that step (float32)."""
     source = open_source(config.data.source)
     if not 0 < images <= len(source):
         raise UserError(f"--images={images}: config.data.source has {len(source)}, set it to between 1 and that")
@@ -37,8 +38,7 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
         seed=config.seed,
     ) as batches:
         batch = next(batches)
-    step_key = jax.random.fold_in(jax.random.key(config.seed), 0)
-    keys = jax.vmap(partial(jax.random.fold_in, step_key))(batch.position)
+    keys = image_keys(config.seed, 0, batch.position)[:, 0]
     data = config.data
     crop = jax.jit(partial(multicrop, crops=config.crops, mean=data.mean, std=data.std, dtype=jnp.float32))
     return batch, crop(keys, batch.canvas, batch.size)

@@ -1,0 +1,1 @@
+"""What measures speed. Each file runs by itself and prints a Markdown table."""

@@ -1,0 +1,112 @@
+"""What an image costs on its way in: decode on the host, all crops on the device.
+
+    python -m benchmarks.input [--repeats=20]
+
+One 500 x 375 JPEG of a photograph (scikit-image's), made into a 256 px canvas on one core; then 2 x 224 and 8 x 96
+crops of a batch of 8 canvases on the device. In the same run: the same ten crops, photometric operations included, by
+Pillow on one core, the way the reference makes them on the host.
+"""
+
+import io
+import resource
+import time
+from functools import partial
+
+import jax
+import numpy as np
+import skimage.data
+from absl import app, flags
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+from benchmarks import environment
+from configs import vits16
+from dino_jax.data.multicrop import multicrop
+from dino_jax.data.pipeline import to_canvas
+
+REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs; the median counts")
+BATCH = 8
+
+
+def photograph() -> bytes:
+    """A 500 x 375 JPEG."""
+    file = io.BytesIO()
+    Image.fromarray(skimage.data.coffee()).resize((500, 375), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    return file.getvalue()
+
+
+def cpu_milliseconds(run, repeats: int) -> float:
+    """Median processor time of this thread."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.thread_time()
+        run()
+        times.append(time.thread_time() - start)
+    return 1e3 * float(np.median(times[1:]))
+
+
+def pillow_crops(jpeg: bytes, rng: np.random.Generator) -> list[np.ndarray]:
+    """Decode and ten crops with Pillow: crop and resize, flip, jitter, grey, blur, solarize, normalise."""
+    crops = vits16.get_config().crops
+    image = Image.open(io.BytesIO(jpeg)).convert("RGB")
+    out = []
+    for view in range(2 + crops.local_number):
+        size, scale, blur = (
+            (crops.global_size, crops.global_scale, crops.global_blur[view])
+            if view < 2
+            else (crops.local_size, crops.local_scale, crops.local_blur)
+        )
+        area = image.width * image.height * rng.uniform(*scale)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = min(round((area * ratio) ** 0.5), image.width), min(round((area / ratio) ** 0.5), image.height)
+        left, top = rng.integers(0, image.width - w + 1), rng.integers(0, image.height - h + 1)
+        box = (left, top, left + w, top + h)
+        crop = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+        if rng.random() < crops.flip:
+            crop = ImageOps.mirror(crop)
+        if rng.random() < crops.jitter:
+            enhancers = [(ImageEnhance.Brightness, crops.brightness), (ImageEnhance.Contrast, crops.contrast)]
+            for enhance, strength in [*enhancers, (ImageEnhance.Color, crops.saturation)]:
+                crop = enhance(crop).enhance(rng.uniform(1 - strength, 1 + strength))
+            h, s, v = crop.convert("HSV").split()
+            shift = np.uint8(int(rng.uniform(-crops.hue, crops.hue) * 255) % 256)
+            crop = Image.merge("HSV", (Image.fromarray(np.asarray(h) + shift), s, v)).convert("RGB")
+        if rng.random() < crops.grayscale:
+            crop = crop.convert("L").convert("RGB")
+        if rng.random() < blur:
+            crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(*crops.blur_sigma)))
+        if view == 1 and rng.random() < crops.global_solarize[1]:
+            crop = ImageOps.solarize(crop)
+        out.append((np.asarray(crop, np.float32) / 255 - 0.45) / 0.22)
+    return out
+
+
+def main(argv: list[str]) -> None:
+    """Prints the table."""
+    config, jpeg, repeats = vits16.get_config(), photograph(), REPEATS.value
+    canvas, size = to_canvas(jpeg, config.data.canvas_size, 3)
+    host = cpu_milliseconds(lambda: to_canvas(jpeg, config.data.canvas_size, 3), repeats)
+    rng = np.random.default_rng(0)
+    pillow = cpu_milliseconds(lambda: pillow_crops(jpeg, rng), repeats)
+
+    arguments = {"crops": config.crops, "mean": config.data.mean, "std": config.data.std, "dtype": np.float32}
+    crop = jax.jit(partial(multicrop, **arguments))
+    keys = jax.random.split(jax.random.key(0), BATCH)
+    batch, sizes = np.stack([canvas] * BATCH), np.array([size] * BATCH, np.float32)
+    wall = 1e3 * environment.median_seconds(lambda: crop(keys, batch, sizes), repeats) / BATCH
+    before = resource.getrusage(resource.RUSAGE_SELF)
+    for _ in range(repeats):
+        jax.block_until_ready(crop(keys, batch, sizes))
+    after = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = 1e3 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / repeats / BATCH
+
+    print(f"{environment.describe()}; median of {repeats}\n")
+    print("| stage | ms per image |\n|---|---|")
+    print(f"| ours, host: JPEG -> canvas {config.data.canvas_size}, one core | {host:.2f} |")
+    print(f"| ours, device: 10 crops of a canvas, batch {BATCH}, wall | {wall:.2f} |")
+    if jax.default_backend() == "cpu":
+        print(f"| ours, device: the same, processor time of all cores | {cpu:.2f} |")
+    print(f"| Pillow, host: decode and the same 10 crops, one core | {pillow:.2f} |")
+
+
+if __name__ == "__main__":
+    app.run(main)
