@@ -45,7 +45,7 @@ def test_loss_gradient_and_center(golden):
 
         loss, grad = jax.value_and_grad(loss_fn)(student)
         np.testing.assert_allclose(loss, arrays[f"loss{i}"], rtol=1e-5)
-        np.testing.assert_allclose(grad, by_image(arrays[f"grad_student{i}"], c["ncrops"]), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(grad, by_image(arrays[f"grad_student{i}"], c["ncrops"]), rtol=1e-4, atol=1e-5)
         center = dino.update_center(center, teacher.mean((0, 1)), meta["center_momentum"])
         np.testing.assert_allclose(center, arrays[f"center_after{i}"][0], rtol=1e-5, atol=1e-6)
 
@@ -176,7 +176,7 @@ def test_trajectory(golden, rule_weights, kind):
         ours = torch_params(mean["grads"], names)
         if i == 0:
             theirs = {k.removeprefix("grad_step0/"): v for k, v in arrays.items() if k.startswith("grad_step0/")}
-            compare(ours, theirs, meta, rtol=1e-4, atol=1e-5)
+            compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
         for name, column in norms_by_name(arrays, meta, "grad_norms_before_clip").items():
             expected = arrays["grad_norms_before_clip"][i, column]
             if name in ours:
