@@ -13,8 +13,11 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initial weights, data order, crops and drop paths
     config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 a GPU, 8 GPUs]
     config.epochs = 100
-    config.accum_steps = 1  # parts that a device walks its share of the batch in; saves memory, changes no image
-    config.dtype = "auto"  # of activations: bfloat16 | float32 | auto (float32 on CPU). Parameters are float32.
+    # Parts that a device walks its share of the batch in: saves memory; batch norm sees one part at a time.
+    config.accum_steps = 1
+    # Of activations: bfloat16 | float32 | auto (float32 on CPU); parameters are float32 always. On GPU and TPU, float32
+    # products take JAX's default precision (TF32, bfloat16 passes) unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
+    config.dtype = "auto"
     config.log_every = 50  # steps
 
     config.model = ConfigDict()
@@ -100,5 +103,6 @@ def get_config() -> ConfigDict:
     config.distributed.coordinator = ""  # HOST:PORT of process 0, where nothing finds it by itself
     config.distributed.num_processes = 1
     config.distributed.process_id = 0
+    config.distributed.timeout = 300  # seconds until all processes must have met
 
     return config.lock()

@@ -7,9 +7,9 @@ def get_config():
     """Deltas from the defaults; tiny net, small batch, many steps."""
     config = default.get_config()
     config.batch_size = 32
-    config.epochs = 16
+    config.epochs = 48
     config.dtype = "float32"
-    config.log_every = 100
+    config.log_every = 200
     config.model.arch = "vit_nano"
     config.model.patch_size = 8
     config.model.in_channels = 1
@@ -20,6 +20,7 @@ def get_config():
     config.dino.teacher_momentum = 0.99
     config.optim.lr = 8e-3  # 1e-3 at batch 32
     config.optim.warmup_epochs = 1
+    config.optim.weight_decay_end = 0.04
     config.crops.global_size = 32
     config.crops.local_size = 16
     config.crops.local_number = 4
@@ -31,9 +32,10 @@ def get_config():
     config.data.workers = 0
     config.data.mean = (0.5,)
     config.data.std = (0.25,)
-    config.eval.resize = 40
-    config.eval.crop = 40
+    config.eval.resize = 32
+    config.eval.crop = 32
     config.eval.train = "demo:train:30"
     config.eval.test = "demo:test"
     config.eval.knn_every_epochs = 4
+    config.checkpoint.every_steps = 2_000
     return config

@@ -73,18 +73,21 @@ def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
 
 
 def load_backbone(path: str | Path) -> Backbone:
-    """The backbone in an `export` folder, or the teacher's in a run's workdir: of its export, else of its newest
-    intact checkpoint.
+    """The backbone in an `export` folder, or the teacher's in a run's workdir: of its export, or of its newest intact
+    checkpoint if that is of a later step.
 
     Float32, on the default device of each process. Raises UserError if the path holds neither or its files are damaged.
     """
     path = Path(path).resolve()
     # An export that was cut off between its two renames leaves the last one under its second name.
-    for folder in (path, path / "export", path / "export.previous"):
-        if (folder / "card.json").is_file():
-            return _from_export(folder)
-    if (path / "checkpoints").is_dir() and (step := newest_intact(path / "checkpoints")) is not None:
-        return _from_checkpoint(path / "checkpoints" / str(step))
+    exports = [
+        folder for folder in (path, path / "export", path / "export.previous") if (folder / "card.json").is_file()
+    ]
+    newest = newest_intact(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    if exports and (newest is None or exported_step(exports[0]) >= newest):
+        return _from_export(exports[0])
+    if newest is not None:
+        return _from_checkpoint(path / "checkpoints" / str(newest))
     raise UserError(
         f"no backbone in {path} ({_contents(path)}): give a run's workdir (with checkpoints/ or export/) "
         "or an export folder (with card.json)"
@@ -97,6 +100,16 @@ def _features(model: nn.Module, variables: dict, images: jax.Array) -> Features:
     if isinstance(model, ViT):
         return Features(cls=output[-1][:, 0], patches=output[-1][:, 1:])
     return Features(cls=output, patches=None)
+
+
+def exported_step(folder: Path) -> int:
+    """After how many steps the backbone in an export folder was taken; UserError if its card cannot be read."""
+    try:
+        return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"]["step"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'card.json'} is damaged: copy it again, or export again by resuming its run"
+        ) from error
 
 
 def _from_export(folder: Path) -> Backbone:

@@ -31,7 +31,8 @@ MANIFEST = "manifest.json"
 
 # What may change between a run and its continuation; any other key of these sections shapes the state.
 STATE_SECTIONS = ("model", "head")
-STATE_KEYS = ("optim.name", "crops.global_size")  # the size sets the grid of learnt positions
+# The size of global crops sets the grid of learnt positions; batch size and seed say what step N means.
+STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed")
 FREE_KEYS = ("model.drop_path_rate", "model.remat")
 
 
@@ -44,7 +45,13 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> ocp.CheckpointManager:
     """
     if checkpoint.keep_last < 1:
         raise UserError(f"checkpoint.keep_last is {checkpoint.keep_last}: a run needs its newest; set it to 1 or more")
+    if "://" in str(workdir):
+        raise UserError(f"--workdir={workdir} is no local path: mount the bucket and give the mounted path")
     directory = Path(workdir).resolve() / "checkpoints"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to --workdir={workdir} ({error.strerror}): give another folder") from error
 
     def write_manifest_of_save_in_progress():
         # Orbax calls this on process 0 when all data is written and before the checkpoint counts as finished, so there
@@ -191,8 +198,8 @@ def export(folder: str | Path, params: Any, batch_stats: Any, card: Mapping) -> 
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `folder/manifest.json`: the SHA-256 of each file in folder's subfolders, by relative path."""
-    files = sorted(path for path in folder.glob("*/**/*") if path.is_file())
+    """Writes `folder/manifest.json`: the SHA-256 of the card and of each file in folder's subfolders, by its path."""
+    files = sorted(path for pattern in ("card.json", "*/**/*") for path in folder.glob(pattern) if path.is_file())
     _write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
 
 
@@ -246,8 +253,10 @@ def _state_settings(config: Mapping) -> dict[str, Any]:
     """The settings that shape the state, by dotted name."""
     settings = {f"{section}.{key}": value for section in STATE_SECTIONS for key, value in config[section].items()}
     for name in STATE_KEYS:
-        section, key = name.split(".")
-        settings[name] = config[section][key]
+        value = config
+        for key in name.split("."):
+            value = value[key]
+        settings[name] = value
     return {name: value for name, value in settings.items() if name not in FREE_KEYS}
 
 
@@ -257,7 +266,7 @@ def _require_same_state(saved: Mapping, current: Mapping, folder: Any) -> None:
     if different:
         changes = ", ".join(f"{name} is {current[name]!r}, there {saved[name]!r}" for name in different)
         raise UserError(
-            f"checkpoint {folder} is of another model: {changes}; use another --workdir or the checkpoint's settings"
+            f"checkpoint {folder} is of another run: {changes}; use another --workdir or the checkpoint's settings"
         )
 
 

@@ -5,20 +5,124 @@ from dino_jax.models import RESNETS, VITS
 from dino_jax.optimizers import OPTIMIZERS
 from dino_jax.schedules import TEACHER_UPDATES
 
+CHOICES = {
+    "model.arch": (*VITS, *RESNETS),
+    "optim.name": OPTIMIZERS,
+    "dino.teacher_update": TEACHER_UPDATES,
+    "dtype": ("auto", "float32", "bfloat16"),
+}
+AT_LEAST = {
+    "seed": 0,
+    "batch_size": 1,
+    "epochs": 1,
+    "accum_steps": 1,
+    "log_every": 1,
+    "model.patch_size": 1,
+    "model.in_channels": 1,
+    "head.out_dim": 1,
+    "head.hidden_dim": 1,
+    "head.bottleneck_dim": 1,
+    "head.layers": 1,
+    "optim.clip_grad": 0,
+    "optim.warmup_epochs": 0,
+    "optim.freeze_last_layer_epochs": 0,
+    "crops.local_number": 0,
+    "data.canvas_size": 1,
+    "data.workers": 0,
+    "eval.batch_size": 1,
+    "eval.k": 1,
+    "eval.knn_every_epochs": 0,
+    "checkpoint.every_steps": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every_steps": 0,
+}
+POSITIVE = ("dino.student_temp", "dino.teacher_temp", "dino.warmup_teacher_temp")
+PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")  # of config.crops; then pairs of them, and of numbers
+PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
+RANGES = ("global_scale", "local_scale", "blur_sigma")
+
 
 def check_config(config, devices: int) -> None:
     """Raises UserError for the first setting that cannot work on this many devices."""
-    model, crops = config.model, config.crops
-    _one_of("model.arch", model.arch, [*VITS, *RESNETS])
-    _one_of("optim.name", config.optim.name, OPTIMIZERS)
-    _one_of("dino.teacher_update", config.dino.teacher_update, TEACHER_UPDATES)
-    _one_of("dtype", config.dtype, ("auto", "float32", "bfloat16"))
-    for name in ("batch_size", "epochs", "accum_steps", "log_every"):
-        _at_least_1(name, config[name])
-    for name in ("model.patch_size", "model.in_channels", "head.out_dim", "head.layers", "checkpoint.every_steps"):
-        section, key = name.split(".")
-        _at_least_1(name, config[section][key])
+    if not config.data.source:
+        raise UserError("data.source is not set: give --config.data.source=folder:PATH (or tfds:NAME, demo)")
+    _check_values(config)
+    _check_crops(config.crops)
+    _check_channels(config)
+    _check_model(config)
+    _check_batch(config, devices)
+    if config.optim.warmup_epochs >= config.epochs:
+        raise UserError(
+            f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of {config.epochs} epochs: "
+            f"set --config.optim.warmup_epochs below {config.epochs}"
+        )
+    if config.eval.crop > config.eval.resize:
+        raise UserError(
+            f"eval.crop {config.eval.crop} is larger than eval.resize {config.eval.resize}: "
+            f"set --config.eval.resize to {config.eval.crop} or more"
+        )
 
+
+def _check_values(config) -> None:
+    for name, options in CHOICES.items():
+        if (value := _get(config, name)) not in options:
+            raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
+    for name, least in AT_LEAST.items():
+        if (value := _get(config, name)) < least:
+            raise UserError(f"{name} is {value}: set --config.{name} to {least} or more")
+    for name in POSITIVE:
+        if (value := _get(config, name)) <= 0:
+            raise UserError(f"{name} is {value}: set --config.{name} above 0")
+    if not 0 <= (rate := config.model.drop_path_rate) < 1:
+        raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more, below 1")
+
+
+def _check_crops(crops) -> None:
+    for key in (*PROBABILITIES, *PAIRS_OF_PROBABILITIES, *RANGES):
+        values = (crops[key],) if key in PROBABILITIES else tuple(crops[key])
+        if key not in PROBABILITIES and len(values) != 2:
+            raise UserError(f"crops.{key} has {len(values)} values: set --config.crops.{key} to two, like '(0.1,1.0)'")
+        if key in RANGES and not 0 < values[0] <= values[1]:
+            raise UserError(
+                f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number above 0"
+            )
+        if key not in RANGES and not all(0 <= value <= 1 for value in values):
+            raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities, 0 to 1")
+
+
+def _check_channels(config) -> None:
+    for key in ("mean", "std"):
+        if len(config.data[key]) != config.model.in_channels:
+            raise UserError(
+                f"data.{key} has {len(config.data[key])} values for model.in_channels={config.model.in_channels}: "
+                f"set --config.data.{key} to one value a channel"
+            )
+    if min(config.data.std) <= 0:
+        raise UserError(f"data.std is {tuple(config.data.std)}: set --config.data.std to values above 0")
+
+
+def _check_model(config) -> None:
+    model, crops = config.model, config.crops
+    if model.arch in RESNETS:
+        if model.drop_path_rate:
+            raise UserError(f"{model.arch} has no drop path: set --config.model.drop_path_rate=0")
+        if model.remat:
+            raise UserError(f"{model.arch} has no rematerialisation: set --config.model.remat=False")
+        return
+    sizes = {"crops.global_size": crops.global_size, "eval.crop": config.eval.crop}
+    if crops.local_number:
+        sizes["crops.local_size"] = crops.local_size
+    for name, size in sizes.items():
+        patch = model.patch_size
+        if size % patch or size < patch:
+            below = max(size // patch, 1) * patch
+            raise UserError(
+                f"{name} {size} is not a multiple of the patch size {patch}: "
+                f"set --config.{name} to {below} or {below + patch}"
+            )
+
+
+def _check_batch(config, devices: int) -> None:
     share = devices * config.accum_steps
     if config.batch_size % share:
         below = config.batch_size // share * share
@@ -26,44 +130,8 @@ def check_config(config, devices: int) -> None:
         parts = f"{devices} devices" + (f" x {config.accum_steps} accum_steps" if config.accum_steps > 1 else "")
         raise UserError(f"batch {config.batch_size} does not divide over {parts}: set --config.batch_size to {options}")
 
-    if model.arch in VITS:
-        for key in ("global_size", "local_size"):
-            if key == "local_size" and not crops.local_number:
-                continue
-            _multiple_of_patch(f"crops.{key}", crops[key], model.patch_size)
-        _multiple_of_patch("eval.crop", config.eval.crop, model.patch_size)
-    elif model.drop_path_rate:
-        raise UserError(f"{model.arch} has no drop path: set --config.model.drop_path_rate=0")
 
-    for key in ("mean", "std"):
-        if len(config.data[key]) != model.in_channels:
-            raise UserError(
-                f"data.{key} has {len(config.data[key])} values for model.in_channels={model.in_channels}: "
-                f"set --config.data.{key} to one value a channel"
-            )
-    if config.optim.warmup_epochs >= config.epochs:
-        raise UserError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of {config.epochs} epochs: "
-            f"set --config.optim.warmup_epochs below {config.epochs}"
-        )
-    if not config.data.source:
-        raise UserError("data.source is not set: give --config.data.source=folder:PATH (or tfds:NAME, demo)")
-
-
-def _one_of(name: str, value: str, options) -> None:
-    if value not in options:
-        raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
-
-
-def _at_least_1(name: str, value: int) -> None:
-    if value < 1:
-        raise UserError(f"{name} is {value}: set --config.{name} to 1 or more")
-
-
-def _multiple_of_patch(name: str, size: int, patch: int) -> None:
-    if size % patch or size < patch:
-        below = max(size // patch, 1) * patch
-        raise UserError(
-            f"{name} {size} is not a multiple of the patch size {patch}: "
-            f"set --config.{name} to {below} or {below + patch}"
-        )
+def _get(config, name: str):
+    for key in name.split("."):
+        config = config[key]
+    return config

@@ -9,20 +9,19 @@ for k-NN. Beside it stand the whole bank, raw pixels and the untrained network. 
 import json
 import os
 import statistics
+from functools import partial
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import flags
 
 from dino_jax import cli, train_loop
 from dino_jax.backbone import Backbone, load_backbone
 from dino_jax.checkpoints import versions
 from dino_jax.data import demo_images
-from dino_jax.data.pipeline import eval_batches
 from dino_jax.data.sources import open_source
 from dino_jax.evals.attention import evaluate_masks
-from dino_jax.evals.features import extract, extract_pixels
+from dino_jax.evals.features import raw_pixels, tabulate
 from dino_jax.evals.knn import knn_accuracy
 from dino_jax.sharding import make_mesh
 
@@ -39,10 +38,13 @@ def main(argv: list[str]) -> None:
     config, workdir = CONFIG.value, Path(WORKDIR.value)
     if "XLA_FLAGS" not in os.environ:  # one device a core: a tiny net's operations are too small to share cores
         jax.config.update("jax_num_cpu_devices", _most_devices(config.batch_size))
-    train_loop.train(config, workdir)
+    state = train_loop.train(config, workdir)
+    if int(state.step) < config.epochs * train_loop.check_enough_images(open_source(config.data.source), config):
+        return  # stopped by a signal: nothing to report yet
 
     trained = load_backbone(workdir)
-    report = knn_report(config, trained, untrained(config, trained)) | attention_report(config, trained, workdir)
+    initial = untrained(config, trained)
+    report = knn_report(config, trained, initial) | attention_report(trained, initial, workdir)
     report["images_per_second"] = training_rate(workdir / "metrics.jsonl")
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     report["versions"] = versions()
@@ -63,22 +65,22 @@ def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
     mesh, k = make_mesh(), config.eval.k
     report: dict = {"k": k, "bank": config.eval.train, "bank_full": config.data.source, "test": config.eval.test}
     for suffix, bank in (("", config.eval.train), ("_full_bank", config.data.source)):
-        sources = open_source(bank), open_source(config.eval.test)
+        sources = {"bank": open_source(bank), "queries": open_source(config.eval.test)}
         for name, backbone in (("knn_top1_pixels", None), ("knn_top1_init", initial), ("knn_top1", trained)):
-            train, test = (_features(source, backbone, config, mesh) for source in sources)
+            train, test = (_features(source, what, backbone, config, mesh) for what, source in sources.items())
             rows = train.features, train.labels, test.features, test.labels
-            report[name + suffix] = knn_accuracy(*rows, (k,), num_classes=sources[0].num_classes, mesh=mesh)[k][0]
+            report[name + suffix] = knn_accuracy(*rows, (k,), num_classes=sources["bank"].num_classes, mesh=mesh)[k][0]
     return report
 
 
-def attention_report(config, trained: Backbone, workdir: Path) -> dict:
+def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict:
     """Mean Jaccard index of the best head's mask with the exact garment, and the picture."""
     images = demo_images.demo_images("test")[:ATTENTION_IMAGES]
     masks = demo_images.demo_masks("test")[:ATTENTION_IMAGES]
-    settings = {"upscale": ATTENTION_UPSCALE}
+    score = partial(evaluate_masks, images=images, objects=masks, upscale=ATTENTION_UPSCALE)
     return {
-        "attention_jaccard": evaluate_masks(trained, images, masks, workdir / "attention.png", **settings),
-        "attention_jaccard_init": evaluate_masks(untrained(config, trained), images, masks, **settings),
+        "attention_jaccard": score(trained, sheet=workdir / "attention.png"),
+        "attention_jaccard_init": score(initial),
         "attention_images": len(images),
     }
 
@@ -104,19 +106,23 @@ def table(report: dict, config) -> str:
     )
 
 
-def _features(source, backbone: Backbone | None, config, mesh):
+def _features(source, what: str, backbone: Backbone | None, config, mesh):
     """Features of a source, of its raw pixels (0 to 1) without a backbone."""
-    with eval_batches(
+    channels = config.model.in_channels
+    pixels = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    as_trained = {"mean": config.data.mean, "std": config.data.std}
+    return tabulate(
+        backbone.model.apply if backbone else raw_pixels,
+        backbone.variables if backbone else {},
         source,
+        what,
+        mesh,
         batch_size=config.eval.batch_size,
         resize=config.eval.resize,
         crop=config.eval.crop,
-        channels=config.model.in_channels,
-    ) as batches:
-        if backbone is None:
-            zeros = np.zeros(config.model.in_channels)
-            return extract_pixels(batches, mesh, mean=zeros, std=zeros + 1)
-        return extract(backbone.model.apply, backbone.variables, batches, mesh, config.data.mean, config.data.std)
+        channels=channels,
+        **(as_trained if backbone else pixels),
+    )
 
 
 def _most_devices(batch_size: int) -> int:

@@ -64,7 +64,7 @@ class Logger:
         self._first_line = True
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        _drop_after(workdir / "metrics.jsonl", start_step)
+        _drop_after(workdir / "metrics.jsonl", start_step if start_step else -1)  # a fresh run logs step 0 itself
         self._jsonl = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
         self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
 

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax import cli
+from dino_jax.checks import check_config
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import open_source
@@ -27,6 +28,7 @@ GAP, LABEL_HEIGHT, MIN_TILE = 4, 24, 96
 
 def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
     """The first `images` images of the config's first step as canvases, and their crops in that step (float32)."""
+    check_config(config, devices=1)
     source = open_source(config.data.source)
     if not 0 < images <= len(source):
         raise UserError(f"--images={images}: config.data.source has {len(source)}, set it to between 1 and that")
@@ -38,7 +40,7 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
         seed=config.seed,
     ) as batches:
         batch = next(batches)
-    keys = image_keys(config.seed, 0, batch.position)[:, 0]
+    keys = image_keys(config.seed, jnp.int32(0), jnp.asarray(batch.position))[:, 0]
     data = config.data
     crop = jax.jit(partial(multicrop, crops=config.crops, mean=data.mean, std=data.std, dtype=jnp.float32))
     return batch, crop(keys, batch.canvas, batch.size)

@@ -3,6 +3,7 @@
 import math
 import signal
 import time
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -16,11 +17,11 @@ from ml_collections import ConfigDict
 from dino_jax import checkpoints, dino, metrics, schedules, sharding
 from dino_jax.checks import check_config
 from dino_jax.data.multicrop import multicrop
-from dino_jax.data.pipeline import Batch, eval_batches, train_batches
+from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.evals.features import extract
-from dino_jax.evals.knn import knn_accuracy
+from dino_jax.evals import knn
+from dino_jax.evals.features import tabulate
 from dino_jax.models import DINOHead, build_backbone
 
 
@@ -33,13 +34,13 @@ class DeviceBatch(NamedTuple):
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
-    """Pretrains, or goes on where `workdir` stopped, and returns the final state.
+    """Pretrains, or goes on where `workdir` stopped, and returns the state at the end or at a signal to stop.
 
-    Raises UserError for what the user can mend: settings, data, a workdir of another model, a loss that is not finite.
+    Raises UserError for what the user can mend: settings, data, a workdir of another run, a loss that is not finite.
     """
     sharding.initialize(config.distributed)
     check_config(config, jax.device_count())
-    source = open_source(config.data.source)
+    source = sharding.on_every_process(lambda: open_source(config.data.source), size=len)
     steps_per_epoch = check_enough_images(source, config)
     total_steps = config.epochs * steps_per_epoch
     mesh = sharding.make_mesh()
@@ -59,19 +60,20 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
         with batches_from(start, source, config) as batches:
             for done in range(start + 1, total_steps + 1):
                 state = run.step(state, batches, done)
-                stopping = stop.requested(done)
                 finished = done == total_steps
+                stopping = not finished and stop.requested(done % config.log_every == 0)
                 if finished or stopping or done % config.checkpoint.every_steps == 0:
-                    run.require_finite()  # nothing broken is ever saved
+                    run.settle()  # nothing broken is ever saved
                     checkpoints.save(manager, done, state, config)
-                    export_teacher(workdir, state, config)
-                if finished or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
-                    evaluate(state)
-                    run.rate.reset()
-                if stopping and not finished:
+                if stopping:
                     logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
                     break
+                if finished or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
+                    run.settle()
+                    evaluate(state)
+                    run.rate.reset()
         manager.wait_until_finished()
+        export_teacher(workdir, state, config)
         logger.close()
     return state
 
@@ -86,7 +88,8 @@ class Run:
         self._flops_per_image = flops_per_image(recipe)
         self._peak = metrics.peak_flops(jax.devices()[0])
         self._bad: set[int] = set()
-        self._last: tuple | None = None  # (step, metrics, images) that has not been looked at
+        self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not looked at
+        self._started = time.perf_counter()
         self._compiled = False
 
     def step(self, state: dino.TrainState, batches, done: int) -> dino.TrainState:
@@ -94,34 +97,40 @@ class Run:
         with self.rate.waiting():
             batch = next(batches)
         self._note_bad(batch)
-        started = time.perf_counter()
         arrays = DeviceBatch(batch.canvas, batch.size, batch.position)
-        state, scalars = self._train_step(state, sharding.shard_batch(arrays, self._mesh))
-        self.require_finite()
-        self._last = (done, scalars, batch.index)
-        self.rate.add(self._config.batch_size)
-        if not self._compiled:
-            jax.block_until_ready(scalars)
-            self._logger.info(f"first step, with compilation: {time.perf_counter() - started:.1f} s")
-            self._compiled = True
-            self.rate.reset()
-        elif done % self._config.log_every == 0:
-            self._logger.log(done, {name: float(value) for name, value in scalars.items()} | self._speed())
+        with readable_out_of_memory():
+            state, scalars = self._train_step(state, sharding.shard_batch(arrays, self._mesh))
+            self.settle()
+            self._running = done, scalars, batch.index
+            if not self._compiled:
+                self.settle()
         return state
 
-    def require_finite(self) -> None:
-        """Raises UserError if the last dispatched step's loss is not finite, naming the step and its images."""
-        if self._last is None:
+    def settle(self) -> None:
+        """Waits for the last dispatched step, checks it and logs it if due.
+
+        Raises UserError if its loss, its gradient or the parameters after it are not finite.
+        """
+        if self._running is None:
             return
-        step, scalars, index = self._last
-        self._last = None
-        loss, grad_norm = float(scalars["loss"]), float(scalars["grad_norm"])
-        if not math.isfinite(loss):
+        (done, scalars, index), self._running = self._running, None
+        values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+        broken = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])]
+        if broken:
             names = ", ".join(self._source.name(int(i)) for i in index)
             raise UserError(
-                f"loss is {loss} at step {step:,} (gradient norm {grad_norm:.3g}): the last checkpoint is kept; "
-                f"try a lower --config.optim.lr or --config.dtype=float32; its images: {names}"
+                f"{broken[0]} is {values[broken[0]]} at step {done:,} (loss {values['loss']:.4g}, gradient norm "
+                f"{values['grad_norm']:.3g}): the last checkpoint is kept; try a lower --config.optim.lr or "
+                f"--config.dtype=float32; its images: {names}"
             )
+        self.rate.add(self._config.batch_size)
+        speed = self._speed() if self._compiled and done % self._config.log_every == 0 else {}
+        if done % self._config.log_every == 0:
+            self._logger.log(done, values | speed)
+        if not self._compiled:
+            self._compiled = True
+            self._logger.info(f"first step, with compilation: {time.perf_counter() - self._started:.1f} s")
+            self.rate.reset()
 
     def _speed(self) -> dict[str, float]:
         speed = self.rate.read()
@@ -135,7 +144,8 @@ class Run:
             if record not in self._bad:
                 self._bad.add(record)
                 name = self._source.name(record)
-                self._logger.info(f"cannot decode {name}: another image stands in for it ({len(self._bad)} so far)")
+                # Each process knows only of its own share of the images.
+                print(f"cannot decode {name}: another image stands in for it ({len(self._bad)} so far)", flush=True)
         limit = self._config.data.max_bad_fraction
         if len(self._bad) > limit * len(self._source):
             names = ", ".join(self._source.name(record) for record in sorted(self._bad)[:20])
@@ -143,6 +153,20 @@ class Run:
                 f"{len(self._bad)} of {len(self._source):,} images cannot be decoded, more than data.max_bad_fraction="
                 f"{limit} allows: mend or remove them, or raise --config.data.max_bad_fraction; the first: {names}"
             )
+
+
+@contextmanager
+def readable_out_of_memory():
+    """Turns XLA's page about a full device into one line."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"out of device memory ({str(error).splitlines()[0][:200]}): set a smaller --config.batch_size, "
+            "--config.accum_steps=2 or more, or --config.model.remat=True"
+        ) from error
 
 
 class StopSignal:
@@ -163,11 +187,11 @@ class StopSignal:
         self._received = True
         signal.signal(number, self._previous[number])
 
-    def requested(self, step: int) -> bool:
-        """Whether to stop after this step; all processes get the same answer."""
-        if jax.process_count() > 1:  # JAX agrees on a step that none has passed
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self._received
+    def requested(self, agree: bool) -> bool:
+        """Whether to stop now. Several processes decide together, in the steps in which all say `agree`."""
+        if jax.process_count() == 1:
+            return self._received
+        return agree and bool(multihost_utils.process_allgather(np.int32(self._received)).any())
 
 
 def check_enough_images(source: Source, config: ConfigDict) -> int:
@@ -241,33 +265,49 @@ def knn_evaluation(recipe: dino.Recipe, source: Source, mesh: jax.sharding.Mesh,
     if not config.eval.knn_every_epochs or not config.eval.test:
         logger.info("no k-NN while training: eval.test or eval.knn_every_epochs is not set")
         return lambda state: None
-    bank = open_source(config.eval.train) if config.eval.train else source
-    queries = open_source(config.eval.test)
+    bank = sharding.on_every_process(lambda: open_source(config.eval.train), size=len) if config.eval.train else source
+    queries = sharding.on_every_process(lambda: open_source(config.eval.test), size=len)
     if not (bank.num_classes and queries.num_classes):
         logger.info("no k-NN while training: eval.train or eval.test has no labels")
         return lambda state: None
 
-    def table(source, variables):
-        with eval_batches(
+    knn.check_classes(bank, queries)
+    apply = recipe.network.backbone.apply
+
+    def both(variables, images):
+        """Features of teacher and student side by side, so that each image is read once."""
+        features: list = [apply(variables[who], images) for who in ("teacher", "student")]
+        return jnp.concatenate(features, axis=-1)
+
+    def table(source, variables, what):
+        return tabulate(
+            both,
+            variables,
             source,
+            what,
+            mesh,
             batch_size=config.eval.batch_size,
             resize=config.eval.resize,
             crop=config.eval.crop,
             channels=config.model.in_channels,
+            mean=config.data.mean,
+            std=config.data.std,
             workers=config.data.workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ) as batches:
-            return extract(recipe.network.backbone.apply, variables, batches, mesh, config.data.mean, config.data.std)
+        )
 
     def evaluate(state):
+        variables = {
+            "teacher": {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]},
+            "student": {"params": state.student["backbone"], "batch_stats": state.student_stats["backbone"]},
+        }
+        train, test = table(bank, variables, "k-NN bank"), table(queries, variables, "k-NN queries")
         scalars = {}
-        for who in ("teacher", "student"):
-            params, stats = getattr(state, who)["backbone"], getattr(state, f"{who}_stats")["backbone"]
-            train, test = (table(s, {"params": params, "batch_stats": stats}) for s in (bank, queries))
-            rows = train.features, train.labels, test.features, test.labels
-            top1, _ = knn_accuracy(*rows, (config.eval.k,), num_classes=bank.num_classes, mesh=mesh)[config.eval.k]
-            scalars[f"knn_top1_{who}"] = top1
+        for i, who in enumerate(variables):
+            rows, answers = (np.split(t.features, 2, axis=1)[i] for t in (train, test))
+            accuracy = knn.knn_accuracy(
+                rows, train.labels, answers, test.labels, (config.eval.k,), num_classes=bank.num_classes, mesh=mesh
+            )
+            scalars[f"knn_top1_{who}"] = accuracy[config.eval.k][0]
         logger.log(int(state.step), scalars)
 
     return evaluate
@@ -278,6 +318,8 @@ def describe(recipe: dino.Recipe, state: dino.TrainState, source: Source, steps_
     config, device = recipe.config, jax.devices()[0]
     count = sum(x.size for x in jax.tree.leaves(state.student["backbone"]))
     resumed = f"; resuming after step {start:,}" if start else ""
+    if start >= config.epochs * steps_per_epoch:
+        resumed += ", which is the last: nothing left to train"
     uniform = math.log(config.head.out_dim)
     return (
         f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "

@@ -34,6 +34,8 @@ def config(arch="vit_nano", channels=3):
             "crops": {"global_size": 32},
             "data": {"source": "demo", "mean": MEAN[:channels], "std": STD[:channels]},
             "eval": {"resize": 36, "crop": 32},
+            "seed": 0,
+            "batch_size": 16,
             "checkpoint": {"keep_last": 2, "keep_every_steps": 0},
         }
     )

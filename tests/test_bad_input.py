@@ -35,6 +35,19 @@ ROOT = Path(__file__).parent.parent
         ({"optim__warmup_epochs": 2}, r"optim.warmup_epochs 2 leaves nothing of 2 epochs"),
         ({"model__arch": "resnet18", "model__drop_path_rate": 0.1}, r"resnet18 has no drop path"),
         ({"data__source": ""}, r"data.source is not set"),
+        ({"seed": -1}, r"seed is -1: set --config.seed to 0 or more"),
+        ({"crops__global_scale": (0.4,)}, r"crops.global_scale has 1 values"),
+        ({"crops__local_scale": (0.4, 0.1)}, r"crops.local_scale is \(0.4, 0.1\).*a smaller"),
+        ({"crops__global_blur": (1.0,)}, r"crops.global_blur has 1 values: .* to two"),
+        ({"crops__flip": 50.0}, r"crops.flip is 50.0.*probabilities"),
+        ({"crops__local_number": -1}, r"crops.local_number is -1: set --config.crops.local_number to 0 or more"),
+        ({"data__canvas_size": 0}, r"data.canvas_size is 0"),
+        ({"data__std": (0.0,)}, r"data.std is \(0.0,\).*above 0"),
+        ({"dino__student_temp": 0.0}, r"dino.student_temp is 0.0: set --config.dino.student_temp above 0"),
+        ({"model__drop_path_rate": 1.0}, r"model.drop_path_rate is 1.0.*below 1"),
+        ({"eval__crop": 48}, r"eval.crop 48 is larger than eval.resize 40: set --config.eval.resize to 48 or more"),
+        ({"model__arch": "resnet18", "model__remat": True}, r"resnet18 has no rematerialisation"),
+        ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last is 0"),
     ],
 )
 def test_settings(changes, message):
@@ -56,7 +69,7 @@ def test_settings_that_work_pass():
         ("photos", "expected folder:PATH"),
     ],
 )
-def test_data(tmp_path, source, message):
+def test_data_sources(tmp_path, source, message):
     with pytest.raises(UserError, match=message):
         train_loop.train(tiny_config(data__source=source.format(tmp=tmp_path)), tmp_path / "run")
 
@@ -71,6 +84,9 @@ def test_data(tmp_path, source, message):
         (["--config=configs/vits16.py"], "--workdir is missing"),
         (["--config=configs/vits16.py", "--workdir={tmp}"], "data.source is not set"),
         (["train"], "'train' is no flag"),
+        (["--config=configs/demo.py", "--workdir=README.md"], "can't write to --workdir=README.md"),
+        (["--config=configs/demo.py", "--workdir=gs://bucket/a"], "mount the bucket"),
+        (["--config=configs/demo.py", "--workdir={tmp}", "--config.distributed.num_processes=2"], "=HOST:PORT"),
     ],
 )
 def test_command_line(tmp_path, flags, message):

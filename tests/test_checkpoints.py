@@ -35,6 +35,8 @@ def config(**changes):
             "crops": {"global_size": 32, "global_scale": (0.4, 1.0)},
             "data": {"source": "demo", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
             "eval": {"resize": 36, "crop": 32},
+            "seed": 0,
+            "batch_size": 16,
             "checkpoint": {"keep_last": 2, "keep_every_steps": 0},
         }
     )

@@ -179,8 +179,7 @@ def test_trajectory(golden, rule_weights, kind):
             compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
         for name, column in norms_by_name(arrays, meta, "grad_norms_before_clip").items():
             expected = arrays["grad_norms_before_clip"][i, column]
-            if name in ours:
-                np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
+            np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
 
         state, metrics = step(state, batch)
         for key, theirs in [("loss", "loss"), ("lr", "lr"), ("weight_decay", "wd"), ("teacher_momentum", "momentum")]:
@@ -188,10 +187,11 @@ def test_trajectory(golden, rule_weights, kind):
         np.testing.assert_allclose(state.center, arrays[f"center_step{i}"][0], rtol=1e-4, atol=1e-4)
         for who in ("student", "teacher"):
             ours = torch_params(getattr(state, who), names)
+            if meta["norm_last_layer"]:  # no parameter of ours, the constant 1 there
+                ours["head.last_layer.weight_g"] = np.ones(meta["shapes"]["head.last_layer.weight_g"])
             for name, column in norms_by_name(arrays, meta, who).items():
-                if name in ours:
-                    expected = arrays[f"{who}_norms_step{i}"][column]
-                    np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
+                expected = arrays[f"{who}_norms_step{i}"][column]
+                np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
 
     for who in ("student", "teacher"):
         theirs = {k.removeprefix(f"{who}/"): v for k, v in arrays.items() if k.startswith(f"{who}/")}

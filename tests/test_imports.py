@@ -31,7 +31,7 @@ MAY_IMPORT = {
         "checks",
         *LOW,
     },
-    "preview": {"data", "dino", "cli", *LOW},
+    "preview": {"data", "dino", "cli", "checks", *LOW},
     "demo": {"train_loop", "backbone", "checkpoints", "data", "evals", "sharding", "cli"},
 }
 

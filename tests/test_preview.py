@@ -46,7 +46,7 @@ def test_command_writes_a_picture(tmp_path):
         f"--config.data.source=folder:{tmp_path}",
         "--config.data.canvas_size=32",
         "--config.crops.global_size=112",
-        "--config.crops.local_size=12",
+        "--config.crops.local_size=16",
         "--config.crops.local_number=2",
         f"--output={output}",
         "--images=3",

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 
 from dino_jax.data import photometric
-from dino_jax.errors import UserError
 
 GLOBAL_CROPS = 2
 ATTEMPTS = 10
@@ -65,10 +64,8 @@ def multicrop(
       std: C values, likewise.
       dtype: of the result; all arithmetic before is float32.
 
-    Raises:
-      UserError: a setting has the wrong number of values.
+    `checks.check_config` says what is wrong with `crops`, mean and std.
     """
-    _check(canvas.shape[-1], crops, mean, std)
     local = crops.local_number
     groups = (
         Group(0, crops.global_size, crops.global_scale, crops.global_blur, crops.global_solarize),
@@ -83,18 +80,6 @@ def multicrop(
         return (jnp.swapaxes(images, 3, 4) * slope - offset).astype(dtype)
 
     return Crops(*map(normalized, groups))
-
-
-def _check(channels: int, crops: Any, mean: Sequence[float], std: Sequence[float]) -> None:
-    expected = {
-        "data.mean": (mean, channels, "channel"),
-        "data.std": (std, channels, "channel"),
-        "crops.global_blur": (crops.global_blur, GLOBAL_CROPS, "global crop"),
-        "crops.global_solarize": (crops.global_solarize, GLOBAL_CROPS, "global crop"),
-    }
-    for name, (values, number, what) in expected.items():
-        if len(values) != number:
-            raise UserError(f"config.{name} has {len(values)} values: give {number}, one per {what}")
 
 
 def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Group, crops: Any) -> jax.Array:

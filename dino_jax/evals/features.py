@@ -12,7 +12,9 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from dino_jax.data.pipeline import EvalBatch
+from dino_jax.data.pipeline import EvalBatch, eval_batches
+from dino_jax.data.sources import Source
+from dino_jax.errors import UserError
 from dino_jax.sharding import replicate, shard_batch
 
 # Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
@@ -25,6 +27,50 @@ class FeatureTable(NamedTuple):
     features: np.ndarray  # float32 [N, D]
     labels: np.ndarray  # int32 [N], -1 where unlabelled
     records: np.ndarray  # int32 [N], record number in the source
+
+
+def tabulate(
+    apply_fn: Callable,
+    variables,
+    source: Source,
+    what: str,
+    mesh: Mesh,
+    *,
+    batch_size: int,
+    resize: int,
+    crop: int,
+    channels: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    workers: int = 0,
+) -> FeatureTable:
+    """Features of every image of a source: read, cropped, extracted (see `eval_batches` and `extract`).
+
+    Says on stderr how far it is and which images could not be decoded, calling the source `what`. All processes call it
+    and get the whole table. Raises UserError if not one image can be decoded.
+    """
+    with eval_batches(
+        source,
+        batch_size=batch_size,
+        resize=resize,
+        crop=crop,
+        channels=channels,
+        workers=workers,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ) as batches:
+        table = extract(apply_fn, variables, progress(batches, len(source), what), mesh, mean, std)
+    if bad := np.setdiff1d(np.arange(len(source)), table.records).tolist():
+        names = ", ".join(source.name(i) for i in bad[:5]) + ", ..." * (len(bad) > 5)
+        print(f"{what}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
+    if not len(table.records):
+        raise UserError(f"{what}: not one of its {len(source):,} images can be decoded")
+    return table
+
+
+def raw_pixels(variables, images: jax.Array) -> jax.Array:
+    """An apply_fn for `extract`: the pixels themselves as features [b, H*W*C], what any learnt feature has to beat."""
+    return images.reshape(len(images), -1)
 
 
 def extract(
@@ -62,13 +108,6 @@ def extract(
     return _gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
 
 
-def extract_pixels(
-    batches: Iterable[EvalBatch], mesh: Mesh, mean: Sequence[float], std: Sequence[float]
-) -> FeatureTable:
-    """The normalised pixels themselves as features [N, H*W*C]: what any learnt feature has to beat."""
-    return extract(_flatten, {}, batches, mesh, mean, std)
-
-
 def progress(batches: Iterable[EvalBatch], total: int, what: str, every: float = 10.0) -> Iterator[EvalBatch]:
     """Passes batches on and says on stderr, every so many seconds, how far, how fast and how long still."""
     start = said = time.monotonic()
@@ -87,10 +126,6 @@ def progress(batches: Iterable[EvalBatch], total: int, what: str, every: float =
 def _forward(apply_fn, variables, images, mean, std):
     """uint8 [b, H, W, C] split over the devices -> float32 [b, D], split alike."""
     return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
-
-
-def _flatten(variables, images):
-    return images.reshape(len(images), -1)
 
 
 def _fetch(output: jax.Array, n: int) -> np.ndarray:

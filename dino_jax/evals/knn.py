@@ -1,7 +1,6 @@
 """Weighted nearest neighbours (Wu et al., CVPR 2018), the measure that needs no training: DINO's first figure."""
 
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -14,10 +13,9 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections.config_dict import placeholder
 
 from dino_jax.backbone import Backbone
-from dino_jax.data.pipeline import eval_batches
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.evals.features import FeatureTable, extract, progress
+from dino_jax.evals.features import tabulate
 from dino_jax.sharding import AXES, BATCH, REPLICATED, make_mesh, replicate
 
 # Chunks bound the memory of a step: similarities are [QUERY_CHUNK, BANK_CHUNK] float32 on a device.
@@ -51,11 +49,26 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         UserError: a source is missing, has no labels or not the same classes as the other, or k exceeds its images.
     """
     train, test = (_labelled(config[split], split) for split in ("train", "test"))
-    _check_classes(train, test)
+    check_classes(train, test)
     _check_votes(config.k, config.temperature, len(train))
-    start, mesh = time.monotonic(), make_mesh()
+    if config.batch_size < 1:
+        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
+    start, mesh, as_trained = time.monotonic(), make_mesh(), backbone.card["preprocessing"]
     bank, queries = (
-        _table(backbone, config, source, mesh, split) for source, split in ((train, "train"), (test, "test"))
+        tabulate(
+            backbone.model.apply,
+            backbone.variables,
+            source,
+            split,
+            mesh,
+            batch_size=config.batch_size,
+            channels=backbone.config["in_channels"],
+            mean=as_trained["mean"],
+            std=as_trained["std"],
+            workers=config.workers,
+            **_image_size(backbone, config),
+        )
+        for source, split in ((train, "train"), (test, "test"))
     )
     extracted = time.monotonic()
     rows = bank.features, bank.labels, queries.features, queries.labels
@@ -86,48 +99,26 @@ def _labelled(spec: str, split: str) -> Source:
     return source
 
 
-def _check_classes(train: Source, test: Source) -> None:
-    """Labels are numbers: with other folders on one side the same number would mean another class."""
+def check_classes(train: Source, test: Source) -> None:
+    """Raises UserError unless both have the same classes.
+
+    Labels are numbers: with other folders on one side the same number would mean another class.
+    """
     names = [set(getattr(source, "class_names", ())) for source in (train, test)]
     if all(names) and names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])
         raise UserError(
-            f"--config.train and --config.test have different class folders ({len(odd)} are only in one, such as "
+            f"the training and the test source have different class folders ({len(odd)} are only in one, such as "
             f"{odd[0]!r}): give both the same"
         )
     if train.num_classes != test.num_classes:
         raise UserError(
-            f"--config.train has {train.num_classes} classes, --config.test {test.num_classes}: give both the same"
+            f"training source with {train.num_classes} classes, test source with {test.num_classes}: give both the same"
         )
 
 
 def _image_size(backbone: Backbone, config: ml_collections.ConfigDict) -> dict[str, int]:
     return {key: config[key] or backbone.card["preprocessing"][key] for key in ("resize", "crop")}
-
-
-def _table(
-    backbone: Backbone, config: ml_collections.ConfigDict, source: Source, mesh: Mesh, split: str
-) -> FeatureTable:
-    """Features of all images of a source; those that can't be decoded are named on stderr."""
-    if config.batch_size < 1:
-        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
-    batches = eval_batches(
-        source,
-        batch_size=config.batch_size,
-        channels=backbone.config["in_channels"],
-        workers=config.workers,
-        **_image_size(backbone, config),
-    )
-    as_trained = backbone.card["preprocessing"]
-    with batches:
-        shown = progress(batches, len(source), split)
-        table = extract(backbone.model.apply, backbone.variables, shown, mesh, as_trained["mean"], as_trained["std"])
-    if bad := np.setdiff1d(np.arange(len(source)), table.records).tolist():
-        names = ", ".join(source.name(i) for i in bad[:5]) + ", ..." * (len(bad) > 5)
-        print(f"{split}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
-    if not len(table.records):
-        raise UserError(f"--config.{split}={config[split]}: not one of its images can be decoded")
-    return table
 
 
 def knn_accuracy(

@@ -19,7 +19,6 @@ from dino_jax.data.multicrop import (
     random_jitter,
     resize_matrix,
 )
-from dino_jax.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -273,19 +272,6 @@ def test_jitter_draws_all_24_orders_and_its_probability():
     low, high = np.asarray(factors).min(axis=0), np.asarray(factors).max(axis=0)
     np.testing.assert_allclose(low, [0.6, 0.6, 0.8, -0.1], atol=2e-3)
     np.testing.assert_allclose(high, [1.4, 1.4, 1.2, 0.1], atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("changes", "mean", "message"),
-    [
-        ({"global_blur": (1.0,)}, MEAN, "config.crops.global_blur has 1 values: give 2, one per global crop"),
-        ({"global_solarize": (0.0,) * 3}, MEAN, "config.crops.global_solarize has 3 values: give 2"),
-        ({}, (0.5,), "config.data.mean has 1 values: give 3, one per channel"),
-    ],
-)
-def test_settings_of_the_wrong_length_are_named(changes, mean, message):
-    with pytest.raises(UserError, match=message):
-        multicrop(*inputs(), settings(**changes), mean, STD, jnp.float32)
 
 
 DEVICES = """

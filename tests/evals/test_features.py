@@ -8,7 +8,7 @@ import pytest
 
 from dino_jax.data.pipeline import EvalBatch
 from dino_jax.evals import features
-from dino_jax.evals.features import extract, extract_pixels, progress
+from dino_jax.evals.features import extract, progress, raw_pixels
 from dino_jax.sharding import make_mesh
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -76,7 +76,7 @@ def test_host_prepares_a_batch_while_one_is_computed(monkeypatch):
 
 def test_pixels():
     images = images_of(5)
-    table = extract_pixels(batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
+    table = extract(raw_pixels, {}, batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
     np.testing.assert_allclose(table.features, ((images / 255 - MEAN) / STD).reshape(5, -1), rtol=1e-5, atol=1e-5)
 
 

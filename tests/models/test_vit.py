@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tolerances import tolerance
+from tolerances import assert_close
 from torch_names import from_torch, to_torch
 
 from dino_jax.models.vit import ViT, drop_path_factors, resize_pos_embed
@@ -37,7 +37,7 @@ def test_outputs_at_every_size(reference):
             f"attn_last_{size}": module.apply(variables, x, method="last_attention"),
         }
         for key, value in ours.items():
-            np.testing.assert_allclose(value, arrays[key], **tolerance(meta, key))
+            assert_close(value, arrays, key, meta)
 
 
 def test_position_embeddings_of_the_model(reference):
@@ -45,7 +45,7 @@ def test_position_embeddings_of_the_model(reference):
     for height, width in meta["config"]["sizes"]:
         rows, columns = height // module.patch_size, width // module.patch_size
         pos = resize_pos_embed(variables["params"]["pos_embed"], rows, columns)
-        np.testing.assert_allclose(pos, arrays[f"pos_{height}x{width}"], **tolerance(meta, f"pos_{height}x{width}"))
+        assert_close(pos, arrays, f"pos_{height}x{width}", meta)
 
 
 def test_position_embeddings_of_real_grids(golden):
@@ -55,7 +55,7 @@ def test_position_embeddings_of_real_grids(golden):
             rows, columns = height // grid["patch_size"], width // grid["patch_size"]
             pos = resize_pos_embed(jnp.asarray(arrays[f"in/pos{i}"]), rows, columns)
             key = f"pos{i}_{height}x{width}"
-            np.testing.assert_allclose(pos, arrays[key], **tolerance(meta, key))
+            assert_close(pos, arrays, key, meta)
 
 
 @pytest.mark.parametrize("remat", [False, True])
@@ -65,7 +65,7 @@ def test_gradients(reference, remat):
     module = module.copy(remat=remat)
     grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
     for name, grad in to_torch(grads).items():
-        np.testing.assert_allclose(grad, arrays[f"grad/{name}"], **tolerance(meta, f"grad/{name}"))
+        assert_close(grad, arrays, f"grad/{name}", meta)
 
 
 def test_any_number_of_channels():
