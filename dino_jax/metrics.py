@@ -105,7 +105,6 @@ class Logger:
         from_step, from_time = self._pace_from
         if self._first_line:  # until here the pace was mostly that of compilation
             self._first_line, self._pace_from = False, (step, now)
-        if step <= from_step:
             return "?"
         return format_duration((now - from_time) / (step - from_step) * (self._total_steps - step))
 

@@ -34,7 +34,7 @@ def _transpose(x, inverse=False):
 
 
 def _keeps_shape(name):
-    return name.endswith(("cls_token", "pos_embed"))
+    return name.endswith(("cls_token", "pos_embed", "weight_v"))
 
 
 def from_torch(template, arrays, prefix="", use_bn=False, layers=3):

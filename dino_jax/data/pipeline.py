@@ -245,14 +245,9 @@ def train_batches(
         process_index: p.
         process_count: n.
 
-    Raises: UserError if there are fewer images than batch_size, or if batch_size does not divide over the processes;
-        while iterating, if an image and all its substitutes cannot be decoded.
+    Raises: UserError if batch_size does not divide over the processes; while iterating, if an image and all its
+        substitutes cannot be decoded.
     """
-    if len(source) < batch_size:
-        raise UserError(
-            f"batch_size {batch_size} is more than the {len(source)} images of data.source: "
-            f"set --config.batch_size to {len(source)} or less"
-        )
     if batch_size % process_count:
         raise UserError(
             f"batch_size {batch_size} does not divide over {process_count} processes: "

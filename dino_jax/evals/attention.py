@@ -162,16 +162,11 @@ def picture_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[s
     """
     shown = np.broadcast_to(image, (*mask.shape, 3)) if image.shape[-1] == 1 else image[..., :3]
     factor = len(mask) // maps.shape[1]
-    heads = {f"head {i + 1}": upsample_colours(heat(one), factor) for i, one in enumerate(maps)}
-    overlay = (0.4 * shown + 0.6 * upsample_colours(heat(maps.mean(0)), factor)).astype(np.uint8)
+    heads = {f"head {i + 1}": heat(upsample(one, factor)) for i, one in enumerate(maps)}
+    overlay = (0.4 * shown + 0.6 * heat(upsample(maps.mean(0), factor))).astype(np.uint8)
     # Coloured rather than cut out: what is kept of a black background shows too.
     kept = np.where(mask[..., None], shown // 2 + MASK_COLOUR // 2, shown)
     return {"image": shown, "mean": overlay, **heads, "mask": kept}
-
-
-def upsample_colours(picture: np.ndarray, factor: int) -> np.ndarray:
-    """[h, w, 3] -> [h * factor, w * factor, 3], each pixel repeated."""
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def heat(values: np.ndarray) -> np.ndarray:

@@ -21,11 +21,12 @@ class PrototypeLayer(nn.Module):
     @nn.compact
     def __call__(self, z: jax.Array) -> jax.Array:
         """[..., bottleneck] -> float32 logits [..., K]."""
-        direction = self.param("weight_v", torch_uniform, (z.shape[-1], self.out_dim))
-        weight = direction / jnp.linalg.norm(direction, axis=0)
-        if self.trainable_gain:
-            weight = weight * self.param("weight_g", nn.initializers.ones, (self.out_dim,))
-        return jnp.matmul(z.astype(self.dtype), weight.astype(self.dtype), preferred_element_type=jnp.float32)
+        direction = self.param("weight_v", torch_uniform(in_axis=-1, out_axis=-2), (self.out_dim, z.shape[-1]))
+        gain = self.param("weight_g", nn.initializers.ones, (self.out_dim,)) if self.trainable_gain else 1.0
+        # The norm is applied to the logits, not to the [K, bottleneck] weights: less to write, and exact in bfloat16.
+        scale = gain / jnp.linalg.norm(direction, axis=-1)
+        z, direction = z.astype(self.dtype), direction.astype(self.dtype)
+        return scale * jnp.einsum("...d,kd->...k", z, direction, preferred_element_type=jnp.float32)
 
 
 class DINOHead(nn.Module):

@@ -294,8 +294,6 @@ def test_nothing_decodable_is_an_error_with_a_name():
 
 
 def test_mistakes_name_the_knob():
-    with pytest.raises(UserError, match="batch_size 16 .* 10 images"):
-        take(numbered(10), 1, batch_size=16)
     with pytest.raises(UserError, match="batch_size 4 .* 3 processes"):
         take(numbered(10), 1, process_count=3)
     with pytest.raises(UserError, match="data.workers"):
