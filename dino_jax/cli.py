@@ -22,17 +22,19 @@ def run(main: Callable[[list[str]], None]) -> None:
         logging.set_verbosity(logging.WARNING)  # Orbax tells a page about every checkpoint
         main(argv)
 
-    app.run(_reported(start), flags_parser=_reported(_parse))
+    app.run(_reported(start), flags_parser=_reported(_parse, FLAG_ERRORS))
 
 
 def config_file_flag(default: str) -> flags.FlagHolder:
     """Defines --config=FILE with --config.KEY=VALUE overrides of what the file's get_config() returns."""
-    return _reported(config_flags.DEFINE_config_file)("config", default, "recipe; override with --config.KEY=VALUE")
+    define = _reported(config_flags.DEFINE_config_file, FLAG_ERRORS)
+    return define("config", default, "recipe; override with --config.KEY=VALUE")
 
 
 def config_dict_flag(config) -> flags.FlagHolder:
     """Defines --config.KEY=VALUE overrides of a given config."""
-    return _reported(config_flags.DEFINE_config_dict)("config", config, "settings: --config.KEY=VALUE")
+    define = _reported(config_flags.DEFINE_config_dict, FLAG_ERRORS)
+    return define("config", config, "settings: --config.KEY=VALUE")
 
 
 def required(flag: str, value: str | None) -> str:
@@ -55,20 +57,19 @@ def _parse(argv: list[str]) -> list[str]:
     return rest
 
 
-def _reported(function: Callable) -> Callable:
-    """The function, ending the program with one line where the user made a mistake."""
+def _reported(function: Callable, mistakes: tuple[type[Exception], ...] = ()) -> Callable:
+    """The function, ending the program with one line at a UserError or at what else is a `mistake` of the user's."""
 
     def reported(*args):
         try:
             return function(*args)
         except UserError as error:
             message = str(error)
-        except FLAG_ERRORS as error:
-            if function is not _parse and function not in vars(config_flags).values():
-                raise
-            message = " ".join(str(error).strip("\"'").split())
-            if isinstance(error, AttributeError):  # a key that the config has not: '"lrr" Did you mean ...'
-                message = f"unknown setting {message}"
+        except mistakes as error:
+            text = str(error)
+            if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # the config has no such key
+                text = f"unknown setting {error.args[0].args[0]}"
+            message = " ".join(text.split())
         print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 

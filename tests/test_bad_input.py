@@ -45,7 +45,7 @@ ROOT = Path(__file__).parent.parent
         ({"data__std": (0.0,)}, r"data.std is \(0.0,\).*above 0"),
         ({"dino__student_temp": 0.0}, r"dino.student_temp is 0.0: set --config.dino.student_temp above 0"),
         ({"model__drop_path_rate": 1.0}, r"model.drop_path_rate is 1.0.*below 1"),
-        ({"eval__crop": 48}, r"eval.crop 48 is larger than eval.resize 40: set --config.eval.resize to 48 or more"),
+        ({"eval__crop": 48}, r"eval.crop 48 is larger than eval.resize 32: set --config.eval.resize to 48 or more"),
         ({"model__arch": "resnet18", "model__remat": True}, r"resnet18 has no rematerialisation"),
         ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last is 0"),
     ],
