@@ -45,11 +45,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
     total_steps = config.epochs * steps_per_epoch
     mesh = sharding.make_mesh()
     recipe = build_recipe(config, steps_per_epoch)
-    state = init_state(recipe, mesh)
 
     with checkpoints.open_manager(workdir, config.checkpoint) as manager, StopSignal() as stop:
-        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
-        state, start = checkpoints.restore(manager, like, config) or (state, 0)
+        restored = checkpoints.restore(manager, abstract_state(recipe, mesh), config)
+        state, start = restored or (init_state(recipe, mesh), 0)
         checkpoints.write_config(workdir, config)
         logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)
         logger.info(describe(recipe, state, source, steps_per_epoch, start))
@@ -236,6 +235,13 @@ def init_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
     shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
     init = partial(dino.init_state, network=recipe.network, optim=config.optim, image_shape=shape)
     return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+
+
+def abstract_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
+    """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
+    shapes = jax.eval_shape(lambda: init_state(recipe, mesh))
+    sharding_of_all = sharding.replicated(mesh)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of_all), shapes)
 
 
 def batches_from(step: int, source: Source, config: ConfigDict):
