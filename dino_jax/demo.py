@@ -21,7 +21,7 @@ from dino_jax.checkpoints import versions
 from dino_jax.data import demo_images
 from dino_jax.data.sources import open_source
 from dino_jax.evals.attention import evaluate_masks
-from dino_jax.evals.features import raw_pixels, tabulate
+from dino_jax.evals.features import raw_pixels
 from dino_jax.evals.knn import knn_accuracy
 from dino_jax.sharding import make_mesh
 
@@ -108,20 +108,13 @@ def table(report: dict, config) -> str:
 
 def _features(source, what: str, backbone: Backbone | None, config, mesh):
     """Features of a source, of its raw pixels (0 to 1) without a backbone."""
-    channels = config.model.in_channels
-    pixels = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
-    as_trained = {"mean": config.data.mean, "std": config.data.std}
-    return tabulate(
-        backbone.model.apply if backbone else raw_pixels,
-        backbone.variables if backbone else {},
-        source,
-        what,
-        mesh,
-        batch_size=config.eval.batch_size,
-        resize=config.eval.resize,
-        crop=config.eval.crop,
-        channels=channels,
-        **(as_trained if backbone else pixels),
+    if backbone is None:
+        channels = config.model.in_channels
+        return train_loop.feature_table(
+            raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels
+        )
+    return train_loop.feature_table(
+        backbone.model.apply, backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
     )
 
 

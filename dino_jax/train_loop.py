@@ -21,7 +21,7 @@ from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals import knn
-from dino_jax.evals.features import tabulate
+from dino_jax.evals.features import FeatureTable, tabulate
 from dino_jax.models import DINOHead, build_backbone
 
 
@@ -123,9 +123,8 @@ class Run:
                 f"--config.dtype=float32; its images: {names}"
             )
         self.rate.add(self._config.batch_size)
-        speed = self._speed() if self._compiled and done % self._config.log_every == 0 else {}
         if done % self._config.log_every == 0:
-            self._logger.log(done, values | speed)
+            self._logger.log(done, values | (self._speed() if self._compiled else {}))
         if not self._compiled:
             self._compiled = True
             self._logger.info(f"first step, with compilation: {time.perf_counter() - self._started:.1f} s")
@@ -265,6 +264,24 @@ def export_teacher(workdir: str | Path, state: dino.TrainState, config: ConfigDi
     checkpoints.export(workdir, state.teacher["backbone"], state.teacher_stats["backbone"], card)
 
 
+def feature_table(apply_fn, variables, source: Source, what: str, config: ConfigDict, mesh, mean, std) -> FeatureTable:
+    """`tabulate` of a source with the evaluation settings of a run's config."""
+    return tabulate(
+        apply_fn,
+        variables,
+        source,
+        what,
+        mesh,
+        batch_size=config.eval.batch_size,
+        resize=config.eval.resize,
+        crop=config.eval.crop,
+        channels=config.model.in_channels,
+        mean=mean,
+        std=std,
+        workers=config.data.workers,
+    )
+
+
 def knn_evaluation(recipe: dino.Recipe, source: Source, mesh: jax.sharding.Mesh, logger: metrics.Logger):
     """evaluate(state): logs k-NN top-1 of teacher and student; does nothing where labels or settings are missing."""
     config = recipe.config
@@ -286,20 +303,7 @@ def knn_evaluation(recipe: dino.Recipe, source: Source, mesh: jax.sharding.Mesh,
         return jnp.concatenate(features, axis=-1)
 
     def table(source, variables, what):
-        return tabulate(
-            both,
-            variables,
-            source,
-            what,
-            mesh,
-            batch_size=config.eval.batch_size,
-            resize=config.eval.resize,
-            crop=config.eval.crop,
-            channels=config.model.in_channels,
-            mean=config.data.mean,
-            std=config.data.std,
-            workers=config.data.workers,
-        )
+        return feature_table(both, variables, source, what, config, mesh, config.data.mean, config.data.std)
 
     def evaluate(state):
         variables = {
