@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,24 +23,48 @@ from dino_jax.models import build_backbone
 from dino_jax.models.vit import ViT
 
 
-class Features(NamedTuple):
+@flax.struct.dataclass
+class Features:
     """What a backbone says of B images."""
 
     cls: jax.Array  # [B, D]: the CLS token after the final norm (ViT), pooled features (convnet)
     patches: jax.Array | None  # [B, N, D]: one for each patch, row by row, after the final norm; None for a convnet
+    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False)  # rows and columns of the N patches
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that jax.jit(backbone) works
 class Backbone:
-    """A module with its variables ({"params", "batch_stats"}) and its model card (see `checkpoints.model_card`)."""
+    """A module with its variables ({"params", "batch_stats"}) and its model card (see `checkpoints.model_card`).
+
+    Its methods are jitted, and work inside `jax.jit` and `jax.vmap` and on images sharded over devices.
+    """
 
     model: nn.Module
     variables: dict
     card: dict
 
     def __call__(self, images: jax.Array) -> Features:
-        """Features of normalised images, float [B, H, W, C]; a ViT takes any H and W that hold a patch. Jitted."""
-        return _features(self.model, self.variables, images)
+        """Features of normalised images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
+        return self.last_blocks(images, 1)[0]
+
+    def last_blocks(self, images: jax.Array, n: int) -> list[Features]:
+        """Features after each of a ViT's last n blocks (and the final norm), oldest first.
+
+        The reference's `get_intermediate_layers`. Raises UserError for n > 1 of a convnet or more than its blocks.
+        """
+        blocks = self.model.depth if isinstance(self.model, ViT) else 1
+        if not 1 <= n <= blocks:
+            raise UserError(f"last_blocks of {n}: {self.config['arch']} gives features of 1 to {blocks} blocks")
+        return _features(self.model, self.variables, images, n)
+
+    def attention(self, images: jax.Array) -> jax.Array:
+        """Self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]: rows are queries, CLS comes first.
+
+        The reference's `get_last_selfattention`. Raises UserError for a convnet, which has none.
+        """
+        if not isinstance(self.model, ViT):
+            raise UserError(f"{self.config['arch']} has no attention: give a vision transformer")
+        return _attention(self.model, self.variables, images)
 
     @property
     def config(self) -> dict:
@@ -94,12 +119,18 @@ def load_backbone(path: str | Path) -> Backbone:
     )
 
 
+@partial(jax.jit, static_argnums=(0, 3))
+def _features(model: nn.Module, variables: dict, images: jax.Array, n: int) -> list[Features]:
+    if not isinstance(model, ViT):
+        return [Features(cls=model.apply(variables, images), patches=None, grid=None)]  # type: ignore[arg-type]
+    grid = images.shape[1] // model.patch_size, images.shape[2] // model.patch_size
+    blocks: Any = model.apply(variables, images, n, method="last_tokens")
+    return [Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid) for tokens in blocks]
+
+
 @partial(jax.jit, static_argnums=0)
-def _features(model: nn.Module, variables: dict, images: jax.Array) -> Features:
-    output: Any = model.apply(variables, images, method="last_tokens" if isinstance(model, ViT) else None)
-    if isinstance(model, ViT):
-        return Features(cls=output[-1][:, 0], patches=output[-1][:, 1:])
-    return Features(cls=output, patches=None)
+def _attention(model: nn.Module, variables: dict, images: jax.Array) -> jax.Array:
+    return model.apply(variables, images, method="last_attention")  # type: ignore[return-value]
 
 
 def exported_step(folder: Path) -> int:

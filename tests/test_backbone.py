@@ -1,6 +1,10 @@
 import io
 import json
+import os
+import subprocess
+import sys
 from functools import partial
+from pathlib import Path
 
 import flax.struct
 import jax
@@ -15,6 +19,7 @@ from dino_jax.backbone import load_backbone, normalize
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
 
+ROOT = Path(__file__).parent.parent
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 
 
@@ -50,7 +55,9 @@ def teacher(c, seed=0):
     model = build_backbone(c.model.arch, patch_size=c.model.patch_size, image_size=c.crops.global_size)
     shapes = jax.eval_shape(model.init, jax.random.key(0), images(c.model.in_channels))
     rng = np.random.default_rng(seed)
-    return model, jax.tree.map(lambda s: rng.uniform(0.01, 0.1, s.shape).astype(s.dtype), shapes)
+    # Of both signs, except variances: sums of positive numbers alone would magnify rounding.
+    signs = jax.tree.map_with_path(lambda path, s: 1 if path[-1].key == "var" else rng.choice([-1, 1], s.shape), shapes)
+    return model, jax.tree.map(lambda s, sign: (sign * rng.uniform(0.01, 0.1, s.shape)).astype(s.dtype), shapes, signs)
 
 
 def export(folder, c, seed=0):
@@ -195,3 +202,61 @@ def test_normalize_is_the_same_on_host_and_device():
 def test_card_is_readable_without_dino_jax(tmp_path):
     card = json.loads((export(tmp_path, config()) / "card.json").read_text())
     assert card["preprocessing"]["mean"] == list(MEAN)
+
+
+def test_last_blocks_and_attention_are_the_models_own(tmp_path):
+    backbone = load_backbone(export(tmp_path, config()))
+    x = jax.random.normal(jax.random.key(2), (2, 48, 32, 3))
+    tokens = jax.jit(partial(backbone.model.apply, n=3, method="last_tokens"))(backbone.variables, x)
+    blocks = backbone.last_blocks(x, 3)
+    assert [features.grid for features in blocks] == [(6, 4)] * 3
+    for features, expected in zip(blocks, tokens, strict=True):
+        np.testing.assert_allclose(features.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(features.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(backbone(x).patches, blocks[-1].patches, rtol=1e-5, atol=1e-5)
+    attention = backbone.attention(x)
+    assert attention.shape == (2, 4, 25, 25)
+    np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-5)
+    with pytest.raises(UserError, match="1 to 3 blocks"):
+        backbone.last_blocks(x, 4)
+
+
+def test_a_convnet_has_neither_attention_nor_blocks(tmp_path):
+    backbone = load_backbone(export(tmp_path, config("resnet18")))
+    with pytest.raises(UserError, match="no attention"):
+        backbone.attention(images())
+    with pytest.raises(UserError, match="1 to 1 blocks"):
+        backbone.last_blocks(images(), 2)
+
+
+def test_a_backbone_works_inside_jit_and_vmap(rgb_backbone):
+    x = jax.random.normal(jax.random.key(3), (4, 32, 32, 3))
+    expected = rgb_backbone(x)
+    inside = jax.jit(rgb_backbone)(x)
+    mapped = jax.vmap(lambda image: rgb_backbone(image[None]).patches[0])(x)
+    np.testing.assert_allclose(inside.cls, expected.cls, rtol=1e-5, atol=1e-5)
+    assert inside.grid == (4, 4)
+    np.testing.assert_allclose(mapped, expected.patches, rtol=1e-5, atol=1e-5)
+
+
+SHARDED = """
+import sys, jax, numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+import dino_jax
+backbone, x = dino_jax.load_backbone(sys.argv[1]), np.load(sys.argv[2])
+sharding = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+features = backbone(jax.device_put(x, sharding)).cls
+assert features.sharding.is_equivalent_to(sharding, 2), features.sharding
+np.save(sys.argv[3], features)
+"""
+
+
+def test_a_backbone_runs_on_a_batch_split_over_devices(tmp_path):
+    folder = export(tmp_path, config())
+    x = np.asarray(jax.random.normal(jax.random.key(3), (8, 32, 32, 3)))
+    np.save(tmp_path / "x.npy", x)
+    command = [sys.executable, "-c", SHARDED, str(folder), str(tmp_path / "x.npy"), str(tmp_path / "features.npy")]
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, timeout=120)
+    expected = load_backbone(folder)(x).cls
+    np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=1e-5, atol=1e-5)
