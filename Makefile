@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev demo test check format bench clean
+.PHONY: install install-dev install-peers demo test check format bench clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
+install-peers: .venv/.installed-peers
 
 .venv/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -15,6 +16,10 @@ install-dev: .venv/.installed-dev
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
 	$(BIN)/python -m pip install --quiet -r requirements-dev.txt
+	touch $@
+
+.venv/.installed-peers: .venv/.installed-dev requirements-peers.txt
+	$(BIN)/python -m pip install --quiet -r requirements-peers.txt
 	touch $@
 
 demo: install  ## pretrain on the bundled images, k-NN, attention picture

@@ -18,7 +18,7 @@ from dino_jax.backbone import load_backbone
 from dino_jax.errors import UserError
 from dino_jax.evals import PROTOCOLS
 
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run's workdir or an export folder")
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
 OUT = flags.DEFINE_string("out", None, "folder for results.json and pictures (default: CHECKPOINT/eval/PROTOCOL)")
 
 
@@ -28,7 +28,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: evaluate.py PROTOCOL --checkpoint=PATH, with PROTOCOL one of {', '.join(PROTOCOLS)}")
     protocol, checkpoint = argv[1], cli.required("checkpoint", CHECKPOINT.value)
     backbone = load_backbone(checkpoint)
-    out = Path(OUT.value or Path(checkpoint) / "eval" / protocol)
+    # Beside a file of weights, in a folder of its name.
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
+    out = Path(OUT.value or folder / "eval" / protocol)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

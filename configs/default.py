@@ -19,6 +19,10 @@ def get_config() -> ConfigDict:
     # products take JAX's default precision (TF32, bfloat16 passes) unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.dtype = "auto"
     config.log_every = 50  # steps
+    # Weights to start from: whatever dino_jax.load_backbone takes; empty: a random start. A resumed run reads its own.
+    config.init_from = ""
+    config.init_heads = True  # also heads and centre, where init_from has them
+    config.init_adapt = ""  # what may be changed to fit: image_size (positions resized), in_channels, or both (a,b)
 
     config.model = ConfigDict()
     config.model.arch = "vit_small"  # vit_nano | vit_tiny | vit_small | vit_base | vit_large | resnet18 | resnet50

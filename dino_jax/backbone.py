@@ -1,7 +1,6 @@
 """A trained backbone for people who do not train: load it, preprocess images, get features."""
 
 import io
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from flax import linen as nn
 from PIL import Image
 from PIL.ExifTags import Base
 
-from dino_jax.checkpoints import damage, model_card, newest_intact, read_metadata, restore_arrays
+from dino_jax import pretrained
 from dino_jax.data.pipeline import DecodeError, eval_image
 from dino_jax.errors import UserError
 from dino_jax.models import build_backbone
@@ -97,26 +96,23 @@ def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
     return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-def load_backbone(path: str | Path) -> Backbone:
-    """The backbone in an `export` folder, or the teacher's in a run's workdir: of its export, or of its newest intact
-    checkpoint if that is of a later step.
+def load_backbone(path: str | Path, *, image_size: int | None = None, in_channels: int | None = None) -> Backbone:
+    """The backbone at a path, float32, on the default device of each process.
 
-    Float32, on the default device of each process. Raises UserError if the path holds neither or its files are damaged.
+    path: a run's workdir (its teacher) or its `export` folder; a .pth or .safetensors file of the official code (bare
+    backbone or full checkpoint: its teacher), of timm, torchvision (ResNet) or Hugging Face (`ViTModel`); a Hugging
+    Face folder. Architecture and sizes are read off the tensors; .pth files are read without running their pickle.
+    image_size, in_channels: only if the weights are to be changed for other images, see `pretrained.load`.
+
+    Raises UserError if the path holds nothing of that kind, or tensors are missing, not used or of a wrong shape.
     """
-    path = Path(path).resolve()
-    # An export that was cut off between its two renames leaves the last one under its second name.
-    exports = [
-        folder for folder in (path, path / "export", path / "export.previous") if (folder / "card.json").is_file()
-    ]
-    newest = newest_intact(path / "checkpoints") if (path / "checkpoints").is_dir() else None
-    if exports and (newest is None or exported_step(exports[0]) >= newest):
-        return _from_export(exports[0])
-    if newest is not None:
-        return _from_checkpoint(path / "checkpoints" / str(newest))
-    raise UserError(
-        f"no backbone in {path} ({_contents(path)}): give a run's workdir (with checkpoints/ or export/) "
-        "or an export folder (with card.json)"
+    found = pretrained.load(path, training=False, image_size=image_size, in_channels=in_channels)
+    variables = {"params": found.teacher.params["backbone"], "batch_stats": found.teacher.stats["backbone"]}
+    architecture = found.card["architecture"]
+    model = build_backbone(
+        architecture["arch"], patch_size=architecture["patch_size"], image_size=architecture["image_size"]
     )
+    return Backbone(model, jax.tree.map(jnp.asarray, variables), found.card)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -133,57 +129,9 @@ def _attention(model: nn.Module, variables: dict, images: jax.Array) -> jax.Arra
     return model.apply(variables, images, method="last_attention")  # type: ignore[return-value]
 
 
-def exported_step(folder: Path) -> int:
-    """After how many steps the backbone in an export folder was taken; UserError if its card cannot be read."""
-    try:
-        return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"]["step"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'card.json'} is damaged: copy it again, or export again by resuming its run"
-        ) from error
-
-
-def _from_export(folder: Path) -> Backbone:
-    if problem := damage(folder):
-        raise UserError(f"export {folder} is damaged ({problem}): copy it again, or export again by resuming its run")
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    model, target = _build(card["architecture"])
-    return Backbone(model, jax.tree.map(jnp.asarray, restore_arrays(folder / "variables", target)), card)
-
-
-def _from_checkpoint(folder: Path) -> Backbone:
-    """Reads only the teacher's backbone of a training state: neither trainer nor optimizer is needed."""
-    card = model_card(read_metadata(folder)["config"], step=int(folder.name))
-    model, target = _build(card["architecture"])
-    part = {
-        "teacher": {"backbone": target["params"]},
-        "teacher_stats": {"backbone": target["batch_stats"]},
-    }
-    restored = jax.tree.map(jnp.asarray, restore_arrays(folder / "state", part))
-    variables = {"params": restored["teacher"]["backbone"], "batch_stats": restored["teacher_stats"]["backbone"]}
-    return Backbone(model, variables, card)
-
-
-def _build(architecture: dict) -> tuple[nn.Module, dict]:
-    """The module and the tree of its variables."""
-    size, channels = architecture["image_size"], architecture["in_channels"]
-    model = build_backbone(architecture["arch"], patch_size=architecture["patch_size"], image_size=size)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32))
-    return model, {"params": shapes["params"], "batch_stats": shapes.get("batch_stats", {})}
-
-
 def _encode(image: Image.Image) -> bytes:
     """Lossless, so that a PIL image of any mode (palette, CMYK, 16-bit) or orientation is read as its file would be."""
     file, exif = io.BytesIO(), Image.Exif()
     exif[Base.Orientation] = image.getexif().get(Base.Orientation, 1)
     (image.convert("RGBA") if image.has_transparency_data else image).save(file, "TIFF", exif=exif)
     return file.getvalue()
-
-
-def _contents(path: Path) -> str:
-    if not path.exists():
-        return "there is no such path"
-    if not path.is_dir():
-        return "it is a file"
-    names = sorted(entry.name for entry in path.iterdir())
-    return "it holds " + ", ".join(names[:5] + ["..."] * (len(names) > 5)) if names else "it is empty"

@@ -31,8 +31,8 @@ MANIFEST = "manifest.json"
 
 # What may change between a run and its continuation; any other key of these sections shapes the state.
 STATE_SECTIONS = ("model", "head")
-# The size of global crops sets the grid of learnt positions; batch size and seed say what step N means.
-STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed")
+# The size of global crops sets the grid of learnt positions; batch size, seed and init_from say what step N means.
+STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
 FREE_KEYS = ("model.drop_path_rate", "model.remat")
 
 
@@ -106,6 +106,12 @@ def restore_arrays(folder: Path, target: Any) -> Any:
         return checkpointer.restore(folder, args=restore_args)
 
 
+def tree_of(folder: Path) -> dict:
+    """The structure of an Orbax tree on disk, as a target for `restore_arrays`."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        return checkpointer.metadata(folder).item_metadata.tree
+
+
 def read_metadata(folder: Path) -> dict:
     """The config and the library versions saved with the checkpoint in `folder`."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
@@ -172,19 +178,20 @@ def model_card(config: Any, step: int) -> dict:
     }
 
 
-def export(folder: str | Path, params: Any, batch_stats: Any, card: Mapping) -> Path:
-    """Writes a backbone's variables and its `model_card` to `folder/export` and returns that path.
+def export(folder: str | Path, trees: Mapping[str, Any], card: Mapping) -> Path:
+    """Writes trees of arrays, each to a subfolder of its name, and a `model_card` to `folder`, and returns that path.
 
-    The last export stays until the new one is complete.
+    What was there stays until the new one is complete.
     """
-    final = Path(folder).resolve() / "export"
-    unfinished, previous = final.with_name("export.tmp"), final.with_name("export.previous")
+    final = Path(folder).resolve()
+    unfinished, previous = (final.with_name(final.name + suffix) for suffix in (".tmp", ".previous"))
     if jax.process_index() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     multihost_utils.sync_global_devices("export_begin")
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(unfinished / "variables", {"params": params, "batch_stats": batch_stats})
+        for name, tree in trees.items():
+            checkpointer.save(unfinished / name, tree)
     if jax.process_index() == 0:
         _write_json(unfinished / "card.json", card)
         write_manifest(unfinished)

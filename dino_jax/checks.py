@@ -1,6 +1,7 @@
 """What is wrong with a config, found before anything is read or compiled: one line with the knob and the way out."""
 
 from dino_jax.errors import UserError
+from dino_jax.initialization import ADAPTATIONS
 from dino_jax.models import RESNETS, VITS
 from dino_jax.optimizers import OPTIMIZERS
 from dino_jax.schedules import TEACHER_UPDATES
@@ -73,6 +74,10 @@ def _check_values(config) -> None:
     for name in POSITIVE:
         if (value := _get(config, name)) <= 0:
             raise UserError(f"{name} is {value}: set --config.{name} above 0")
+    if unknown := [name for name in config.init_adapt.split(",") if name not in ("", *ADAPTATIONS)]:
+        raise UserError(
+            f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to some of {','.join(ADAPTATIONS)}"
+        )
     if not 0 <= (rate := config.model.drop_path_rate) < 1:
         raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more, below 1")
 

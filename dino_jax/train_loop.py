@@ -22,6 +22,7 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
+from dino_jax.initialization import start_from
 from dino_jax.models import DINOHead, build_backbone
 
 
@@ -48,10 +49,10 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
 
     with checkpoints.open_manager(workdir, config.checkpoint) as manager, StopSignal() as stop:
         restored = checkpoints.restore(manager, abstract_state(recipe, mesh), config)
-        state, start = restored or (init_state(recipe, mesh), 0)
+        (state, start), origin = (restored, "") if restored else first_state(recipe, mesh)
         checkpoints.write_config(workdir, config)
         logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)
-        logger.info(describe(recipe, state, source, steps_per_epoch, start))
+        logger.info(describe(recipe, state, source, steps_per_epoch, start) + origin)
         evaluate = knn_evaluation(recipe, source, mesh, logger)
         if start == 0:
             evaluate(state)
@@ -236,6 +237,15 @@ def init_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
     return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
 
 
+def first_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> tuple[tuple[dino.TrainState, int], str]:
+    """The state before step 1, random or from config.init_from, with the step, 0; and a line on where it is from."""
+    state = init_state(recipe, mesh)
+    if not recipe.config.init_from:
+        return (state, 0), ""
+    state, origin = start_from(state, recipe.config, mesh)
+    return (state, 0), f"\n{origin}"
+
+
 def abstract_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
     """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
     shapes = jax.eval_shape(lambda: init_state(recipe, mesh))
@@ -261,7 +271,8 @@ def batches_from(step: int, source: Source, config: ConfigDict):
 def export_teacher(workdir: str | Path, state: dino.TrainState, config: ConfigDict) -> None:
     """The teacher's backbone, what a run is for, to `workdir/export`."""
     card = checkpoints.model_card(config, int(state.step))
-    checkpoints.export(workdir, state.teacher["backbone"], state.teacher_stats["backbone"], card)
+    variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
+    checkpoints.export(Path(workdir) / "export", {"variables": variables}, card)
 
 
 def feature_table(apply_fn, variables, source: Source, what: str, config: ConfigDict, mesh, mean, std) -> FeatureTable:

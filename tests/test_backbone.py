@@ -63,7 +63,8 @@ def teacher(c, seed=0):
 def export(folder, c, seed=0):
     _, variables = teacher(c, seed)
     card = checkpoints.model_card(c, step=3)
-    return checkpoints.export(folder, variables["params"], variables.get("batch_stats", {}), card)
+    variables = {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+    return checkpoints.export(folder / "export", {"variables": variables}, card)
 
 
 def checkpoint(workdir, c, step=3, seed=0):
@@ -128,11 +129,11 @@ def test_what_is_no_backbone_is_named_in_one_line(tmp_path):
         load_backbone(tmp_path)
     assert "\n" not in str(error.value)
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match="no backbone"):
+    with pytest.raises(UserError, match="no weights"):
         load_backbone(tmp_path)
     with pytest.raises(UserError, match="no such path"):
         load_backbone(tmp_path / "absent")
-    with pytest.raises(UserError, match="it is a file"):
+    with pytest.raises(UserError, match="no file of weights"):
         load_backbone(tmp_path / "config.json")
 
 

@@ -36,6 +36,7 @@ def config(**changes):
             "data": {"source": "demo", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
             "eval": {"resize": 36, "crop": 32},
             "seed": 0,
+            "init_from": "",
             "batch_size": 16,
             "checkpoint": {"keep_last": 2, "keep_every_steps": 0},
         }
@@ -179,25 +180,21 @@ def test_write_config(tmp_path):
 
 
 def exported_weights(folder):
-    return checkpoints.restore_arrays(folder / "variables", {"params": {"w": 0}})["params"]["w"]
+    return checkpoints.restore_arrays(folder / "variables", {"w": 0})["w"]
 
 
 def test_an_interrupted_export_leaves_the_last_one(tmp_path, monkeypatch):
     card = checkpoints.model_card(config(), step=1)
-    folder = checkpoints.export(tmp_path, {"w": jnp.ones(3)}, {}, card)
+    folder = checkpoints.export(tmp_path / "export", {"variables": {"w": jnp.ones(3)}}, card)
     assert folder == tmp_path / "export"
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "write_manifest", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            checkpoints.export(tmp_path, {"w": jnp.zeros(3)}, {}, card)
+            checkpoints.export(tmp_path / "export", {"variables": {"w": jnp.zeros(3)}}, card)
     assert checkpoints.damage(folder) is None
-    np.testing.assert_array_equal(
-        checkpoints.restore_arrays(folder / "variables", {"params": {"w": 0}})["params"]["w"], 1
-    )
-    checkpoints.export(tmp_path, {"w": jnp.zeros(3)}, {}, card)
-    np.testing.assert_array_equal(
-        checkpoints.restore_arrays(folder / "variables", {"params": {"w": 0}})["params"]["w"], 0
-    )
+    np.testing.assert_array_equal(exported_weights(folder), 1)
+    checkpoints.export(tmp_path / "export", {"variables": {"w": jnp.zeros(3)}}, card)
+    np.testing.assert_array_equal(exported_weights(folder), 0)
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
@@ -242,7 +239,7 @@ restored, step = checkpoints.restore(manager, t.target_of(state), c)
 assert step == 9 and all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), state, restored)))
 manager.close()
 checkpoints.write_config(workdir, c)
-checkpoints.export(workdir, state.teacher, {}, checkpoints.model_card(c, 9))
+checkpoints.export(f"{workdir}/export", {"variables": state.teacher}, checkpoints.model_card(c, 9))
 """
 
 

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from torch_names import from_torch, to_torch
 
 from dino_jax import dino, schedules, sharding
+from dino_jax.convert.official import from_official, to_official
 from dino_jax.data.multicrop import Crops
 from dino_jax.models import DINOHead
 from dino_jax.models.vit import ViT
@@ -72,14 +72,13 @@ class Run(NamedTuple):
     meta: dict
     recipe: dino.Recipe
     state: dino.TrainState
-    names: dict
 
 
 def load_run(golden, rule_weights, kind, **changes):
     """The golden's config, initial weights and crops as a recipe and a state."""
     arrays, meta = golden(f"traj_{kind}")
     inputs, _ = golden("traj_inputs")
-    c, names = meta["config"], {"use_bn": meta["use_bn_in_head"]}
+    c = meta["config"]
     v = c["vit"]
     backbone = ViT(v["embed_dim"], v["depth"], v["num_heads"], v["patch_size"], v["img_size"], v["mlp_ratio"])
     head = DINOHead(
@@ -126,19 +125,25 @@ def load_run(golden, rule_weights, kind, **changes):
     recipe = dino.Recipe(config, network, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
     state = dino.init_state(jax.random.key(0), network, config.optim, (v["img_size"], v["img_size"], 3))
     weights = rule_weights(meta["shapes"], meta["weights_seed"], override=meta["override"])
-    student = {part: from_torch(state.student[part], weights, f"{part}.", **names) for part in ("backbone", "head")}
-    stats = {part: from_torch(state.student_stats[part], weights, f"{part}.", **names) for part in ("backbone", "head")}
+    if meta["norm_last_layer"]:
+        np.testing.assert_array_equal(weights.pop("head.last_layer.weight_g"), 1)  # no parameter of ours then
+    student, stats = {}, {}
+    for part in ("backbone", "head"):
+        like = {"params": state.student[part], "batch_stats": state.student_stats[part]}
+        tensors = {name.removeprefix(f"{part}."): x for name, x in weights.items() if name.startswith(f"{part}.")}
+        student[part], stats[part] = from_official(like, tensors, part).values()
     state = state.replace(student=student, teacher=student, student_stats=stats, teacher_stats=stats)
 
     def batch(i):
         crops = [inputs[f"step{i}_crop{j}"].transpose(0, 2, 3, 1) for j in range(2 + c["n_local"])]
         return CropBatch(np.arange(c["batch"]), Crops(np.stack(crops[:2], 1), np.stack(crops[2:], 1)))
 
-    return Run(arrays, meta | {"batches": [batch(i) for i in range(len(arrays["loss"]))]}, recipe, state, names)
+    return Run(arrays, meta | {"batches": [batch(i) for i in range(len(arrays["loss"]))]}, recipe, state)
 
 
-def torch_params(tree, names):
-    return to_torch(tree["backbone"], "backbone.", **names) | to_torch(tree["head"], "head.", **names)
+def torch_params(tree):
+    """Both parts' arrays by their names in the reference."""
+    return {f"{part}.{name}": x for part in ("backbone", "head") for name, x in to_official(tree[part]).items()}
 
 
 def compare(ours, theirs, meta, **tolerance):
@@ -166,14 +171,14 @@ def norms_by_name(arrays, meta, key):
 
 @pytest.mark.parametrize("kind", TRAJECTORIES)
 def test_trajectory(golden, rule_weights, kind):
-    arrays, meta, recipe, state, names = load_run(golden, rule_weights, kind)
+    arrays, meta, recipe, state = load_run(golden, rule_weights, kind)
     mesh = sharding.make_mesh(jax.devices()[:1])
     gradients = sharding.distribute(partial(dino.gradients, recipe), mesh, donate=False)
     step = sharding.distribute(partial(dino.train_step, recipe), mesh, donate=False)
 
     for i, batch in enumerate(meta["batches"]):
         mean, _, _ = gradients(state, batch)
-        ours = torch_params(mean["grads"], names)
+        ours = torch_params(mean["grads"])
         if i == 0:
             theirs = {k.removeprefix("grad_step0/"): v for k, v in arrays.items() if k.startswith("grad_step0/")}
             compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
@@ -186,7 +191,7 @@ def test_trajectory(golden, rule_weights, kind):
             np.testing.assert_allclose(metrics[key], arrays[theirs][i], err_msg=f"{key} {i}", rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state.center, arrays[f"center_step{i}"][0], rtol=1e-4, atol=1e-4)
         for who in ("student", "teacher"):
-            ours = torch_params(getattr(state, who), names)
+            ours = torch_params(getattr(state, who))
             if meta["norm_last_layer"]:  # no parameter of ours, the constant 1 there
                 ours["head.last_layer.weight_g"] = np.ones(meta["shapes"]["head.last_layer.weight_g"])
             for name, column in norms_by_name(arrays, meta, who).items():
@@ -195,12 +200,12 @@ def test_trajectory(golden, rule_weights, kind):
 
     for who in ("student", "teacher"):
         theirs = {k.removeprefix(f"{who}/"): v for k, v in arrays.items() if k.startswith(f"{who}/")}
-        ours = torch_params(getattr(state, who), names) | torch_params(getattr(state, f"{who}_stats"), names)
+        ours = torch_params(getattr(state, who)) | torch_params(getattr(state, f"{who}_stats"))
         compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
 
 
 def test_outputs_at_step_0(golden, rule_weights):
-    arrays, meta, recipe, state, _ = load_run(golden, rule_weights, "adamw")
+    arrays, meta, recipe, state = load_run(golden, rule_weights, "adamw")
     crops = meta["batches"][0].crops
     for key, groups in [("teacher", [crops.global_crops]), ("student", [crops.global_crops, crops.local_crops])]:
         logits, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))

@@ -1,8 +1,8 @@
 import jax
 import jax.numpy as jnp
 from tolerances import assert_close
-from torch_names import from_torch, to_torch
 
+from dino_jax.convert.official import from_official, to_official
 from dino_jax.models import build_backbone
 
 
@@ -11,8 +11,7 @@ def test_resnet50(golden, rule_weights):
     weights = rule_weights(meta["shapes"], meta["weights_seed"], meta["gain"])
     x = jnp.asarray(arrays["in/x"].transpose(0, 2, 3, 1))
     module = build_backbone("resnet50")
-    variables = {k: from_torch(v, weights) for k, v in jax.eval_shape(module.init, jax.random.key(0), x).items()}
-    assert sum(v.size for v in jax.tree.leaves(variables)) == sum(w.size for w in weights.values())
+    variables = from_official(jax.eval_shape(module.init, jax.random.key(0), x), weights, "golden")
 
     def check(features, key):
         assert_close(features, arrays, key, meta)
@@ -20,7 +19,7 @@ def test_resnet50(golden, rule_weights):
     check(module.apply(variables, x), "feat_eval")
     features, mutated = module.apply(variables, x, True, mutable=["batch_stats"])
     check(features, "feat_train")
-    after = to_torch(mutated["batch_stats"])
+    after = to_official(mutated["batch_stats"])
     for key in arrays:
         if key.startswith("after_train/"):
             ours = after[key.removeprefix("after_train/")]

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tolerances import assert_close
-from torch_names import from_torch, to_torch
 
+from dino_jax.convert.official import from_official, to_official
 from dino_jax.models.vit import ViT, drop_path_factors, resize_pos_embed
 
 
@@ -18,7 +18,7 @@ def reference(golden):
     module = ViT(c["embed_dim"], c["depth"], c["num_heads"], c["patch_size"], c["img_size"], c["mlp_ratio"])
     template = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, c["img_size"], c["img_size"], 3)))
     weights = {key[2:]: value for key, value in arrays.items() if key.startswith("w/")}
-    return arrays, meta, module, {"params": from_torch(template["params"], weights)}
+    return arrays, meta, module, from_official(template, weights, "golden")
 
 
 def images(arrays, height, width):
@@ -64,7 +64,7 @@ def test_gradients(reference, remat):
     x, r = images(arrays, *re.search(r"x_(\d+)x(\d+)", meta["grad"]).groups()), arrays["in/r"]
     module = module.copy(remat=remat)
     grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
-    for name, grad in to_torch(grads).items():
+    for name, grad in to_official(grads).items():
         assert_close(grad, arrays, f"grad/{name}", meta)
 
 

@@ -1,0 +1,216 @@
+"""Our parameter trees under the official PyTorch code's names, which are timm's for ViTs, torchvision's for ResNets.
+
+Arrays are in torch's layout there: kernels [out, in] and OIHW, blocks one by one. Nothing is computed: there and back
+is bit-exact.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dino_jax.errors import UserError
+from dino_jax.models import RESNETS, VITS, DINOHead, build_backbone
+
+NAMED = 12  # names that an error lists of each kind
+
+
+def to_official(tree: Mapping) -> dict[str, np.ndarray]:
+    """A tree of one module, backbone or head, its parameters or its statistics -> arrays by official name."""
+    tensors: dict[str, np.ndarray] = {}
+    for path, leaf in _leaves(tree):
+        names, leaf = _names(path, tree, depth=len(leaf)), np.asarray(leaf)
+        layers = leaf if path[0] == "blocks" else leaf[None]
+        tensors |= {name: _torch_layout(path, layer) for name, layer in zip(names, layers, strict=True)}
+    return tensors
+
+
+def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str) -> dict:
+    """Arrays by official name -> variables like `like` ({"params", "batch_stats"} of one module), float32.
+
+    Takes all or nothing: raises UserError that lists each tensor of `source` which is missing, not used or of another
+    shape. torch's `num_batches_tracked`, a counter that nothing reads, is passed over.
+    """
+    places = [(path, _names(path[1:], like[path[0]], depth=leaf.shape[0]), leaf) for path, leaf in _leaves(like)]
+    expected = {
+        name: _torch_shape(path[1:], leaf.shape[1:] if path[1] == "blocks" else leaf.shape)
+        for path, names, leaf in places
+        for name in names
+    }
+    _require_same(expected, {name: x.shape for name, x in tensors.items() if not _is_counter(name)}, source)
+    variables: dict = {collection: {} for collection in like}
+    for path, names, leaf in places:
+        layers = [_our_layout(path[1:], tensors[name]) for name in names]
+        stacked = np.stack(layers, dtype=np.float32, casting="same_kind")
+        node = variables
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = stacked.reshape(leaf.shape)
+    return variables
+
+
+def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
+    """What a backbone is, read off its tensors' shapes: arch, patch_size, in_channels, image_size, embed_dim.
+
+    patch_size is None for a ResNet, and its image_size 224, which its tensors do not say. Raises UserError for what is
+    none of our architectures.
+    """
+    if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
+        return _vit_architecture(tensors, source)
+    if "conv1.weight" in tensors:
+        return _resnet_architecture(tensors, source)
+    raise UserError(
+        f"{source} holds no backbone that we know ({_listed(list(tensors))}): give a DINO ViT or ResNet under the "
+        "names of the official code, timm, torchvision or Hugging Face's ViTModel"
+    )
+
+
+def backbone_like(architecture: Mapping) -> dict:
+    """Shapes of the variables {"params", "batch_stats"} of a card's architecture."""
+    size, channels = architecture["image_size"], architecture["in_channels"]
+    model = build_backbone(architecture["arch"], patch_size=architecture["patch_size"] or 16, image_size=size)
+    return _shapes(model, (1, size, size, channels))
+
+
+def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict:
+    """Shapes of the variables of the projection head that the tensors seem to be of, with its gain."""
+    mlp = sorted(
+        (name for name, x in tensors.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and x.ndim == 2),
+        key=lambda name: int("".join(filter(str.isdigit, name)) or 0),
+    )
+    prototypes = tensors.get("last_layer.weight_v")
+    head = DINOHead(
+        out_dim=1 if prototypes is None else prototypes.shape[0],
+        hidden_dim=tensors[mlp[0]].shape[0] if mlp else 1,
+        bottleneck_dim=tensors[mlp[-1]].shape[0] if mlp else 1,
+        layers=max(len(mlp), 1),
+        use_bn=any(name.endswith("running_mean") for name in tensors),
+        norm_last_layer=False,
+    )
+    return _shapes(head, (1, embed_dim))
+
+
+def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same with the `num_batches_tracked` that torch's strict loading wants beside running statistics, at 0."""
+    counters = [name.replace("running_mean", "num_batches_tracked") for name in tensors if "running_mean" in name]
+    return {**tensors, **{name: np.zeros((), np.int64) for name in counters}}
+
+
+def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
+    embed_dim, in_channels, rows, columns = tensors["patch_embed.proj.weight"].shape
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    positions = tensors["pos_embed"].shape[1] - 1
+    side = round(positions**0.5)
+    if rows != columns or side * side != positions:
+        raise UserError(
+            f"{source} has patches of {rows} x {columns} pixels and {positions} positions beside CLS's: only square "
+            "patches and grids are supported"
+        )
+    for arch, build in VITS.items():
+        if (build.keywords["embed_dim"], build.keywords["depth"]) == (embed_dim, depth):
+            return _architecture(arch, rows, in_channels, side * rows, embed_dim)
+    raise UserError(f"{source} is a ViT of width {embed_dim} and depth {depth}, which is none of {', '.join(VITS)}")
+
+
+def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
+    kernels = 3 if "layer1.0.conv3.weight" in tensors else 2
+    stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
+    blocks = tuple(len(stage) for stage in stages)
+    for arch, build in RESNETS.items():
+        if (build.keywords["blocks"], len(build.keywords["kernels"])) == (blocks, kernels):
+            return _architecture(arch, None, tensors["conv1.weight"].shape[1], 224, build().embed_dim)
+    raise UserError(
+        f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, which is none of {', '.join(RESNETS)}"
+    )
+
+
+def _architecture(arch: str, patch_size: int | None, in_channels: int, image_size: int, embed_dim: int) -> dict:
+    return {
+        "arch": arch,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "image_size": image_size,
+        "embed_dim": embed_dim,
+    }
+
+
+def _shapes(module: Any, shape: tuple[int, ...]) -> dict:
+    variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
+    return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+
+def _leaves(tree: Mapping) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        yield tuple(entry.key for entry in path), leaf
+
+
+def _names(path: tuple[str, ...], tree: Mapping, depth: int) -> list[str]:
+    """The official names of a leaf of `tree`: one, or for the stacked `blocks` one each."""
+    if path[0] == "blocks":
+        return [f"blocks.{i}.{_name(path[1:], tree)}" for i in range(depth)]
+    return [_name(path, tree)]
+
+
+def _name(path: tuple[str, ...], tree: Mapping) -> str:
+    """("mlp_1", "kernel") -> "mlp.2.weight"."""
+    use_bn = any(key.startswith("bn_") for key in tree)
+    stride = 3 if use_bn else 2  # the head's MLP is a list of linear, (batch norm,) GELU, ...
+    single = "mlp_0" in tree and "mlp_1" not in tree  # ... and no list if it has one layer
+    rules: list[tuple[str, Any]] = [
+        (r"^layer(\d)_(\d+)\.", r"layer\1.\2."),
+        (r"downsample_conv", "downsample.0"),
+        (r"downsample_bn", "downsample.1"),
+        (r"^patch_embed\.", "patch_embed.proj."),
+        (r"^mlp_(\d)\.", lambda m: "mlp." if single else f"mlp.{stride * int(m[1])}."),
+        (r"^bn_(\d)\.", lambda m: f"mlp.{stride * int(m[1]) + 1}."),
+        (r"(kernel|scale)$", "weight"),
+        (r"\b(mean|var)$", r"running_\1"),
+    ]
+    name = ".".join(path)
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    """Kernels HWIO -> OIHW and [in, out] -> [out, in]; the prototypes' gain [K] -> [K, 1]."""
+    if path[-1] == "kernel":
+        return x.transpose((3, 2, 0, 1) if x.ndim == 4 else (1, 0))
+    return x[:, None] if path[-1] == "weight_g" else x
+
+
+def _our_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
+    if path[-1] == "kernel":
+        return x.transpose((2, 3, 1, 0) if x.ndim == 4 else (1, 0))
+    return x[:, 0] if path[-1] == "weight_g" else x
+
+
+def _torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return _torch_layout(path, np.broadcast_to(np.float32(0), shape)).shape
+
+
+def _is_counter(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
+
+
+def _require_same(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "not used": [name for name in found if name not in expected],
+        "of another shape": wrong,
+    }
+    said = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
+    if said:
+        raise UserError(f"the tensors of {source} are not those of its architecture; {'; '.join(said)}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
