@@ -106,7 +106,11 @@ def load_backbone(path: str | Path, *, image_size: int | None = None, in_channel
 
     Raises UserError if the path holds nothing of that kind, or tensors are missing, not used or of a wrong shape.
     """
-    found = pretrained.load(path, training=False, image_size=image_size, in_channels=in_channels)
+    return backbone_of(pretrained.load(path, training=False, image_size=image_size, in_channels=in_channels))
+
+
+def backbone_of(found: pretrained.Pretrained) -> Backbone:
+    """The teacher's backbone of loaded weights."""
     variables = {"params": found.teacher.params["backbone"], "batch_stats": found.teacher.stats["backbone"]}
     architecture = found.card["architecture"]
     model = build_backbone(

@@ -7,6 +7,7 @@ SOURCE: whatever `dino_jax.load_backbone` takes. FORM:
   timm                 the same, whose names are timm's and (ResNet) torchvision's, too
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
   orbax                an export folder of ours; heads, student and centre go with it where SOURCE has them
+  stablehlo            one file that JAX runs without this package, and its model card beside it
   official_checkpoint  student, teacher, heads and centre, as the official trainer saves them
 """
 
@@ -16,7 +17,8 @@ import jax
 import numpy as np
 from absl import flags
 
-from dino_jax import checkpoints, cli, pretrained
+from dino_jax import checkpoints, cli, portable, pretrained
+from dino_jax.backbone import backbone_of
 from dino_jax.convert import files, huggingface, official
 from dino_jax.errors import UserError
 from dino_jax.pretrained import Pretrained, Weights
@@ -69,6 +71,11 @@ def write_orbax(found: Pretrained, target: Path) -> None:
     checkpoints.export(target, trees, found.card)
 
 
+def write_stablehlo(found: Pretrained, target: Path) -> None:
+    """The teacher's backbone as a program."""
+    portable.write_stablehlo(target, backbone_of(found))
+
+
 def write_official_checkpoint(found: Pretrained, target: Path) -> None:
     """What the official trainer saves, less optimizer and epoch.
 
@@ -101,6 +108,7 @@ FORMS = {
     "timm": write_official,
     "hf": write_huggingface,
     "orbax": write_orbax,
+    "stablehlo": write_stablehlo,
     "official_checkpoint": write_official_checkpoint,
 }
 KEEP_EVERYTHING = ("orbax", "official_checkpoint")
