@@ -37,9 +37,10 @@ format: install-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: install-dev  ## speed of the train step and of the input pipeline on this machine
+bench: install-dev  ## speed of the train step, the input pipeline and the linear probe on this machine
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.input
+	$(BIN)/python -m benchmarks.linear
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

@@ -1,7 +1,10 @@
 """Evaluates a trained backbone.
 
 python evaluate.py knn --checkpoint=runs/a --config.train=folder:train --config.test=folder:val --config.k=10,20
+python evaluate.py linear --checkpoint=runs/a --config.train=folder:train --config.test=folder:val
 python evaluate.py attention --checkpoint=runs/a --config.images=photo.jpg
+python evaluate.py retrieval --checkpoint=runs/a --config.data=/data/revisited --config.dataset=rparis6k
+python evaluate.py copy_detection --checkpoint=runs/a --config.data=copydays --config.whitening=yfcc20k
 """
 
 import json

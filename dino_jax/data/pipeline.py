@@ -42,6 +42,7 @@ class Batch(NamedTuple):
     size: np.ndarray  # float32 [b, 2], original height and width in pixels, upright
     position: np.ndarray  # int32 [b], place in the global batch: 0 .. batch_size - 1
     index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number in the source of the image shown
+    label: np.ndarray  # int32 [b], of the image shown, -1 where it has none
     bad: np.ndarray  # int32 [b], record that could not be decoded and was replaced, or -1
 
 
@@ -299,6 +300,7 @@ def _load_train(
         size=np.empty((b, 2), np.float32),
         position=positions,
         index=records.astype(np.int32),
+        label=np.full(b, -1, np.int32),
         bad=np.full(b, -1, np.int32),
     )
     # Substitutes are spread over the whole source, since damage comes in runs (a folder half copied).
@@ -306,12 +308,13 @@ def _load_train(
     for row, record in enumerate(records):
         for candidate in (record + stride * np.arange(SUBSTITUTES + 1)) % len(source):
             try:
-                batch.canvas[row], batch.size[row] = to_canvas(source[int(candidate)].image, canvas_size, channels)
+                image, label = source[int(candidate)]
+                batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, channels)
             except (DecodeError, OSError) as error:
                 batch.bad[row] = record
                 reason = error
             else:
-                batch.index[row] = candidate
+                batch.index[row], batch.label[row] = candidate, label
                 break
         else:
             raise UserError(

@@ -235,7 +235,7 @@ def test_batches_hold_what_they_say():
         np.testing.assert_array_equal(batch.size, np.full((4, 2), 4, np.float32))
         assert batch.position.tolist() == [0, 1, 2, 3]
         assert batch.bad.tolist() == [-1] * 4
-        assert [array.dtype for array in batch] == [np.uint8, np.float32, np.int32, np.int32, np.int32]
+        assert [array.dtype for array in batch] == [np.uint8, np.float32, *[np.int32] * 4]
 
 
 def test_starting_at_a_step_is_skipping_batches():
@@ -277,6 +277,7 @@ def test_an_undecodable_image_is_replaced_by_another_one_and_named():
         np.testing.assert_array_equal(batch.index[~hit], wanted.index[~hit])
         assert not np.isin(batch.index, list(broken)).any()
         assert np.all(batch.canvas == batch.index[:, None, None, None])
+        np.testing.assert_array_equal(batch.label, batch.index % 3)  # of the image shown, not of the one replaced
 
 
 def test_a_file_that_vanished_is_replaced_too(tmp_path):

@@ -1,0 +1,336 @@
+"""The linear probe: classifiers on frozen features, a whole grid of them trained in one pass over the data.
+
+Each step makes one random crop of each image and runs the backbone once; all classifiers ("heads") read what it says.
+Heads of the same features differ in the learning rate, on which the result depends most. The official protocol (dino
+`eval_linear.py`) is one head of the default grid and reported beside the best.
+
+Differences from the official code: training crops are resized bicubically (there bilinearly) and cut from a square
+canvas (see `canvas_size`); epochs run into one another, so no image is dropped and no batch is smaller.
+"""
+
+import os
+import sys
+import time
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dino_jax.backbone import Backbone
+from dino_jax.data.pipeline import Batch, eval_batches, train_batches
+from dino_jax.data.sources import Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.evals.features import progress
+from dino_jax.evals.knn import check_classes
+from dino_jax.evals.linear_heads import (
+    POOLINGS,
+    EvalRows,
+    Probe,
+    ProbeState,
+    TrainRows,
+    eval_step,
+    feature_kinds,
+    init_heads,
+    official_kind,
+    train_step,
+)
+from dino_jax.evals.linear_state import Record, fingerprint, load_state, save_state
+from dino_jax.sharding import distribute, make_mesh, on_every_process, replicate, shard_batch
+
+OFFICIAL_LR = 0.001  # for 256 images
+STATE_FILE = "linear_state.npz"
+AT_LEAST = {"epochs": 1, "batch_size": 1, "val_every": 1, "seed": 0, "workers": 0, "canvas_size": 1}
+SAY_EVERY = 10.0  # seconds
+
+
+def default_config() -> ConfigDict:
+    """Every knob of `python evaluate.py linear`."""
+    return ConfigDict(
+        {
+            "train": "",  # labelled source (data/sources.py) to train on: folder:PATH, tfds:NAME, demo:train
+            "test": "",  # labelled source of the images to classify
+            "epochs": 100,
+            "batch_size": 1024,  # images, over all devices
+            # At the start, for 256 images: times batch_size / 256; then a cosine to 0, constant within an epoch.
+            "lr": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+            # What a ViT's heads read, all combinations of these two; a convnet's read its pooled features.
+            "blocks": (1, 4),  # CLS of so many last blocks; more than the model has: all
+            "pooling": "cls,cls_mean",  # CLS alone, or with the mean patch token of the last block
+            "scale": (0.08, 1.0),  # of training crops: share of the image's area
+            "flip": 0.5,  # probability
+            # Pixels: training images are squeezed to a square of this side, then cropped. 1.5 x resize unless set: less
+            # blurs the crops, more costs time on the host.
+            "canvas_size": placeholder(int),
+            "resize": placeholder(int),  # pixels of a test image's shorter side; as in the checkpoint's card unless set
+            "crop": placeholder(int),  # pixels of all crops; as in the checkpoint's card unless set
+            "val_every": 1,  # epochs from test to test; there is always one after the last
+            "seed": 0,  # of initial weights, order and crops
+            "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
+        }
+    )
+
+
+def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
+    """Trains all heads, tests them every `val_every` epochs and prints the grid, the best head and the official one.
+
+    The same command goes on where it was cut off, after the last whole epoch, from `out`/linear_state.npz. The best
+    epoch and the best head are chosen on the test images, as the reference chooses its epoch; what the last epoch gives
+    stands beside it.
+
+    Returns what belongs into results.json: {"figures": {"best", "official" (None if not in the grid), "grid"} (percent
+    right), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this session, the
+    rate that of training images with everything counted.
+
+    Raises:
+        UserError: a setting that cannot work; a source that is missing, has no labels or other classes than the other;
+            fewer training images than a batch; in `out` the state of an unfinished run with other settings.
+    """
+    train, test = (_labelled(config[split], split) for split in ("train", "test"))
+    check_classes(train, test)
+    start, mesh = time.monotonic(), make_mesh()
+    probe = design(backbone, config, train.num_classes, len(train), mesh.size)
+    history, watch = fit(probe, jax.device_get(backbone.variables), train, test, mesh, out / STATE_FILE)
+    seconds, tested = time.monotonic() - start, history[-1].images
+    figures = summary(probe, history)
+    print(f"{len(train):,} training and {tested:,} test images, {train.num_classes} classes")
+    print(table(figures))
+    return {
+        "figures": figures,
+        "settings": probe.config.to_dict(),
+        "images": {"train": len(train), "test": tested},
+        "undecodable": {"train": len(watch.bad), "test": len(test) - tested},
+        "seconds": round(seconds, 1),
+        "images_per_second": round(watch.seen / seconds, 1),
+    }
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int, devices: int) -> Probe:
+    """The probe for so many training images and devices. Raises UserError for a setting that cannot work."""
+    card, model = backbone.card["preprocessing"], backbone.model
+    config = config.copy_and_resolve_references()
+    for key in ("resize", "crop"):
+        config[key] = config[key] or card[key]
+    config.canvas_size = config.canvas_size or config.resize * 3 // 2
+    _check_values(config)
+    if config.crop > config.resize:
+        raise UserError(
+            f"crop {config.crop} is larger than resize {config.resize}: set --config.resize to {config.crop}"
+        )
+    if config.crop < (patch := getattr(model, "patch_size", 1)):
+        raise UserError(f"crop {config.crop} holds no patch: set --config.crop to {patch} or more")
+    if config.batch_size % devices:
+        raise UserError(
+            f"batch_size {config.batch_size} does not divide over {devices} devices: "
+            f"set --config.batch_size to {-(-config.batch_size // devices) * devices}"
+        )
+    if images < config.batch_size:
+        raise UserError(
+            f"{images} training images are fewer than a batch of {config.batch_size}: "
+            f"set --config.batch_size to {max(images // devices, 1) * devices} or less"
+        )
+    kinds = feature_kinds(model, config.blocks, config.pooling.split(","))
+    return Probe(model, kinds, config, card["mean"], card["std"], num_classes, images // config.batch_size)
+
+
+def _check_values(config: ConfigDict) -> None:
+    for key, least in AT_LEAST.items():
+        if config[key] < least:
+            raise UserError(f"{key} is {config[key]}: set --config.{key} to {least} or more")
+    if not config.lr or not all(isinstance(lr, int | float) and 0 < lr < float("inf") for lr in config.lr):
+        raise UserError(f"lr is {config.lr}: set --config.lr to rates above 0, like 0.001,0.01")
+    if not config.blocks or not all(isinstance(n, int) and n > 0 for n in config.blocks):
+        raise UserError(f"blocks is {config.blocks}: set --config.blocks to numbers of last blocks, like 1,4")
+    if not set(config.pooling.split(",")) <= set(POOLINGS):
+        raise UserError(f"pooling {config.pooling!r} is unknown: set --config.pooling to some of {','.join(POOLINGS)}")
+    if len(config.scale) != 2 or not 0 < config.scale[0] <= config.scale[1]:
+        raise UserError(f"scale is {config.scale}: set --config.scale to a smaller and a larger share, like 0.08,1.0")
+    if not 0 <= config.flip <= 1:
+        raise UserError(f"flip is {config.flip}: set --config.flip to a probability, 0 to 1")
+
+
+def _labelled(spec: str, split: str) -> Source:
+    if not spec:
+        raise UserError(f"--config.{split} is empty: set it to a labelled source such as folder:/data/{split}")
+    source = on_every_process(lambda: open_source(spec), size=len)
+    if not source.num_classes:
+        raise UserError(
+            f"--config.{split}={spec} has no labels, which a probe needs: use class folders or a labelled set"
+        )
+    return source
+
+
+# --- training and testing --------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """What this session has seen; says on stderr, every so many seconds, how far it is and how long still."""
+
+    def __init__(self, probe: Probe, train: Source, epochs_done: int):
+        self.seen = 0  # training images
+        self.bad: set[int] = set()  # records of training images that could not be decoded
+        self._train, self._size = train, probe.config.batch_size
+        self._before = epochs_done * probe.steps_per_epoch
+        self._total = probe.config.epochs * probe.steps_per_epoch
+        self._start = self._said = time.monotonic()
+
+    def note(self, batch: Batch) -> None:
+        """Counts a batch that is about to be trained on."""
+        for record in set(batch.bad[batch.bad >= 0].tolist()) - self.bad:
+            self.bad.add(record)
+            say(f"train: cannot decode {self._train.name(record)}: another image stands in for it")
+        now = time.monotonic()
+        if now - self._said >= SAY_EVERY and self.seen:
+            self._said, rate = now, self.seen / (now - self._start)
+            done = self._before + self.seen // self._size
+            left = (self._total - done) * self._size / rate
+            say(f"train: step {done:,} of {self._total:,}, {rate:,.0f} images/s, {left:,.0f} s left")
+        self.seen += self._size
+
+
+def say(text: str) -> None:
+    """On stderr, for who waits."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def fit(
+    probe: Probe, variables: dict, train: Source, test: Source, mesh: Mesh, file: Path
+) -> tuple[list[Record], Watch]:
+    """Trains from where `file` stands, or from the start, to the last epoch; saves there after each.
+
+    `variables` are the backbone's, on the host. All processes call it.
+    """
+    config, steps = probe.config, probe.steps_per_epoch
+    settings = fingerprint(probe, variables, train, test)
+    saved, history = on_every_process(
+        lambda: load_state(file, settings), size=lambda found: int(found[0].get("step", 0))
+    )
+    if not saved:
+        heads = init_heads(probe, variables)
+        saved = {"step": np.int32(0), "heads": heads, "momentum": jax.tree.map(np.zeros_like, heads)}
+    done = int(saved["step"]) // steps
+    watch = Watch(probe, train, done)
+    if done == config.epochs:
+        return history, watch
+    state = replicate(ProbeState(variables=variables, **saved), mesh)
+    step = distribute(partial(train_step, probe), mesh)
+    count = distribute(partial(eval_step, probe), mesh, donate=False)
+    order = {"canvas_size": config.canvas_size, "seed": config.seed, "start_step": done * steps}
+    with train_batches(train, **order, **_reading(probe)) as batches:
+        for epoch in range(done + 1, config.epochs + 1):
+            losses: list[jax.Array] = []
+            for batch in islice(batches, steps):
+                watch.note(batch)
+                label = checked_labels(train, "train", batch.label, batch.index)
+                rows = TrainRows(batch.canvas, batch.size, batch.position, label)
+                state, loss = step(state, shard_batch(rows, mesh))
+                losses.append(loss)
+                jax.block_until_ready(losses[-2:-1])  # one batch ahead of the devices, not more: batches are large
+            if epoch % config.val_every == 0 or epoch == config.epochs:
+                images, top1, top5 = evaluate(probe, count, state, test, mesh)
+                history.append(Record(epoch, images, np.mean(jax.device_get(losses), axis=0), top1, top5))
+                say(f"epoch {epoch:,} of {config.epochs:,}: {top1.max():.2f}% right with the best head")
+            save_state(file, settings, state, history)
+    return history, watch
+
+
+def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -> tuple[int, np.ndarray, np.ndarray]:
+    """Tests all heads in one pass: number of images, percent right at once and in five [K, L].
+
+    `count` is `eval_step` on the mesh. Raises UserError if not one image can be decoded.
+    """
+    config = probe.config
+    rows, counts = config.batch_size // jax.process_count(), []
+    with eval_batches(test, resize=config.resize, crop=config.crop, **_reading(probe)) as batches:
+        for batch in progress(batches, len(test), "test"):
+            label = checked_labels(test, "test", batch.labels, batch.index)
+            fill = rows - len(label)
+            images = np.pad(batch.images, ((0, fill), (0, 0), (0, 0), (0, 0)))
+            label = np.pad(label, (0, fill), constant_values=-1)
+            counts.append(count(state, shard_batch(EvalRows(images, label), mesh)))
+            jax.block_until_ready(counts[-2:-1])
+    total, right = (np.sum(x, axis=0) for x in zip(*jax.device_get(counts), strict=True))
+    if not total:
+        raise UserError(f"--config.test: not one of its {len(test):,} images can be decoded")
+    top1, top5 = 100 * right / total
+    return int(total), top1, top5
+
+
+def checked_labels(source: Source, split: str, values, records: np.ndarray) -> np.ndarray:
+    """The labels of some records as int32 [b]; UserError for one that is no class."""
+    label = np.array(values, np.int32)
+    wrong = records[(label < 0) | (label >= source.num_classes)]
+    if len(wrong):
+        name = source.name(int(wrong[0]))
+        raise UserError(
+            f"--config.{split}: {name} has no label in 0..{source.num_classes - 1}: label it or leave it out"
+        )
+    return label
+
+
+def _reading(probe: Probe) -> dict:
+    """How batches are read and shared out, for training and testing alike."""
+    return {
+        "batch_size": probe.config.batch_size,
+        "channels": len(probe.mean),
+        "workers": probe.config.workers,
+        "process_index": jax.process_index(),
+        "process_count": jax.process_count(),
+    }
+
+
+# --- what is reported ------------------------------------------------------------------------------------------------
+
+
+def summary(probe: Probe, history: list[Record]) -> dict:
+    """{"best", "official", "grid"} as `run` returns them: of each head its best epoch, and the last."""
+    heads = {
+        (str(kind), lr): _head(
+            str(kind), lr, [(int(r.epoch), float(r.top1[k, i]), float(r.top5[k, i])) for r in history]
+        )
+        for k, kind in enumerate(probe.kinds)
+        for i, lr in enumerate(probe.config.lr)
+    }
+    grid: dict = {str(kind): {} for kind in probe.kinds}
+    for (kind, lr), head in heads.items():
+        grid[kind][str(lr)] = head
+    best = max(heads.values(), key=lambda head: head["top1"])
+    return {"best": best, "official": heads.get((str(official_kind(probe.model)), OFFICIAL_LR)), "grid": grid}
+
+
+def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dict:
+    epoch, top1, top5 = max(measured, key=lambda row: row[1])
+    last = dict(zip(("epoch", "top1", "top5"), measured[-1], strict=True))
+    return {"features": kind, "lr": lr, "epoch": epoch, "top1": top1, "top5": top5, "last": last}
+
+
+def table(figures: dict) -> str:
+    """The figures for people: the grid, then best and official head."""
+    grid, best, official = figures["grid"], figures["best"], figures["official"]
+    lines = [
+        "top-1 after each head's best epoch, percent right:",
+        f"{'lr':>10}" + "".join(f"{kind:>12}" for kind in grid),
+    ]
+    for lr in grid[best["features"]]:
+        lines.append(f"{lr:>10}" + "".join(f"{column[lr]['top1']:12.2f}" for column in grid.values()))
+    lines.append(
+        f"{'head':>10}{'features':>12}{'lr':>8}{'epoch':>7}{'top-1':>8}{'top-5':>8}{'last: top-1':>14}{'top-5':>8}"
+    )
+    for name, head in (("best", best), ("official", official)):
+        if head is not None:
+            last = head["last"]
+            lines.append(
+                f"{name:>10}{head['features']:>12}{head['lr']:>8}{head['epoch']:>7}{head['top1']:8.2f}{head['top5']:8.2f}"
+                f"{last['top1']:14.2f}{last['top5']:8.2f}"
+            )
+    rates = [float(lr) for lr in grid[best["features"]]]
+    if len(rates) > 1 and best["lr"] in (min(rates), max(rates)):
+        lines.append(f"the best learning rate is at the end of the grid: extend --config.lr beyond {best['lr']}")
+    return "\n".join(lines)

@@ -1,0 +1,399 @@
+"""Image retrieval on the revisited Oxford and Paris buildings (Radenovic et al., CVPR 2018): mAP without any training.
+
+Layout, as the data sets' authors give them: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg, the same for
+rparis6k.
+"""
+
+import math
+import os
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from ml_collections.config_dict import placeholder
+from PIL import Image
+
+from dino_jax.backbone import Backbone
+from dino_jax.errors import UserError
+from dino_jax.evals.ranking import (
+    ANSWERS,
+    CORRECT,
+    IGNORED,
+    answers_sheet,
+    average_precision,
+    check_at_least_one,
+    extract_files,
+    fingerprint,
+    framed,
+    l2_normalise,
+    rate,
+    thumbnail,
+)
+
+# The reference's: pixels of the longer side, and the scales at which each image is seen.
+SIZES = {"roxford5k": (224, (1.0,)), "rparis6k": (512, (1.0, 1 / math.sqrt(2), 0.5))}
+# Which answers are right at each level, and which do not count.
+LEVELS = {
+    "easy": (("easy",), ("junk", "hard")),
+    "medium": (("easy", "hard"), ("junk",)),
+    "hard": (("hard",), ("junk", "easy")),
+}
+KS = (1, 5, 10)  # of mean precision at k
+CONVNET_STEP = 32  # sides of a convnet's images are cut to multiples of this, as a ViT's to its patch
+
+
+class Photo(NamedTuple):
+    """A file, and the part of it to look at."""
+
+    path: Path
+    box: tuple[int, int, int, int] | None  # left, upper, right, lower in pixels; None for all of it
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every knob of `python evaluate.py retrieval`."""
+    return ml_collections.ConfigDict(
+        {
+            "data": "",  # folder that holds the data sets' folders
+            "dataset": "roxford5k",  # or rparis6k
+            "imsize": placeholder(int),  # pixels of the longer side: 224 for roxford5k, 512 for rparis6k unless set
+            "scales": placeholder(tuple),  # of it, features are averaged: 1 (roxford5k), 1, 0.7071, 0.5 (rparis6k)
+            "crop_queries": True,  # to their box, as the data sets demand; the reference's code takes whole images
+            "batch_size": 32,  # images of one shape, over all devices
+            "workers": min(8, os.cpu_count() or 1),  # threads that read and decode images
+            "sheet": 8,  # queries on the picture of answers
+        }
+    )
+
+
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+    """Ranks all images for each query, prints mAP and mean precision at 1, 5, 10, draws some queries with answers.
+
+    A feature is the CLS token, averaged over the scales, then L2-normalised; images are ranked by cosine similarity.
+    Images keep their aspect, with the longer side at `imsize` unless they are smaller; a ViT leaves out the right and
+    lower edge beyond the last whole patch. Images of one shape make up batches and XLA compiles one program a shape;
+    shapes count by the patches that the model sees, so with patches of 16 and an aspect of up to 2:1 there are at most
+    15 (Oxford) or 53 (Paris) of them, and a few more of queries that are smaller than `imsize`. Features are kept in
+    `out`.
+
+    Returns what belongs into results.json: {"figures": {"easy": {"mAP", "mP@1", "mP@5", "mP@10"}, ...} in percent,
+    "queries" (per level: how many have right answers), "settings", "images", "seconds", "images_per_second" (of
+    extraction; None if earlier runs left everything), "pictures"}.
+
+    Raises:
+        UserError: files are missing, damaged or refused, an image is smaller than a patch, a box lies outside.
+    """
+    start, (imsize, scales) = time.monotonic(), _check(config)
+    folder = Path(config.data).expanduser() / config.dataset
+    truth = read_ground_truth(folder / f"gnd_{config.dataset}.pkl")
+    database, queries = _photos(truth, folder / "jpg", config.crop_queries)
+    photos, step = [*database, *queries], getattr(backbone.model, "patch_size", CONVNET_STEP)
+    with ThreadPoolExecutor(config.workers) as pool:
+        shapes = list(pool.map(lambda photo: _shape(photo, imsize, scales, step), photos))
+    extraction = extract_files(
+        backbone,
+        multi_scale(backbone.model.apply, scales, step),
+        batches_of_one_shape(shapes, config.batch_size),
+        lambda batch: np.stack(
+            [_load(photos[i], imsize, shapes[i], backbone.config["in_channels"]) for i in batch.tolist()]
+        ),
+        [f"{photo.path.name} {photo.path.stat().st_size} {photo.box}" for photo in photos],
+        fingerprint(backbone, config.dataset, imsize, scales),
+        config.dataset,
+        out,
+        config.workers,
+    )
+    features = l2_normalise(extraction.features)
+    similarity = features[: len(database)] @ features[len(database) :].T
+    ranking = np.argsort(-similarity, axis=0, kind="stable")
+    figures, counted = _score(ranking, truth["gnd"])
+    _print_table(figures, counted, config.dataset, len(queries), len(database))
+    sheet = out / "answers.png"
+    _draw(database, queries, ranking, truth["gnd"], config.sheet, sheet)
+    return {
+        "figures": figures,
+        "queries": counted,
+        "settings": {**config.to_dict(), "imsize": imsize, "scales": scales},
+        "images": {"database": len(database), "queries": len(queries)},
+        "seconds": round(time.monotonic() - start, 1),
+        "images_per_second": rate(extraction),
+        "pictures": [str(sheet)],
+    }
+
+
+def _check(config: ml_collections.ConfigDict) -> tuple[int, tuple[float, ...]]:
+    """imsize and scales."""
+    if not config.data:
+        raise UserError("--config.data is empty: set it to the folder that holds roxford5k/ or rparis6k/")
+    if config.dataset not in SIZES:
+        raise UserError(f"--config.dataset={config.dataset}: set it to one of {', '.join(SIZES)}")
+    usual = SIZES[config.dataset]
+    imsize = usual[0] if config.imsize is None else config.imsize
+    scales = usual[1] if config.scales is None else tuple(config.scales)
+    if not scales or not all(0 < scale <= 1 for scale in scales):
+        raise UserError(f"scales {scales}: set --config.scales to numbers above 0, at most 1")
+    check_at_least_one(config, "batch_size", "workers", "sheet")
+    return imsize, tuple(float(scale) for scale in scales)
+
+
+# --- ground truth ----------------------------------------------------------------------------------------------------
+
+
+def read_ground_truth(path: Path) -> dict[str, Any]:
+    """The data sets' pickle: {"imlist": names, "qimlist": names, "gnd": [{"bbx", "easy", "hard", "junk"}, ...]}.
+
+    bbx is left, upper, right, lower in pixels, the others are lists of places in imlist. Nothing of a pickle runs: it
+    may hold lists, dicts, strings, numbers and NumPy arrays of them. Raises UserError for anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            truth = _PlainUnpickler(file).load()
+    except OSError as error:
+        raise UserError(
+            f"--config.data: can't read {path} ({error.strerror}): it belongs beside the folder jpg/"
+        ) from error
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+        raise UserError(f"{path} is damaged ({type(error).__name__}): download it again") from error
+    try:
+        images, queries = len(truth["imlist"]), len(truth["qimlist"])
+        whole = queries == len(truth["gnd"]) > 0 and all(
+            len(query["bbx"]) == 4 and all(0 <= i < images for level in ("easy", "hard", "junk") for i in query[level])
+            for query in truth["gnd"]
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no ground truth (no {error}): download it again") from error
+    if not whole:
+        raise UserError(f"{path} is damaged (its queries do not fit its images): download it again")
+    return truth
+
+
+class _Dtype:
+    """Stands in for a pickled NumPy dtype: i8, f4, U20."""
+
+    def __init__(self, code: str, *_):
+        self.code = code
+
+    def __setstate__(self, state: tuple):
+        self.code = state[1].replace("|", "") + self.code
+
+
+class _Array(list):
+    """Stands in for a pickled NumPy array: its values in a row."""
+
+    def __setstate__(self, state: tuple):
+        _, _, dtype, _, data = state
+        self[:] = np.frombuffer(data, dtype.code).tolist()  # refuses dtypes of objects
+
+
+# NumPy's own, given hostile arguments, would read and write any memory.
+_STAND_INS: dict[str, Callable] = {
+    "_reconstruct": lambda *_: _Array(),
+    "scalar": lambda dtype, data: np.frombuffer(data, dtype.code)[0].item(),
+    "ndarray": _Array,
+    "dtype": _Dtype,
+    "encode": lambda text, _: text.encode("latin1"),
+    "bytes": lambda *_: b"",  # of an empty array
+}
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Callable:
+        if module.split(".")[0] in ("numpy", "_codecs", "builtins", "__builtin__") and name in _STAND_INS:
+            return _STAND_INS[name]
+        raise UserError(f"the ground truth's pickle asks for {module}.{name}: refused, download it from its authors")
+
+
+def _photos(truth: dict[str, Any], folder: Path, crop_queries: bool) -> tuple[list[Photo], list[Photo]]:
+    """Database and queries. UserError where one is missing."""
+    boxes = [tuple(round(edge) for edge in query["bbx"]) if crop_queries else None for query in truth["gnd"]]
+    database = [Photo(folder / f"{name}.jpg", None) for name in truth["imlist"]]
+    queries = [Photo(folder / f"{name}.jpg", box) for name, box in zip(truth["qimlist"], boxes, strict=True)]
+    paths = [photo.path for photo in (*database, *queries)]
+    if missing := [path for path in paths if not path.is_file()]:
+        raise UserError(f"--config.data: {len(missing):,} of {len(paths):,} images are missing, such as {missing[0]}")
+    return database, queries
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def _shape(photo: Photo, imsize: int, scales: tuple[float, ...], step: int) -> tuple[int, int]:
+    """Height and width of what the model is given of a photo, from the header of its file."""
+    with _open(photo.path) as picture:
+        width, height = picture.size
+    if photo.box is not None:
+        left, upper, right, lower = _within(photo.box, width, height)
+        if left >= right or upper >= lower:
+            raise UserError(f"box {photo.box} of query {photo.path} is outside the image of {width} x {height} pixels")
+        width, height = right - left, lower - upper
+    width, height = fit(width, height, imsize)
+    cut = smallest_side(height, scales, step), smallest_side(width, scales, step)
+    if not all(cut):
+        raise UserError(
+            f"{photo.path}, {width} x {height} pixels, is smaller than a patch of {step} at scale {min(scales):.2g}: "
+            "raise --config.imsize or the smallest of --config.scales"
+        )
+    return cut
+
+
+def _within(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
+    """Some boxes reach over the edge; the data sets' own tools cut them there."""
+    left, upper, right, lower = box
+    return max(left, 0), max(upper, 0), min(right, width), min(lower, height)
+
+
+def fit(width: int, height: int, imsize: int) -> tuple[int, int]:
+    """Width and height that Pillow's `thumbnail` gives: the longer side at imsize, never enlarged, aspect kept."""
+    if max(width, height) <= imsize:
+        return width, height
+    aspect = width / height
+    exact = imsize / aspect if aspect > 1 else imsize * aspect
+    candidates = max(math.floor(exact), 1), max(math.ceil(exact), 1)
+    if aspect > 1:
+        return imsize, min(candidates, key=lambda side: abs(aspect - imsize / side))
+    return min(candidates, key=lambda side: abs(aspect - side / imsize)), imsize
+
+
+@cache
+def smallest_side(side: int, scales: tuple[float, ...], step: int) -> int:
+    """The smallest side, in pixels, with as many patches of `step` pixels at each scale as the given one.
+
+    Images are cut to it: what is lost is what the model leaves out anyway, and many shapes become one. 0 where the side
+    is less than a patch at one of the scales.
+    """
+
+    def patches(pixels: int) -> list[int]:
+        return [int(pixels * scale) // step for scale in scales]
+
+    wanted = patches(side)
+    return next(pixels for pixels in range(side + 1) if patches(pixels) == wanted) if all(wanted) else 0
+
+
+def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[np.ndarray]:
+    """Numbers 0..N-1 of the images in batches of one shape each, rare shapes first.
+
+    A batch is padded to the largest one so far (`features.extract`), so rare shapes cost little that way.
+    """
+    groups: dict[tuple[int, int], list[int]] = {}
+    for number, shape in enumerate(shapes):
+        groups.setdefault(shape, []).append(number)
+    return [
+        np.array(group[i : i + batch_size])
+        for group in sorted(groups.values(), key=len)
+        for i in range(0, len(group), batch_size)
+    ]
+
+
+def _open(path: Path) -> Image.Image:
+    try:
+        return Image.open(path, formats=("JPEG",))
+    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+        raise UserError(f"{path} can't be read as a JPEG ({type(error).__name__}): download it again") from error
+
+
+def _load(photo: Photo, imsize: int, shape: tuple[int, int], channels: int) -> np.ndarray:
+    """uint8 [height, width, C], as it is stored: boxes do not know of EXIF orientation, so it isn't applied."""
+    if channels not in (1, 3):
+        raise UserError(f"the backbone takes images of {channels} channels, these have 1 (grey) or 3 (RGB)")
+    with _open(photo.path) as picture:
+        try:
+            image = picture.convert("L" if channels == 1 else "RGB")
+        except Exception as error:
+            raise UserError(f"{photo.path} can't be decoded ({error}): download it again") from error
+    if photo.box is not None:
+        image = image.crop(_within(photo.box, *image.size))
+    image.thumbnail((imsize, imsize), Image.Resampling.LANCZOS)
+    return np.atleast_3d(np.asarray(image))[: shape[0], : shape[1]]
+
+
+@cache  # one object for one model, so that a second call compiles nothing
+def multi_scale(apply_fn: Callable, scales: tuple[float, ...], step: int) -> Callable:
+    """apply_fn(variables, images [b, H, W, C]) -> [b, D], made to average over smaller versions of the images.
+
+    They are bilinear without antialiasing, as the reference's, and cut to multiples of `step` pixels.
+    """
+
+    def seen(images: jax.Array, scale: float) -> jax.Array:
+        b, H, W, C = images.shape
+        shape = b, int(H * scale) // step * step, int(W * scale) // step * step, C
+        # Pixel positions come from the scale itself, not from the rounded sizes.
+        factors, shift = np.full(2, scale, np.float32), np.zeros(2, np.float32)
+        return jax.image.scale_and_translate(images, shape, (1, 2), factors, shift, "linear", antialias=False)
+
+    def averaged(variables, images: jax.Array) -> jax.Array:
+        return jnp.mean(jnp.stack([apply_fn(variables, seen(images, scale)) for scale in scales]), 0)
+
+    return averaged
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def score_queries(
+    ranking: np.ndarray, positives: Sequence[Sequence[int]], ignored: Sequence[Sequence[int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Average precision [Q] and precision at each of KS [Q, 3], in 0..1; NaN for queries without positives.
+
+    Precision at k looks no further than the last positive. As in the data sets' own evaluation.
+
+    Args:
+        ranking: int [N, Q], images of the database in the order in which they answer each query, best first.
+        positives: for each query its right answers.
+        ignored: for each query answers to take out of the ranking first.
+    """
+    precision, at_k = np.full(len(positives), np.nan), np.full((len(positives), len(KS)), np.nan)
+    for query, (right, left_out) in enumerate(zip(positives, ignored, strict=True)):
+        if not len(right):
+            continue
+        answers = ranking[:, query]
+        answers = answers[~np.isin(answers, left_out)]
+        ranks = np.flatnonzero(np.isin(answers, right))
+        precision[query] = average_precision(ranks, len(right))
+        depths = np.minimum(KS, ranks[-1] + 1)
+        at_k[query] = [(ranks < depth).sum() / depth for depth in depths]
+    return precision, at_k
+
+
+def _score(ranking: np.ndarray, gnd: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+    """Figures in percent and the number of queries that they are means of, for each level that has any."""
+    figures, counted = {}, {}
+    for level, kinds in LEVELS.items():
+        positives, ignored = ([[i for kind in some for i in query[kind]] for query in gnd] for some in kinds)
+        precision, at_k = score_queries(ranking, positives, ignored)
+        if count := int(np.isfinite(precision).sum()):
+            mean = [100 * float(x) for x in (np.nanmean(precision), *np.nanmean(at_k, axis=0))]
+            figures[level] = dict(zip(("mAP", *(f"mP@{k}" for k in KS)), mean, strict=True))
+            counted[level] = count
+    return figures, counted
+
+
+def _print_table(figures: dict, counted: dict, dataset: str, queries: int, images: int) -> None:
+    print(f"{dataset}: {queries} queries of {images:,} images, percent:")
+    print(f"{'':8}{'queries':>8}{'mAP':>8}" + "".join(f"{f'mP@{k}':>8}" for k in KS))
+    for level, values in figures.items():
+        print(f"{level:8}{counted[level]:>8}" + "".join(f"{value:8.2f}" for value in values.values()))
+
+
+def _draw(
+    database: list[Photo], queries: list[Photo], ranking: np.ndarray, gnd: list[dict], rows: int, sheet: Path
+) -> None:
+    """Queries from all over the list, easy and hard answers framed green, junk grey."""
+    shown = np.unique(np.linspace(0, len(queries) - 1, rows).astype(int))
+    pictures = []
+    for query in shown:
+        right, junk = {*gnd[query]["easy"], *gnd[query]["hard"]}, set(gnd[query]["junk"])
+        answers = [
+            framed(thumbnail(database[i].path), CORRECT if i in right else IGNORED if i in junk else None)
+            for i in ranking[:ANSWERS, query].tolist()
+        ]
+        pictures.append((thumbnail(*queries[query]), answers))
+    answers_sheet(pictures, sheet)
