@@ -3,6 +3,9 @@
 python evaluate.py knn --checkpoint=runs/a --config.train=folder:train --config.test=folder:val --config.k=10,20
 python evaluate.py linear --checkpoint=runs/a --config.train=folder:train --config.test=folder:val
 python evaluate.py attention --checkpoint=runs/a --config.images=photo.jpg
+python evaluate.py attention --checkpoint=runs/a --config.video=clip.mp4
+python evaluate.py attention_jaccard --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
+python evaluate.py video_segmentation --checkpoint=runs/a --config.data=/data/DAVIS
 python evaluate.py retrieval --checkpoint=runs/a --config.data=/data/revisited --config.dataset=rparis6k
 python evaluate.py copy_detection --checkpoint=runs/a --config.data=copydays --config.whitening=yfcc20k
 """

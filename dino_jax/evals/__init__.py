@@ -1,11 +1,21 @@
 """Evaluation protocols: one module each, with `default_config()` and `run(backbone, config, out) -> results`."""
 
-from dino_jax.evals import attention, copy_detection, knn, linear, retrieval
+from dino_jax.evals import (
+    attention,
+    attention_jaccard,
+    copy_detection,
+    knn,
+    linear,
+    retrieval,
+    video_segmentation,
+)
 
 PROTOCOLS = {
     "knn": knn,
     "linear": linear,
     "attention": attention,
+    "attention_jaccard": attention_jaccard,
+    "video_segmentation": video_segmentation,
     "retrieval": retrieval,
     "copy_detection": copy_detection,
 }

@@ -1,5 +1,7 @@
 """What the last block's CLS token looks at, head by head: pictures, masks, and how well they cover known objects."""
 
+import itertools
+import time
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from dino_jax.backbone import Backbone, normalize
 from dino_jax.data.pipeline import DecodeError, decode
 from dino_jax.data.sources import IMAGE_EXTENSIONS
 from dino_jax.errors import UserError
+from dino_jax.evals.video import progress, read_video, write_video
 
 # From black over purple and orange to pale yellow, brightness growing evenly: readable in print and to colour-blind.
 HEAT = np.array(
@@ -35,31 +38,75 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "images": "",  # a picture, several with commas between, or a folder
+            "video": "",  # or a video file (needs PyAV: pip install av)
             "size": 480,  # pixels of the longer side; 0 keeps the picture's own size
             "mass": 0.6,  # share of the attention that the masks keep
+            "batch_size": 4,  # frames of a video at a time
         }
     )
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Writes one sheet a picture to `out`: the image, its mean attention, each head's, and the mask.
+    """Draws the attention of pictures of any shape, or of a video.
 
-    Returns {"pictures": [paths]}. Raises UserError: no such picture, one that can't be read or is smaller than a
-    patch, or a backbone without attention.
+    Writes NNN_NAME.png for each picture: the image, its mean attention, each head's, and the mask; and the same tiles
+    one by one, in full size, to the folder NNN_NAME. A video gives NAME_attention.mp4, the mean attention over it.
+
+    Returns what belongs into results.json: {"pictures": [paths], "settings", "images", "seconds", "images_per_second"}.
+    Raises UserError: no such picture or video, one that can't be read or is smaller than a patch, or a backbone without
+    attention.
     """
-    patch, channels = _patch_size(backbone), backbone.config["in_channels"]
+    start = time.monotonic()
+    if config.images and config.video:
+        raise UserError("--config.images and --config.video are both set: give one of them")
+    pictures, images = (_draw_video if config.video else _draw_pictures)(backbone, config, out)
+    seconds = time.monotonic() - start
+    return {
+        "pictures": pictures,
+        "settings": config.to_dict(),
+        "images": images,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(images / seconds, 2),
+    }
+
+
+def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> tuple[list[str], int]:
+    """The sheets written, and the number of images."""
+    patch, channels = patch_size(backbone), backbone.config["in_channels"]
     written: list[str] = []
     for path in _picture_paths(config.images):
-        image = _cut(_scaled(_read(path, channels), config.size), patch)
-        if not image.size:
-            raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
-        maps = attention_maps(backbone, _normalised(backbone, image[None]))[0]
-        mask = upsample(mass_masks(maps.mean(0), config.mass), patch)
-        target = out / f"{len(written):03d}_{path.stem}.png"
-        contact_sheet([picture_row(image, maps, mask)], target, tile=240)
+        image = _fitted(read_picture(path, channels, "--config.images"), config.size, patch, path)
+        maps = attention_maps(backbone, normalised(backbone, image[None]))[0]
+        tiles = picture_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
+        folder = out / f"{len(written):03d}_{path.stem}"
+        folder.mkdir(parents=True, exist_ok=True)
+        for title, tile in tiles.items():
+            Image.fromarray(np.ascontiguousarray(tile)).save(folder / f"{title.replace(' ', '')}.png")
+        target = out / f"{folder.name}.png"  # not with_suffix: names may hold dots
+        contact_sheet([tiles], target, tile=240)
         print(f"{path} -> {target}")
         written.append(str(target))
-    return {"pictures": written}
+    return written, len(written)
+
+
+def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> tuple[list[str], int]:
+    """The video written, and the number of its frames. A few frames are in memory at a time."""
+    if config.batch_size < 1:
+        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
+    patch, channels, path = patch_size(backbone), backbone.config["in_channels"], Path(config.video)
+    video, target, done = read_video(path), out / f"{path.stem}_attention.mp4", 0
+    frames = progress(video.frames, video.length, path.name)
+    with write_video(target, video.rate) as write:
+        while batch := list(itertools.islice(frames, config.batch_size)):
+            images = np.stack([_fitted(decode(frame, channels), config.size, patch, path) for frame in batch])
+            # The last batch is filled up, so that one program serves all.
+            filled = np.pad(images, ((0, config.batch_size - len(images)), (0, 0), (0, 0), (0, 0)), "edge")
+            maps = attention_maps(backbone, normalised(backbone, filled))
+            for image, one in zip(images, maps, strict=False):
+                write(overlay(image, one))
+            done += len(images)
+    print(f"{path} -> {target}")
+    return [str(target)], done
 
 
 def attention_maps(backbone: Backbone, images: np.ndarray) -> np.ndarray:
@@ -70,7 +117,7 @@ def attention_maps(backbone: Backbone, images: np.ndarray) -> np.ndarray:
     Raises:
         UserError: the backbone is a convnet.
     """
-    patch = _patch_size(backbone)
+    patch = patch_size(backbone)
     attention = np.asarray(_cls_attention(backbone.model.apply, backbone.variables, images))
     return attention.reshape(*attention.shape[:2], images.shape[1] // patch, images.shape[2] // patch)
 
@@ -110,11 +157,6 @@ def best_heads(masks: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.n
     return scores.argmax(1), scores.max(1)
 
 
-def jaccard(masks: np.ndarray, objects: np.ndarray) -> float:
-    """Mean over objects of the best head's Jaccard index, in 0..1; the paper's protocol. Shapes as in `best_heads`."""
-    return float(best_heads(masks, objects)[1].mean())
-
-
 def evaluate_masks(
     backbone: Backbone,
     images: np.ndarray,
@@ -138,12 +180,12 @@ def evaluate_masks(
         rows: number of images on the sheet.
         batch_size: images at a time.
     """
-    patch = _patch_size(backbone)
+    patch = patch_size(backbone)
     H, W = images.shape[1] * upscale, images.shape[2] * upscale
-    enlarged = _cut(np.stack([_resized(image, H, W) for image in images]), patch)
+    enlarged = cut(np.stack([resized(image, H, W) for image in images]), patch)
     objects = upsample(objects, upscale)[:, : enlarged.shape[1], : enlarged.shape[2]]
     batches = [enlarged[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    maps = np.concatenate([attention_maps(backbone, _normalised(backbone, batch)) for batch in batches])
+    maps = np.concatenate([attention_maps(backbone, normalised(backbone, batch)) for batch in batches])
     masks = upsample(mass_masks(maps, mass), patch)
     best, scores = best_heads(masks, objects)
     if sheet is not None:
@@ -156,17 +198,26 @@ def picture_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[s
     """A sheet's row, {title: uint8 [H, W, 3]}: image, mean attention over it, each head's map, what the mask keeps.
 
     Args:
-        image: uint8 [H, W, C]; one channel is shown grey, of more than three the first three.
+        image: uint8 [H, W, C], shown by `as_rgb`.
         maps: float [heads, h, w], with H and W multiples of h and w.
         mask: bool [H, W].
     """
-    shown = np.broadcast_to(image, (*mask.shape, 3)) if image.shape[-1] == 1 else image[..., :3]
-    factor = len(mask) // maps.shape[1]
+    shown, factor = as_rgb(image), len(mask) // maps.shape[1]
     heads = {f"head {i + 1}": heat(upsample(one, factor)) for i, one in enumerate(maps)}
-    overlay = (0.4 * shown + 0.6 * heat(upsample(maps.mean(0), factor))).astype(np.uint8)
     # Coloured rather than cut out: what is kept of a black background shows too.
     kept = np.where(mask[..., None], shown // 2 + MASK_COLOUR // 2, shown)
-    return {"image": shown, "mean": overlay, **heads, "mask": kept}
+    return {"image": shown, "mean": overlay(image, maps), **heads, "mask": kept}
+
+
+def overlay(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
+    """Uint8 [H, W, C] and float [heads, h, w] -> uint8 [H, W, 3]: the image under the mean of its maps."""
+    warm = heat(upsample(maps.mean(0), len(image) // maps.shape[1]))
+    return (0.4 * as_rgb(image) + 0.6 * warm).astype(np.uint8)
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel is shown grey, of more than three the first three."""
+    return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
 
 
 def heat(values: np.ndarray) -> np.ndarray:
@@ -204,37 +255,50 @@ def _fit(picture: np.ndarray, tile: int) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(picture)).resize(size, method)
 
 
-def _patch_size(backbone: Backbone) -> int:
+def patch_size(backbone: Backbone) -> int:
+    """Pixels of a patch's side; UserError for a convnet."""
     if not hasattr(backbone.model, "patch_size"):
-        raise UserError(f"attention needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
+        raise UserError(f"this needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
     return backbone.model.patch_size
 
 
-def _normalised(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """uint8 [B, H, W, C] -> float32 as the backbone was trained."""
+def normalised(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """Uint8 [B, H, W, C] -> float32 as the backbone was trained."""
     as_trained = backbone.card["preprocessing"]
     return normalize(images, as_trained["mean"], as_trained["std"])
 
 
-def _cut(images: np.ndarray, patch: int) -> np.ndarray:
+def cut(images: np.ndarray, patch: int) -> np.ndarray:
     """[..., H, W, C] without the rows and columns beyond the last whole patch."""
     height, width = (side // patch * patch for side in images.shape[-3:-1])
     return images[..., :height, :width, :]
 
 
-def _scaled(image: np.ndarray, size: int) -> np.ndarray:
-    scale = size / max(image.shape[:2]) if size else 1
-    return _resized(image, *(max(1, round(side * scale)) for side in image.shape[:2]))
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """uint8 [H, W, C] -> uint8 [height, width, C], bicubic, any number of channels."""
+def resized(
+    image: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Uint8 [H, W, C] -> uint8 [height, width, C], any number of channels; antialiased where it gets smaller."""
     if image.shape[:2] == (height, width):
         return image
-    channels = [
-        Image.fromarray(image[..., c]).resize((width, height), Image.Resampling.BICUBIC) for c in range(image.shape[2])
-    ]
+    channels = [Image.fromarray(image[..., c]).resize((width, height), method) for c in range(image.shape[2])]
     return np.stack([np.asarray(channel) for channel in channels], -1)
+
+
+def read_picture(path: Path, channels: int, knob: str) -> np.ndarray:
+    """A picture as uint8 [H, W, channels] (`data.pipeline.decode`); a UserError of the knob if it can't be read."""
+    try:
+        return decode(path.read_bytes(), channels)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
+
+
+def _fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
+    """The longer side scaled to `size` pixels (0: as it is), then cut to whole patches."""
+    scale = size / max(image.shape[:2]) if size else 1
+    image = cut(resized(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
+    if not image.size:
+        raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
+    return image
 
 
 def _picture_paths(images: str) -> list[Path]:
@@ -250,10 +314,3 @@ def _picture_paths(images: str) -> list[Path]:
         if not path.is_file():
             raise UserError(f"--config.images: no such picture: {path}")
     return paths
-
-
-def _read(path: Path, channels: int) -> np.ndarray:
-    try:
-        return decode(path.read_bytes(), channels)
-    except (OSError, DecodeError) as error:
-        raise UserError(f"--config.images: {path} can't be read as a picture ({error})") from error

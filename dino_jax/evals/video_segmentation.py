@@ -1,0 +1,287 @@
+"""Video object segmentation by propagating the first frame's masks: DAVIS 2017, or a video of one's own.
+
+    python evaluate.py video_segmentation --checkpoint=runs/a --config.data=DAVIS
+    python evaluate.py video_segmentation --checkpoint=runs/a --config.video=clip.mp4 --config.mask=first.png
+
+The reference's protocol, but for its third standard deviation (.228, a slip for .225 in its normalisation; here pixels
+are normalised as the backbone was trained) and for the resizing of frames (antialiased).
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from PIL import Image
+
+from dino_jax.backbone import Backbone
+from dino_jax.data.pipeline import decode
+from dino_jax.errors import UserError
+from dino_jax.evals.attention import normalised, patch_size, read_picture, resized
+from dino_jax.evals.davis_metrics import score_objects, statistics
+from dino_jax.evals.label_maps import over, read_labels, read_objects, write_labels
+from dino_jax.evals.label_propagation import hard_labels, propagate
+from dino_jax.evals.video import progress, read_video, write_video
+
+VOID = 255  # DAVIS counts it as background
+Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]
+SETTINGS = ("size", "multiple", "context", "radius", "topk", "temperature")  # what the masks depend on
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every knob of `python evaluate.py video_segmentation`."""
+    return ml_collections.ConfigDict(
+        {
+            "data": "",  # DAVIS 2017 (trainval, 480p): JPEGImages, Annotations and ImageSets are in it
+            "split": "val",  # a list in ImageSets/2017
+            "video": "",  # or a video file (needs PyAV: pip install av)
+            "mask": "",  # picture of the objects in that video's first frame: a colour each, black elsewhere
+            "size": 480,  # pixels of the shorter side of a frame for the backbone
+            "multiple": 64,  # of which the longer side is one, rounded down
+            "context": 7,  # latest frames that labels are taken from, beside the first
+            "radius": 12,  # patches up and down, left and right, that labels are taken from
+            "topk": 5,  # nearest patches that a patch takes its labels from
+            "temperature": 0.1,  # of their weights
+        }
+    )
+
+
+class AnnotatedVideo(NamedTuple):
+    """A video of DAVIS: its name and files, frame by frame."""
+
+    name: str
+    frames: list[Path]
+    annotations: list[Path]  # of all frames; of the first alone in the test sets
+
+
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+    """Writes the masks of each video to `out`/masks/VIDEO as palette PNGs; scores DAVIS's and prints a table.
+
+    Started again, it goes on with the videos that are not finished. A video of one's own gives VIDEO_masks.mp4 too.
+
+    Returns what belongs into results.json: {"figures", "videos", "objects", "settings", "images", "seconds",
+    "images_per_second"} (images and rate: of the frames of this run). Figures are in percent, averaged over objects as
+    the benchmark does: J&F_mean, J_mean, J_recall, J_decay, F_mean, F_recall, F_decay; none without annotations.
+
+    Raises:
+        UserError: neither or both of data and video are set, a folder or file is missing, not readable or of another
+            size than its frame, `out` holds masks of other settings, a setting is out of range, or the backbone is a
+            convnet.
+    """
+    start = time.monotonic()
+    _check_settings(config, patch_size(backbone))
+    if bool(config.data) == bool(config.video):
+        raise UserError("set either --config.data to DAVIS 2017's folder, or --config.video and --config.mask")
+    if config.video:
+        frames, scores = _segment_own(backbone, config, out), Scores()
+    else:
+        frames, scores = _segment_davis(backbone, config, out)
+    seconds = time.monotonic() - start
+    figures = benchmark_figures(scores)
+    print(_table(scores, figures) if scores else f"{frames:,} frames: masks are in {out / 'masks'}")
+    return {
+        "figures": figures,
+        "videos": {name: {"J": 100 * J.mean(), "F": 100 * F.mean()} for name, (J, F) in scores.items()},
+        "objects": {
+            f"{name}_{i}": {"J": 100 * j.mean(), "F": 100 * f.mean()}
+            for name, (J, F) in scores.items()
+            for i, (j, f) in enumerate(zip(J, F, strict=True), start=1)
+        },
+        "settings": config.to_dict(),
+        "images": frames,
+        "seconds": round(seconds, 1),
+        "images_per_second": round(frames / seconds, 2),
+    }
+
+
+def segment(
+    backbone: Backbone, frames: Iterable[np.ndarray], first: np.ndarray, config: ml_collections.ConfigDict
+) -> Iterator[np.ndarray]:
+    """Labels of each frame, uint8 [H, W], as soon as each comes; of the first the given ones.
+
+    Args:
+        backbone: a vision transformer.
+        frames: uint8 [H, W, C], one after the other; no more than one is held at a time, of the others features only.
+        first: labels of the first frame, uint8 [H, W], 0 for the background.
+        config: see `default_config`.
+
+    Raises:
+        UserError: a frame is not of the size of `first`.
+    """
+    patch, (height, width) = patch_size(backbone), first.shape
+    rows, columns = network_size(height, width, config.size, config.multiple)
+    small = resized(first[..., None], rows // patch, columns // patch, Image.Resampling.NEAREST)[..., 0]
+    features = (
+        _features(backbone, resized(frame, rows, columns, Image.Resampling.BILINEAR))
+        for frame in _same_size(frames, first)
+    )
+    opening = next(features)  # a mask of another size is found before anything is written
+    yield first
+    soft = propagate(
+        itertools.chain([opening], features),
+        jax.nn.one_hot(small, int(first.max()) + 1),
+        context=config.context,
+        radius=config.radius,
+        topk=config.topk,
+        temperature=config.temperature,
+    )
+    for labels in soft:
+        fine = np.asarray(hard_labels(labels, patch))
+        yield resized(fine[..., None], height, width, Image.Resampling.NEAREST)[..., 0]
+
+
+def network_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
+    """Height and width of frames for the backbone: the shorter side is `size`, the longer one rounded down."""
+    if height > width:
+        return size * height // width // multiple * multiple, size
+    return size, size * width // height // multiple * multiple
+
+
+def benchmark_figures(scores: Scores) -> dict[str, float]:
+    """DAVIS 2017's figures in percent, means over all objects of all videos."""
+    if not scores:
+        return {}
+    figures: dict[str, float] = {}
+    for name, part in (("J", 0), ("F", 1)):
+        objects = [statistics(one) for video in scores.values() for one in video[part]]
+        figures |= {f"{name}_{key}": 100 * float(np.mean([one[key] for one in objects])) for key in objects[0]}
+    return {"J&F_mean": (figures["J_mean"] + figures["F_mean"]) / 2, **figures}
+
+
+def list_videos(root: Path, split: str) -> list[AnnotatedVideo]:
+    """DAVIS's videos in the order of its list; UserError if a folder, the frames or an annotation is missing."""
+    images, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
+    listing = root / "ImageSets" / "2017" / f"{split}.txt"
+    for needed in (images, annotations, listing):
+        if not needed.exists():
+            raise UserError(
+                f"--config.data={root} is not DAVIS 2017's folder: {needed.relative_to(root)} is missing there"
+            )
+    videos = []
+    for name in listing.read_text().split():
+        frames, masks = sorted((images / name).glob("*.jpg")), sorted((annotations / name).glob("*.png"))
+        if not frames:
+            raise UserError(f"--config.data: {name} is in {listing.name}, but no frames (*.jpg) are in {images / name}")
+        wanted = [annotations / name / f"{frame.stem}.png" for frame in frames]
+        if masks not in (wanted, wanted[:1]):
+            missing = next((path for path in wanted if path not in masks), annotations / name)
+            raise UserError(
+                f"--config.data: {name} has {len(frames)} frames and {len(masks)} annotations: see {missing}"
+            )
+        videos.append(AnnotatedVideo(name, frames, masks))
+    if not videos:
+        raise UserError(f"--config.split={split}: {listing} is empty")
+    return videos
+
+
+def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
+    """Frames computed, and each video's J and F [objects, frames but the first and the last]."""
+    videos, masks, channels = (
+        list_videos(Path(config.data), config.split),
+        out / "masks",
+        backbone.config["in_channels"],
+    )
+    _claim(masks, {**{key: config[key] for key in SETTINGS}, "model": backbone.card})
+    done, scores = 0, Scores()
+    for place, video in enumerate(videos, start=1):
+        first = _davis_labels(video.annotations[0])
+        if not first.any():
+            raise UserError(f"--config.data: no object in {video.annotations[0]}")
+        folder, partial = masks / video.name, masks / f"{video.name}.partial"
+        if not folder.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            pictures = (read_picture(path, channels, "--config.data") for path in video.frames)
+            counted = progress(segment(backbone, pictures, first, config), len(video.frames), video.name)
+            for path, labels in zip(video.frames, counted, strict=True):
+                write_labels(partial / f"{path.stem}.png", labels)
+            partial.rename(folder)
+            done += len(video.frames)
+        if len(video.annotations) > 2:
+            inner = video.annotations[1:-1]  # the first is given, and the benchmark leaves out the last
+            ours, theirs = (map(_davis_labels, paths) for paths in ([folder / path.name for path in inner], inner))
+            scores[video.name] = score_objects(ours, theirs, int(first.max()))
+        print(f"{place} of {len(videos)} videos: {video.name}", file=sys.stderr)
+    return done, scores
+
+
+def _segment_own(backbone, config, out: Path) -> int:
+    """Masks and a video of them over the frames; how many frames there were."""
+    if not config.mask:
+        raise UserError("--config.mask is empty: set it to a picture of the objects in the video's first frame")
+    video, channels = read_video(path := Path(config.video)), backbone.config["in_channels"]
+    first, folder, done = read_objects(Path(config.mask), "--config.mask"), out / "masks" / path.stem, 0
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    shown, frames = itertools.tee(progress(video.frames, video.length, path.name))
+    labels = segment(backbone, (decode(frame, channels) for frame in frames), first, config)
+    with write_video(out / f"{path.stem}_masks.mp4", video.rate) as write:
+        for frame, one in zip(shown, labels, strict=True):
+            write_labels(folder / f"{done:05d}.png", one)
+            write(over(frame, one))
+            done += 1
+    return done
+
+
+def _features(backbone: Backbone, image: np.ndarray) -> jax.Array:
+    """uint8 [H, W, C] -> [h, w, D], the last block's patch tokens."""
+    found = backbone(jnp.asarray(normalised(backbone, image[None])))
+    assert found.patches is not None
+    assert found.grid is not None
+    return found.patches[0].reshape(*found.grid, -1)
+
+
+def _same_size(frames: Iterable[np.ndarray], first: np.ndarray) -> Iterator[np.ndarray]:
+    for place, frame in enumerate(frames):
+        if frame.shape[:2] != first.shape:
+            sizes = (f"{width} x {height}" for height, width in (frame.shape[:2], first.shape))
+            raise UserError("frame {} has {} pixels, the first mask {}: give a mask of that size".format(place, *sizes))
+        yield frame
+
+
+def _davis_labels(path: Path) -> np.ndarray:
+    labels = read_labels(path, "--config.data")
+    return np.where(labels == VOID, 0, labels)
+
+
+def _claim(masks: Path, settings: dict) -> None:
+    """Masks that are there already must be those of the same settings and model: a UserError if not."""
+    note, text = masks / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    if note.exists() and note.read_text() != text:
+        raise UserError(
+            f"{masks} holds masks of another model or other settings: set --out to another folder, or delete it"
+        )
+    masks.mkdir(parents=True, exist_ok=True)
+    note.write_text(text)
+
+
+def _check_settings(config: ml_collections.ConfigDict, patch: int) -> None:
+    for knob in ("size", "multiple"):
+        if config[knob] < 1 or config[knob] % patch:
+            raise UserError(
+                f"{knob} {config[knob]} is no multiple of the patch's {patch} pixels: set --config.{knob} to one"
+            )
+    if config.multiple > config.size:
+        raise UserError(f"multiple {config.multiple} is above size {config.size}: set --config.multiple lower")
+    for knob in ("context", "radius", "topk"):
+        if config[knob] < 1:
+            raise UserError(f"{knob} {config[knob]}: set --config.{knob} to 1 or more")
+    if config.temperature <= 0:
+        raise UserError(f"temperature {config.temperature}: set --config.temperature above 0")
+
+
+def _table(scores: Scores, figures: dict[str, float]) -> str:
+    lines = [f"{'percent':<22}{'objects':>8}{'J':>8}{'F':>8}{'J&F':>8}"]
+    for name, (J, F) in scores.items():
+        j, f = 100 * J.mean(), 100 * F.mean()
+        lines.append(f"{name:<22}{len(J):>8}{j:>8.1f}{f:>8.1f}{(j + f) / 2:>8.1f}")
+    lines.append("over all objects: " + ", ".join(f"{name} {value:.1f}" for name, value in figures.items()))
+    return "\n".join(lines)
