@@ -11,39 +11,37 @@ import os
 import statistics
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from absl import flags
 
 from dino_jax import cli, train_loop
 from dino_jax.backbone import Backbone, load_backbone
-from dino_jax.checkpoints import versions
+from dino_jax.checkpoints import model_card, versions
 from dino_jax.data import demo_images
 from dino_jax.data.sources import open_source
 from dino_jax.evals.attention import evaluate_masks
 from dino_jax.evals.features import raw_pixels
 from dino_jax.evals.knn import knn_accuracy
+from dino_jax.models import build_backbone
 from dino_jax.sharding import make_mesh
 
 ATTENTION_IMAGES = 500  # of the test split
 ATTENTION_UPSCALE = 2  # images are enlarged for it, so that the patches are finer than the garments
 
-CONFIG = cli.config_file_flag("configs/demo.py")
-WORKDIR = flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
-
 
 def main(argv: list[str]) -> None:
     """Train (or go on), evaluate, print the report."""
     cli.require_no_arguments(argv)
-    config, workdir = CONFIG.value, Path(WORKDIR.value)
-    if "XLA_FLAGS" not in os.environ:  # one device a core: a tiny net's operations are too small to share cores
-        jax.config.update("jax_num_cpu_devices", _most_devices(config.batch_size))
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    one_device_a_core(config.batch_size)
     state = train_loop.train(config, workdir)
     if int(state.step) < config.epochs * train_loop.check_enough_images(open_source(config.data.source), config):
         return  # stopped by a signal: nothing to report yet
 
     trained = load_backbone(workdir)
-    initial = untrained(config, trained)
+    initial = untrained(config)
     report = knn_report(config, trained, initial) | attention_report(trained, initial, workdir)
     report["images_per_second"] = training_rate(workdir / "metrics.jsonl")
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
@@ -53,24 +51,52 @@ def main(argv: list[str]) -> None:
     print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
 
 
-def untrained(config, trained: Backbone) -> Backbone:
-    """The same network as it was before the first step."""
+def one_device_a_core(batch_size: int) -> None:
+    """Splits the CPU into devices, unless XLA_FLAGS is set: a tiny net's operations are too small to share cores.
+
+    At most one a core, as many as the batch divides over. Before anything else uses JAX.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        devices = max(n for n in range(1, (os.cpu_count() or 1) + 1) if batch_size % n == 0)
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def untrained(config) -> Backbone:
+    """The network of a config as it is before the first step."""
     state = train_loop.init_state(train_loop.build_recipe(config, steps_per_epoch=1), make_mesh())
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
-    return Backbone(trained.model, variables, trained.card)
+    model = build_backbone(config.model.arch, patch_size=config.model.patch_size, image_size=config.crops.global_size)
+    return Backbone(model, variables, model_card(config, 0))
 
 
 def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
     """k-NN top-1 in percent of pixels, untrained network and teacher, with the bank of few labels and the whole one."""
-    mesh, k = make_mesh(), config.eval.k
-    report: dict = {"k": k, "bank": config.eval.train, "bank_full": config.data.source, "test": config.eval.test}
-    for suffix, bank in (("", config.eval.train), ("_full_bank", config.data.source)):
-        sources = {"bank": open_source(bank), "queries": open_source(config.eval.test)}
-        for name, backbone in (("knn_top1_pixels", None), ("knn_top1_init", initial), ("knn_top1", trained)):
-            train, test = (_features(source, what, backbone, config, mesh) for what, source in sources.items())
-            rows = train.features, train.labels, test.features, test.labels
-            report[name + suffix] = knn_accuracy(*rows, (k,), num_classes=sources["bank"].num_classes, mesh=mesh)[k][0]
+    report: dict = {"k": config.eval.k, "bank": config.eval.train}
+    report |= {"bank_full": config.data.source, "test": config.eval.test}
+    for what, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
+        accuracy = knn_top1(config, backbone)
+        report |= {f"knn_top1{what}": accuracy.few, f"knn_top1{what}_full_bank": accuracy.full}
     return report
+
+
+class Accuracy(NamedTuple):
+    """k-NN top-1 in percent."""
+
+    few: float  # with config.eval.train as the bank
+    full: float  # with all that is trained on
+
+
+def knn_top1(config, backbone: Backbone | None) -> Accuracy:
+    """k-NN top-1 with both banks, of raw pixels without a backbone. Raises UserError for a source without labels."""
+    mesh, k, queries = make_mesh(), config.eval.k, open_source(config.eval.test)
+    test = _features(queries, "queries", backbone, config, mesh)
+    top1 = []
+    for spec in (config.eval.train, config.data.source):
+        bank = open_source(spec)
+        train = _features(bank, "bank", backbone, config, mesh)
+        rows = train.features, train.labels, test.features, test.labels
+        top1.append(knn_accuracy(*rows, (k,), num_classes=bank.num_classes, mesh=mesh)[k][0])
+    return Accuracy(*top1)
 
 
 def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict:
@@ -118,10 +144,7 @@ def _features(source, what: str, backbone: Backbone | None, config, mesh):
     )
 
 
-def _most_devices(batch_size: int) -> int:
-    """The most devices, at most one a core, that the batch divides over."""
-    return max(n for n in range(1, (os.cpu_count() or 1) + 1) if batch_size % n == 0)
-
-
 if __name__ == "__main__":
+    cli.config_file_flag("configs/demo.py")
+    flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
     cli.run(main)

@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it and exits with code 2.
     """
+
+
+class NotFiniteError(UserError):
+    """The loss, the gradient or the parameters of a step are not finite: this run cannot go on, others can."""

@@ -19,7 +19,7 @@ from dino_jax.checks import check_config
 from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
-from dino_jax.errors import UserError
+from dino_jax.errors import NotFiniteError, UserError
 from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
 from dino_jax.initialization import start_from
@@ -37,7 +37,8 @@ class DeviceBatch(NamedTuple):
 def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
     """Pretrains, or goes on where `workdir` stopped, and returns the state at the end or at a signal to stop.
 
-    Raises UserError for what the user can mend: settings, data, a workdir of another run, a loss that is not finite.
+    Raises UserError for what the user can mend: settings, data, a workdir of another run; NotFiniteError, which is one,
+    for a loss, a gradient or parameters that are not finite.
     """
     sharding.initialize(config.distributed)
     check_config(config, jax.device_count())
@@ -109,7 +110,7 @@ class Run:
     def settle(self) -> None:
         """Waits for the last dispatched step, checks it and logs it if due.
 
-        Raises UserError if its loss, its gradient or the parameters after it are not finite.
+        Raises NotFiniteError if its loss, its gradient or the parameters after it are not finite.
         """
         if self._running is None:
             return
@@ -118,7 +119,7 @@ class Run:
         broken = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])]
         if broken:
             names = ", ".join(self._source.name(int(i)) for i in index)
-            raise UserError(
+            raise NotFiniteError(
                 f"{broken[0]} is {values[broken[0]]} at step {done:,} (loss {values['loss']:.4g}, gradient norm "
                 f"{values['grad_norm']:.3g}): the last checkpoint is kept; try a lower --config.optim.lr or "
                 f"--config.dtype=float32; its images: {names}"

@@ -126,8 +126,10 @@ def test_a_save_that_was_killed_is_cleaned_up_and_can_be_repeated(tmp_path):
     save_steps(tmp_path, [1, 2])
     folder = tmp_path / "checkpoints"
     (folder / "2").rename(folder / "2.orbax-checkpoint-tmp")
-    assert restore(tmp_path)[1] == 1
-    save_steps(tmp_path, [2])
+    c = config()
+    with checkpoints.open_manager(tmp_path, c.checkpoint) as manager:
+        assert checkpoints.restore(manager, target_of(make_state()), c)[1] == 1
+        assert checkpoints.save(manager, 2, make_state(step=2), c)
     assert sorted(path.name for path in folder.glob("[0-9]*")) == ["1", "2"]
 
 

@@ -38,7 +38,8 @@ MAY_IMPORT = {
         *LOW,
     },
     "preview": {"data", "dino", "cli", "checks", *LOW},
-    "demo": {"train_loop", "backbone", "checkpoints", "data", "evals", "sharding", "cli"},
+    "ablation": {"demo", "train_loop", "backbone", "checkpoints", "checks", "data", "cli", *LOW},
+    "demo": {"train_loop", "backbone", "checkpoints", "data", "evals", "models", "sharding", "cli"},
 }
 
 

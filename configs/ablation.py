@@ -1,0 +1,17 @@
+"""Every cell of `python -m dino_jax.ablation` before its own change: the demo, half as long.
+
+    python -m dino_jax.ablation --workdir=runs/ablation
+
+Hardware: 2 CPU cores, about 35 minutes.
+"""
+
+from configs import demo
+
+
+def get_config():
+    """Deltas from the demo; curves with many points, k-NN at the end only."""
+    config = demo.get_config()
+    config.epochs = 24
+    config.log_every = 50
+    config.eval.knn_every_epochs = 0
+    return config
