@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dino_jax.errors import UserError
-from dino_jax.models import build_backbone
+from dino_jax.models import VITS, build_backbone
 
 MANIFEST = "manifest.json"
 
@@ -108,8 +108,7 @@ def restore_arrays(folder: Path, target: Any) -> Any:
 
 def tree_of(folder: Path) -> dict:
     """The structure of an Orbax tree on disk, as a target for `restore_arrays`."""
-    with ocp.PyTreeCheckpointer() as checkpointer:
-        return checkpointer.metadata(folder).item_metadata.tree
+    return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
 def read_metadata(folder: Path) -> dict:
@@ -157,7 +156,7 @@ def model_card(config: Any, step: int) -> dict:
     return {
         "architecture": {
             "arch": config["model"]["arch"],
-            "patch_size": config["model"]["patch_size"],
+            "patch_size": config["model"]["patch_size"] if config["model"]["arch"] in VITS else None,
             "in_channels": config["model"]["in_channels"],
             "image_size": config["crops"]["global_size"],
             "embed_dim": backbone.embed_dim,

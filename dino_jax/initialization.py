@@ -1,5 +1,7 @@
 """A run's first state from weights that were trained before: `--config.init_from=PATH` (continued pretraining)."""
 
+import zlib
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,7 @@ from dino_jax import pretrained
 from dino_jax.errors import UserError
 from dino_jax.models import VITS
 from dino_jax.pretrained import Pretrained, Weights
-from dino_jax.sharding import replicate
+from dino_jax.sharding import on_every_process, replicate
 
 ADAPTATIONS = ("image_size", "in_channels")  # what config.init_adapt may name
 
@@ -25,17 +27,21 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     """
     wanted = {"image_size": config.crops.global_size, "in_channels": config.model.in_channels}
     changes = {name: wanted[name] for name in ADAPTATIONS if name in config.init_adapt.split(",")}
-    found = pretrained.load(config.init_from, **changes)
+    # First whether there is anything at all: to read a run, the processes talk to each other.
+    on_every_process(lambda: pretrained.require_path(config.init_from), size=lambda _: 0)
+    load = partial(pretrained.load, config.init_from, heads=config.init_heads, **changes)
+    found = on_every_process(load, size=_checksum)
     _check_backbone(found.card["architecture"], config)
+    # A copy, since on a CPU a device may use the host's memory as it lies, and each step overwrites its state.
     student = found.student or jax.tree.map(np.copy, found.teacher)
-    heads = config.init_heads and "head" in found.teacher.params and "head" in student.params
+    heads = "head" in found.teacher.params and "head" in student.params
     if heads:
         found, student = found._replace(teacher=_head_of(found.teacher, config)), _head_of(student, config)
 
     parts = ("backbone", "head") if heads else ("backbone",)
 
-    def merged(fresh: dict, loaded: dict) -> dict:
-        return fresh | replicate({part: loaded[part] for part in parts}, mesh)
+    def merged(before: dict, loaded: dict) -> dict:
+        return before | replicate({part: loaded[part] for part in parts}, mesh)
 
     state = fresh.replace(
         teacher=merged(fresh.teacher, found.teacher.params),
@@ -48,9 +54,18 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     return state, _said(found, config, heads)
 
 
+def _checksum(found: Pretrained) -> int:
+    """Of all weights, to tell whether the processes read the same."""
+    return sum(zlib.crc32(np.ascontiguousarray(x).tobytes()) for x in jax.tree.leaves(found[1:])) % 2**31
+
+
 def _said(found: Pretrained, config: ConfigDict, heads: bool) -> str:
     who = "student and teacher" if found.student else "the teacher, for both"
     start = f"starting from {config.init_from}: {found.card['architecture']['arch']} of {who}"
+    trained = found.card["preprocessing"]
+    theirs, ours = ([*data["mean"], *data["std"]] for data in (trained, config.data))
+    if len(theirs) != len(ours) or not np.allclose(theirs, ours, atol=1e-3):
+        start += f" (trained with data.mean {trained['mean']} and data.std {trained['std']}, unlike this run)"
     if heads and found.center is not None:
         return f"{start}, with heads and centre; optimizer and schedules begin anew"
     if heads:
@@ -58,7 +73,8 @@ def _said(found: Pretrained, config: ConfigDict, heads: bool) -> str:
     why = "it has no projection head" if config.init_heads else "init_heads is False"
     return (
         f"{start}; {why}: heads and centre are fresh. Until they have learnt, their targets are arbitrary and pull the "
-        "features away from what they were: compare k-NN with that of step 0, and try a lower --config.optim.lr"
+        "features away from what they were: compare k-NN with that of step 0 (--config.eval.test), and try a lower "
+        "--config.optim.lr"
     )
 
 
@@ -69,7 +85,10 @@ def _check_backbone(architecture: dict, config: ConfigDict) -> None:
     if vit:
         there |= {"model.patch_size": architecture["patch_size"], "crops.global_size": architecture["image_size"]}
         ours |= {"model.patch_size": config.model.patch_size, "crops.global_size": config.crops.global_size}
-    _require_same(there, ours, config, f"or --config.init_adapt={','.join(ADAPTATIONS)} for the last two of these")
+    adaptable = {"crops.global_size": "image_size", "model.in_channels": "in_channels"}
+    names = [adaptation for name, adaptation in adaptable.items() if there.get(name) != ours.get(name)]
+    way_out = f", or --config.init_adapt={','.join(names)} for what that can change" if names else ""
+    _require_same(there, ours, config, way_out)
 
 
 def _head_of(weights: Weights, config: ConfigDict) -> Weights:
@@ -87,7 +106,7 @@ def _head_of(weights: Weights, config: ConfigDict) -> Weights:
         "head.norm_last_layer": config.head.norm_last_layer and bool((gain == 1).all()),
     }
     ours = {name: config.head[name.removeprefix("head.")] for name in there}
-    _require_same(there, ours, config, "or --config.init_heads=False for fresh heads")
+    _require_same(there, ours, config, ", or --config.init_heads=False for fresh heads")
     last_layer = {"weight_v": prototypes["weight_v"]} | ({} if config.head.norm_last_layer else {"weight_g": gain})
     return weights._replace(params=weights.params | {"head": head | {"last_layer": last_layer}})
 
@@ -97,4 +116,4 @@ def _require_same(there: dict, ours: dict, config: ConfigDict, way_out: str) -> 
     if different:
         said = ", ".join(f"{name} is {ours[name]}, there {there[name]}" for name in different)
         settings = " ".join(f"--config.{name}={there[name]}" for name in different)
-        raise UserError(f"init_from={config.init_from} does not fit: {said}; set {settings}, {way_out}")
+        raise UserError(f"init_from={config.init_from} does not fit: {said}; set {settings}{way_out}")

@@ -14,10 +14,12 @@ from dino_jax.errors import UserError
 from dino_jax.models import VITS, build_backbone
 from dino_jax.models.vit import resize_pos_embed
 
+PREPROCESSING = "preprocessing"  # key of the card's section in a safetensors file's metadata
 HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")  # one of them beside config.json
 WRAPPERS = ("state_dict.", "model.")  # keys under which people save a whole state_dict
 NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # of an official full checkpoint
-CLASSIFIERS = ("fc.", "head.", "classifier.", "pooler.", "vit.pooler.")  # what a backbone does without
+HEAD = ("head.mlp.", "head.last_layer.")
+CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # no part of a backbone
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -38,30 +40,50 @@ class Pretrained(NamedTuple):
 
 
 def load(
-    path: str | Path, *, training: bool = True, image_size: int | None = None, in_channels: int | None = None
+    path: str | Path,
+    *,
+    training: bool = True,
+    heads: bool = True,
+    image_size: int | None = None,
+    in_channels: int | None = None,
 ) -> Pretrained:
-    """Reads what `load_backbone` documents, and with `training` also heads, student and centre where there are any.
+    """Reads what `load_backbone` documents, and with `training` also student, heads and centre where there are any.
+
+    heads: False leaves heads and centre out.
 
     image_size: pixels; position embeddings are resized to its grid as the reference does for other image sizes.
     in_channels: the patch embedding (a convnet's first kernel) is summed over channels for fewer, repeated for more.
     Both change preprocessing too. Raises UserError for what cannot be read or is incomplete.
     """
-    path = Path(path).resolve()
-    if path.is_file():
-        found = _from_tensors(files.read(path), path, {}, training)
-    elif weights := _huggingface_file(path):
-        found = _from_tensors(files.read(weights), weights, huggingface.read_folder_settings(path), training)
+    path = require_path(path)
+    if weights := path if path.is_file() else _huggingface_file(path):
+        found = _from_tensors(files.read(weights), weights, _settings(weights), training, heads)
     else:
         found = _from_run(path, training)
+        found = found if heads else _without_heads(found)
     if image_size is not None:
         found = _resized(found, image_size)
     return found if in_channels is None else _with_channels(found, in_channels)
 
 
+def require_path(path: str | Path) -> Path:
+    """The path; UserError if there is none."""
+    path = Path(path).absolute()
+    if not path.exists():
+        raise UserError(
+            f"no weights in {path} (there is no such path): give a run's workdir, an export folder, a Hugging Face "
+            "folder, or a .pth or .safetensors file"
+        )
+    return path
+
+
 def exported_step(folder: Path) -> int:
-    """After how many steps the backbone in an export folder was taken; UserError if its card cannot be read."""
+    """After how many steps the backbone in an export folder was taken, -1 if it was converted.
+
+    Raises UserError if its card cannot be read.
+    """
     try:
-        return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"]["step"]
+        return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"].get("step", -1)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder / 'card.json'} is damaged: copy it again, or export again by resuming its run"
@@ -77,7 +99,13 @@ def _from_run(path: Path, training: bool) -> Pretrained:
     exports = [
         folder for folder in (path, path / "export", path / "export.previous") if (folder / "card.json").is_file()
     ]
-    newest = checkpoints.newest_intact(path / "checkpoints") if (path / "checkpoints").is_dir() else None
+    newest = None
+    if (path / "checkpoints").is_dir():
+        try:
+            newest = checkpoints.newest_intact(path / "checkpoints")
+        except UserError:  # all are damaged, which has been said: an export may be left
+            if not exports:
+                raise
     if newest is not None and (training or not exports or exported_step(exports[0]) < newest):
         return _from_checkpoint(path / "checkpoints" / str(newest), training)
     if exports:
@@ -126,18 +154,32 @@ def _from_state(state: Mapping, card: dict) -> Pretrained:
 
 
 def _huggingface_file(folder: Path) -> Path | None:
-    if not (folder / "config.json").is_file():
+    """The weights in a Hugging Face folder; None for others. A run's workdir has a config.json, too."""
+    ours = any((folder / name).exists() for name in ("checkpoints", "export", "card.json"))
+    if ours or not (folder / "config.json").is_file():
         return None
     return next((folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()), None)
 
 
-def _from_tensors(tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping, training: bool) -> Pretrained:
-    """settings: what a Hugging Face folder says beside its tensors."""
+def _settings(weights: Path) -> dict:
+    """What is said beside the tensors: by the metadata of a file of ours, by the folder of a Hugging Face file."""
+    if said := files.read_metadata(weights).get(PREPROCESSING):
+        return {"preprocessing": json.loads(said)}
+    return huggingface.read_folder_settings(weights.parent) if weights.name in HUGGINGFACE_FILES else {}
+
+
+def _from_tensors(
+    tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping, training: bool, heads: bool
+) -> Pretrained:
+    """settings: what is said beside the tensors, see `_settings`."""
+    tensors = _unwrapped(tensors)
     networks = _networks(tensors)
     main = networks.get("teacher") or networks["student"]
+    if "teacher" not in networks:
+        print(f"{path.name} has no teacher: its student is taken", file=sys.stderr)
     architecture = official.backbone_architecture(main["backbone"], path.name)
-    _check_heads(architecture, settings, path)
-    teacher = _weights(main, architecture, path.name, training)
+    _check_attention_heads(architecture, settings, path)
+    teacher = _weights(main, architecture, path.name, training and heads)
     card = {
         "architecture": architecture,
         "preprocessing": _preprocessing(architecture) | settings.get("preprocessing", {}),
@@ -145,9 +187,30 @@ def _from_tensors(tensors: Mapping[str, np.ndarray], path: Path, settings: Mappi
     }
     if not training:
         return Pretrained(card, teacher)
-    student = _weights(networks["student"], architecture, path.name, training) if "student" in networks else None
+    student = None
+    if "teacher" in networks and "student" in networks:
+        student = _weights(networks["student"], architecture, f"{path.name}'s student", heads)
+    return Pretrained(card, teacher, student, _center(tensors, teacher, path) if heads else None)
+
+
+def _center(tensors: Mapping[str, np.ndarray], teacher: Weights, path: Path) -> np.ndarray | None:
+    """The centre [K] of a full checkpoint; None without one or without the head that it belongs to."""
     center = tensors.get("dino_loss.center")
-    return Pretrained(card, teacher, student, None if center is None else np.array(center, np.float32).reshape(-1))
+    if center is None or "head" not in teacher.params:
+        return None
+    K = len(teacher.params["head"]["last_layer"]["weight_v"])
+    if center.shape not in ((K,), (1, K)):
+        raise UserError(f"{path.name} has a dino_loss.center {center.shape} for {K} prototypes: get the file again")
+    return np.array(center, np.float32).reshape(K)
+
+
+def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    """Without the optimizer and the key under which some save a whole state_dict."""
+    for wrapper in WRAPPERS:
+        rest = {name: x for name, x in tensors.items() if name.split(".")[0] not in NOT_NETWORKS}
+        if rest and all(name.startswith(wrapper) for name in rest):
+            return {name.removeprefix(wrapper): x for name, x in rest.items()}
+    return tensors
 
 
 def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -155,9 +218,6 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str
 
     A file of one network is a teacher's.
     """
-    for wrapper in WRAPPERS:
-        if all(name.startswith(wrapper) for name in tensors):
-            tensors = {name.removeprefix(wrapper): x for name, x in tensors.items()}
     sections = [who for who in ("teacher", "student") if any(name.startswith(f"{who}.") for name in tensors)]
     if not sections:
         return {"teacher": _parts(tensors)}
@@ -171,38 +231,40 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str
 
 def _parts(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
     """One network -> its backbone's and its head's tensors, without `module.` (of torch's data parallel) in front."""
-    tensors = {name.removeprefix("module."): x for name, x in tensors.items()}
-    if not any(name.startswith("backbone.") for name in tensors):
-        return {"backbone": _without_classifier(tensors), "head": {}}
-    head = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith("head.")}
-    rest = {name.removeprefix("backbone."): x for name, x in tensors.items() if not name.startswith("head.")}
-    return {"backbone": rest, "head": head}
+    tensors = official.renamed(tensors, lambda name: name.removeprefix("module."))
+    head = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith(HEAD)}
+    rest = {name: x for name, x in tensors.items() if not name.startswith(HEAD)}
+    rest = official.renamed(rest, lambda name: name.removeprefix("backbone."))
+    return {"backbone": _without_classifier(rest), "head": head}
 
 
 def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """A bare backbone of any naming under the official names; what classifies on top of it is left out, and said so."""
     if left_out := [name for name in tensors if name.startswith(CLASSIFIERS)]:
-        print(f"left out {', '.join(left_out)}: a classifier, which is no part of a backbone", file=sys.stderr)
+        print(f"left out {', '.join(left_out[:8])}: a classifier, which is no part of a backbone", file=sys.stderr)
     tensors = {name: x for name, x in tensors.items() if name not in left_out}
     return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else tensors
 
 
-def _weights(network: Mapping, architecture: dict, source: str, training: bool) -> Weights:
+def _weights(network: Mapping, architecture: dict, source: str, with_head: bool) -> Weights:
     """Trees of one network's tensors."""
     like = {"backbone": official.backbone_like(architecture)}
-    if training and network["head"]:
+    if with_head and network["head"]:
         like["head"] = official.head_like(network["head"], architecture["embed_dim"])
-    variables = {part: official.from_official(like[part], network[part], f"{source}'s {part}") for part in like}
+    variables = {part: official.from_official(like[part], network[part], f"{source} ({part})") for part in like}
     return Weights(*({part: variables[part][kind] for part in like} for kind in ("params", "batch_stats")))
 
 
-def _check_heads(architecture: Mapping, settings: Mapping, path: Path) -> None:
+def _check_attention_heads(architecture: Mapping, settings: Mapping, path: Path) -> None:
     """The number of attention heads is no tensor's shape: ours follows from the width."""
     said = settings.get("num_attention_heads")
     if architecture["arch"] in VITS and said is not None:
         ours = build_backbone(architecture["arch"]).num_heads  # type: ignore[attr-defined]
         if said != ours:
-            raise UserError(f"{path.parent} has {said} attention heads, {architecture['arch']} has {ours}")
+            raise UserError(
+                f"{path.parent} has {said} attention heads, {architecture['arch']} has {ours}: it is another "
+                "architecture of the same shapes, which is not supported"
+            )
 
 
 def _preprocessing(architecture: Mapping) -> dict:
@@ -216,8 +278,8 @@ def _resized(found: Pretrained, image_size: int) -> Pretrained:
     """The same network for another image size."""
     architecture, trained = found.card["architecture"], found.card["preprocessing"]
     patch = architecture["patch_size"]
-    if image_size < 1 or architecture["arch"] in VITS and image_size % patch:
-        raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch}: change image_size")
+    if image_size < 1 or (patch and image_size % patch):
+        raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch or 1}: change image_size")
     preprocessing = trained | {"resize": round(trained["resize"] * image_size / trained["crop"]), "crop": image_size}
     found = _described(found, {"image_size": image_size}, preprocessing)
     if architecture["arch"] not in VITS:
@@ -277,8 +339,13 @@ def _map_backbones(change: Any, found: Pretrained) -> Pretrained:
     return found._replace(teacher=changed(found.teacher), student=found.student and changed(found.student))
 
 
+def _without_heads(found: Pretrained) -> Pretrained:
+    def backbone(weights: Weights) -> Weights:
+        return Weights(*({"backbone": trees["backbone"]} for trees in weights))
+
+    return Pretrained(found.card, backbone(found.teacher), found.student and backbone(found.student))
+
+
 def _contents(path: Path) -> str:
-    if not path.exists():
-        return "there is no such path"
     names = sorted(entry.name for entry in path.iterdir())
     return "it holds " + ", ".join(names[:5] + ["..."] * (len(names) > 5)) if names else "it is empty"

@@ -72,7 +72,7 @@ def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
     if (sizes < 0).any():
         raise UserError(f"process {int(sizes.argmin())} could not go on: its own message says why")
     if sizes.min() != sizes.max():
-        raise UserError(f"the processes do not see the same data: {sizes.tolist()} images, in the order of processes")
+        raise UserError(f"the processes do not see the same data: {sizes.tolist()}, in the order of processes")
     return cast(T, result)
 
 

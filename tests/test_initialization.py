@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_named_with_the_settings_that_would(sources):
         begin(init_from=path, head__out_dim=96)
     with pytest.raises(UserError, match="--config.model.arch=vit_nano"):
         begin(init_from=path, model__arch="vit_tiny")
-    with pytest.raises(UserError, match=r"in_channels is 3, there 1.*--config.init_adapt=image_size,in_channels"):
+    with pytest.raises(UserError, match=r"in_channels is 3, there 1.*--config.init_adapt=in_channels for"):
         begin(init_from=path, model__in_channels=3)
     with pytest.raises(UserError, match="no such path"):
         begin(init_from="absent.pth")

@@ -110,6 +110,19 @@ def test_a_full_checkpoint_keeps_student_heads_and_center(saved):
     np.testing.assert_array_equal(found.center, CENTER[0])
 
 
+def test_what_is_wrapped_or_has_no_teacher_is_found(saved, capsys):
+    found = pretrained.load(saved({"state_dict": FULL, "epoch": np.int64(3)}))
+    np.testing.assert_array_equal(found.center, CENTER[0])
+    assert_is(found.teacher, HEADS["teacher"], "head")
+    found = pretrained.load(saved({"student": FULL["student"]}))
+    assert_is(found.teacher, STUDENT)
+    assert found.student is None
+    assert "has no teacher: its student is taken" in capsys.readouterr().err
+    found = pretrained.load(saved(TEACHER | prefixed("head.", HEADS["teacher"])))
+    assert_is(found.teacher, HEADS["teacher"], "head")
+    assert "head" not in pretrained.load(saved(FULL), heads=False).teacher.params
+
+
 @pytest.mark.parametrize("options", [{"use_bn": True}, {"layers": 1}, {"layers": 2}])
 def test_heads_of_other_builds_are_read_off_their_tensors(saved, options):
     tensors = head_tensors(6, **options)
@@ -137,8 +150,14 @@ def test_incomplete_and_foreign_files_are_refused(saved, tmp_path):
         dino_jax.load_backbone(saved(FULL["teacher"] | {"queue": np.ones(3)}))
     with pytest.raises(UserError, match="also has queue"):
         dino_jax.load_backbone(saved(FULL | {"queue": np.ones(3)}))
+    with pytest.raises(UserError, match="two tensors are one of ours: module.norm.bias, norm.bias|norm.bias, module"):
+        dino_jax.load_backbone(saved(TEACHER | {"module.norm.bias": np.ones(64)}))
+    with pytest.raises(UserError, match=r"norm.bias that are no finite weights"):
+        dino_jax.load_backbone(saved(TEACHER | {"norm.bias": np.full(64, np.nan, np.float32)}))
+    with pytest.raises(UserError, match=r"dino_loss.center \(1, 9\) for 32 prototypes"):
+        pretrained.load(saved(FULL | {"dino_loss": {"center": np.ones((1, 9))}}))
     no_prototypes = {name: x for name, x in FULL["teacher"].items() if "weight_v" not in name}
-    with pytest.raises(UserError, match="head are not .* missing: last_layer.weight_v"):
+    with pytest.raises(UserError, match=r"\(head\) are not .* missing: last_layer.weight_v"):
         pretrained.load(saved(no_prototypes))
     with pytest.raises(UserError, match="no such path"):
         dino_jax.load_backbone(tmp_path / "absent.pth")
@@ -161,6 +180,7 @@ def test_another_image_size_is_what_the_network_does_with_such_images(saved):
     resized = dino_jax.load_backbone(path, image_size=56)
     assert resized.config["image_size"] == 56
     assert resized.preprocess([np.zeros((90, 80, 3), np.uint8)]).shape == (1, 56, 56, 3)
+    assert resized.card["preprocessing"]["resize"] == 64  # as 256 is to 224
     expected = resize_pos_embed(TEACHER["pos_embed"], 7, 7)
     np.testing.assert_array_equal(resized.variables["params"]["pos_embed"], expected)
     np.testing.assert_allclose(resized(x).cls, dino_jax.load_backbone(path)(x).cls, rtol=1e-5, atol=1e-5)
@@ -219,6 +239,11 @@ def test_a_run_gives_student_heads_and_center_of_its_checkpoint_even_beside_an_e
     assert_is(run.teacher, HEADS["teacher"], "head")
     assert_is(run.student, STUDENT)
     np.testing.assert_array_equal(run.center, CENTER[0])
+    files.write(tmp_path / "run" / "model.safetensors", STUDENT)  # a run stays a run: its config.json is no one else's
+    assert_is(pretrained.load(tmp_path / "run").teacher, TEACHER)
+    manifest = tmp_path / "run" / "checkpoints" / "7" / "manifest.json"
+    manifest.write_text("{")  # no checkpoint is left, but an export is
+    assert_is(pretrained.load(tmp_path / "run").teacher, TEACHER)
     alone = pretrained.load(tmp_path / "run" / "export")
     assert_is(alone.teacher, TEACHER)
     assert "head" not in alone.teacher.params

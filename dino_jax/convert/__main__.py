@@ -11,6 +11,7 @@ SOURCE: whatever `dino_jax.load_backbone` takes. FORM:
   official_checkpoint  student, teacher, heads and centre, as the official trainer saves them
 """
 
+import json
 from pathlib import Path
 
 import jax
@@ -32,22 +33,32 @@ def main(argv: list[str]) -> None:
     if len(argv) != 3:
         raise UserError("usage: python -m dino_jax.convert SOURCE TARGET --to=" + "|".join(FORMS))
     source, target, form = argv[1], Path(argv[2]), cli.required("to", TO.value)
-    if target.exists():
-        raise UserError(f"{target} exists: remove it or give another TARGET")
-    found = pretrained.load(source, image_size=IMAGE_SIZE.value, in_channels=IN_CHANNELS.value)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    FORMS[form](found, target)
+    for path in (target, Path(f"{target}.tmp"), Path(f"{target}.json")):  # what a form writes, or would write over
+        if path.exists():
+            raise UserError(f"{path} exists: remove it or give another TARGET")
+    everything = form in KEEP_EVERYTHING
+    found = pretrained.load(source, training=everything, image_size=IMAGE_SIZE.value, in_channels=IN_CHANNELS.value)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        FORMS[form](found, target)
+    except OSError as error:
+        raise UserError(f"can't write {target} ({error.strerror}): give another TARGET") from error
     architecture = found.card["architecture"]
     patches = f"/{architecture['patch_size']}" if architecture["patch_size"] else ""
     count = sum(x.size for x in jax.tree.leaves(found.teacher.params["backbone"]))
     print(f"{source} -> {target}: {architecture['arch']}{patches}, {count / 1e6:.1f} M parameters, as {form}")
-    if form not in KEEP_EVERYTHING and "head" in found.teacher.params:
-        print(f"heads and centre are left out: {' and '.join(KEEP_EVERYTHING)} keep them for continued pretraining")
+    if not everything:
+        print(f"the teacher's backbone alone: {' and '.join(KEEP_EVERYTHING)} keep heads, student and centre, too")
+    if target.suffix in (".pth", ".pt"):
+        trained = found.card["preprocessing"]
+        sizes = f"shorter side {trained['resize']}, centre {trained['crop']}"
+        numbers = f"mean {trained['mean']}, std {trained['std']}"
+        print(f"a {target.suffix} file cannot say how its images are prepared: {sizes}, {numbers}")
 
 
 def write_official(found: Pretrained, target: Path) -> None:
     """The teacher's backbone under the official names."""
-    files.write(target, official.with_counters(_tensors(found.teacher, "backbone")))
+    files.write(target, official.with_counters(_tensors(found.teacher, "backbone")), _metadata(found))
 
 
 def write_huggingface(found: Pretrained, target: Path) -> None:
@@ -93,7 +104,11 @@ def write_official_checkpoint(found: Pretrained, target: Path) -> None:
         }
         for who, (weights, prefix) in networks.items()
     }
-    files.write(target, checkpoint | {"dino_loss": {"center": found.center[None]}})
+    files.write(target, checkpoint | {"dino_loss": {"center": found.center[None]}}, _metadata(found))
+
+
+def _metadata(found: Pretrained) -> dict[str, str]:
+    return {pretrained.PREPROCESSING: json.dumps(found.card["preprocessing"])}
 
 
 def _tensors(weights: Weights, part: str) -> dict[str, np.ndarray]:

@@ -64,11 +64,21 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
 
 
-def write(path: str | Path, tree: Mapping) -> None:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file that `read` has read says of itself; {} for torch's files, which say nothing."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def write(path: str | Path, tree: Mapping, metadata: Mapping[str, str] | None = None) -> None:
     """Writes a dict of arrays, flat or nested, to `path`: whole, or not at all.
 
-    `.safetensors` stores nested names with dots; `.pth` and `.pt` store plain dicts of torch tensors, nested as given,
-    and need torch. Raises UserError for another suffix, where torch is missing, or where the path can't be written.
+    `.safetensors` stores nested names with dots, and `metadata`, for which the others have no place; `.pth` and `.pt`
+    store plain dicts of torch tensors, nested as given, and need torch. Raises UserError for another suffix, where
+    torch is missing, or where the path can't be written.
     """
     path = Path(path)
     if path.suffix not in WRITERS:
@@ -79,10 +89,10 @@ def write(path: str | Path, tree: Mapping) -> None:
     try:
         temporary.touch()
         mode = temporary.stat().st_mode  # of the user's umask; safetensors lets nobody else read its files
-        WRITERS[path.suffix](temporary, tree)
+        WRITERS[path.suffix](temporary, tree, metadata or {})
         temporary.chmod(mode)
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last for a full disk
         raise UserError(f"can't write {path} ({error})") from error
     finally:
         temporary.unlink(missing_ok=True)
@@ -141,13 +151,15 @@ def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _walk(value, f"{prefix}{key}.")
 
 
-def _write_safetensors(path: Path, tree: Mapping) -> None:
+def _write_safetensors(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
     # The library writes the memory of an array as it lies, so a transposed one must be made contiguous.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _walk(tree) if not isinstance(leaf, Mapping)}
-    save_file(arrays, path, metadata={"format": "pt"})  # PyTorch's names and layouts; transformers asks for it
+    save_file(
+        arrays, path, metadata={"format": "pt", **metadata}
+    )  # PyTorch's names and layouts; transformers asks for it
 
 
-def _write_torch(path: Path, tree: Mapping) -> None:
+def _write_torch(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
     try:
         import torch  # imported here because it's no dependency
     except ImportError as error:

@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image
 
 from dino_jax.convert import files
+from dino_jax.convert.official import renamed
 from dino_jax.errors import UserError
 from dino_jax.models import VITS, build_backbone
 
@@ -65,7 +66,7 @@ def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     What has no place in a backbone (pooler, classifier) keeps its name. Where one of query, key and value is missing,
     so is qkv: the others stay apart.
     """
-    official = {_official_name(name): tensor for name, tensor in tensors.items()}
+    official = renamed(tensors, _official_name)
     for query in [name for name in official if ".attn.query." in name]:
         names = [query.replace("query", part) for part in QKV]
         if all(name in official for name in names):

@@ -5,7 +5,7 @@ is bit-exact.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,6 +45,8 @@ def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str)
     for path, names, leaf in places:
         layers = [_our_layout(path[1:], tensors[name]) for name in names]
         stacked = np.stack(layers, dtype=np.float32, casting="same_kind")
+        if layers[0].dtype.kind in "iub" or not np.isfinite(stacked).all():
+            raise UserError(f"{source} has numbers in {_listed(names)} that are no finite weights: get the file again")
         node = variables
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -83,7 +85,7 @@ def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict:
     )
     prototypes = tensors.get("last_layer.weight_v")
     head = DINOHead(
-        out_dim=1 if prototypes is None else prototypes.shape[0],
+        out_dim=1 if prototypes is None or not prototypes.ndim else prototypes.shape[0],
         hidden_dim=tensors[mlp[0]].shape[0] if mlp else 1,
         bottleneck_dim=tensors[mlp[-1]].shape[0] if mlp else 1,
         layers=max(len(mlp), 1),
@@ -93,6 +95,16 @@ def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict:
     return _shapes(head, (1, embed_dim))
 
 
+def renamed(tensors: Mapping[str, np.ndarray], rule: Callable[[str], str]) -> dict[str, np.ndarray]:
+    """The tensors under the names that the rule gives them. Raises UserError if two of them get the same one."""
+    new = {rule(name): x for name, x in tensors.items()}
+    if len(new) < len(tensors):
+        seen: dict[str, str] = {}
+        first, second = next((seen[rule(name)], name) for name in tensors if seen.setdefault(rule(name), name) != name)
+        raise UserError(f"two tensors are one of ours: {_listed([first, second])}; remove one of them")
+    return new
+
+
 def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same with the `num_batches_tracked` that torch's strict loading wants beside running statistics, at 0."""
     counters = [name.replace("running_mean", "num_batches_tracked") for name in tensors if "running_mean" in name]
@@ -100,9 +112,12 @@ def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
-    embed_dim, in_channels, rows, columns = tensors["patch_embed.proj.weight"].shape
+    kernel, pos_embed = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
+    if len(kernel) != 4 or len(pos_embed) != 3 or 0 in kernel or pos_embed[1] < 2:
+        raise UserError(f"{source} has a patch embedding {kernel} and positions {pos_embed}, which are no ViT's")
+    embed_dim, in_channels, rows, columns = kernel
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
-    positions = tensors["pos_embed"].shape[1] - 1
+    positions = pos_embed[1] - 1
     side = round(positions**0.5)
     if rows != columns or side * side != positions:
         raise UserError(
@@ -116,12 +131,12 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
 
 
 def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
-    kernels = 3 if "layer1.0.conv3.weight" in tensors else 2
+    stem, kernels = tensors["conv1.weight"], 3 if "layer1.0.conv3.weight" in tensors else 2
     stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     blocks = tuple(len(stage) for stage in stages)
     for arch, build in RESNETS.items():
-        if (build.keywords["blocks"], len(build.keywords["kernels"])) == (blocks, kernels):
-            return _architecture(arch, None, tensors["conv1.weight"].shape[1], 224, build().embed_dim)
+        if (build.keywords["blocks"], len(build.keywords["kernels"])) == (blocks, kernels) and stem.ndim == 4:
+            return _architecture(arch, None, stem.shape[1], 224, build().embed_dim)
     raise UserError(
         f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, which is none of {', '.join(RESNETS)}"
     )
@@ -164,8 +179,8 @@ def _name(path: tuple[str, ...], tree: Mapping) -> str:
         (r"downsample_conv", "downsample.0"),
         (r"downsample_bn", "downsample.1"),
         (r"^patch_embed\.", "patch_embed.proj."),
-        (r"^mlp_(\d)\.", lambda m: "mlp." if single else f"mlp.{stride * int(m[1])}."),
-        (r"^bn_(\d)\.", lambda m: f"mlp.{stride * int(m[1]) + 1}."),
+        (r"^mlp_(\d+)\.", lambda m: "mlp." if single else f"mlp.{stride * int(m[1])}."),
+        (r"^bn_(\d+)\.", lambda m: f"mlp.{stride * int(m[1]) + 1}."),
         (r"(kernel|scale)$", "weight"),
         (r"\b(mean|var)$", r"running_\1"),
     ]
@@ -213,4 +228,5 @@ def _require_same(expected: Mapping[str, tuple], found: Mapping[str, tuple], sou
 
 
 def _listed(names: list[str]) -> str:
+    names = [ascii(name[:100])[1:-1] for name in names]  # a file's word: it may hold anything
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

@@ -4,8 +4,11 @@ from dino_jax.evals import (
     attention,
     attention_jaccard,
     copy_detection,
+    feature_files,
     knn,
     linear,
+    patch_pca,
+    projection,
     retrieval,
     video_segmentation,
 )
@@ -18,4 +21,7 @@ PROTOCOLS = {
     "video_segmentation": video_segmentation,
     "retrieval": retrieval,
     "copy_detection": copy_detection,
+    "features": feature_files,
+    "projection": projection,
+    "patch_pca": patch_pca,
 }

@@ -74,8 +74,8 @@ def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: P
     """The sheets written, and the number of images."""
     patch, channels = patch_size(backbone), backbone.config["in_channels"]
     written: list[str] = []
-    for path in _picture_paths(config.images):
-        image = _fitted(read_picture(path, channels, "--config.images"), config.size, patch, path)
+    for path in picture_paths(config.images):
+        image = fitted(read_picture(path, channels, "--config.images"), config.size, patch, path)
         maps = attention_maps(backbone, normalised(backbone, image[None]))[0]
         tiles = picture_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"
@@ -98,7 +98,7 @@ def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path
     frames = progress(video.frames, video.length, path.name)
     with write_video(target, video.rate) as write:
         while batch := list(itertools.islice(frames, config.batch_size)):
-            images = np.stack([_fitted(decode(frame, channels), config.size, patch, path) for frame in batch])
+            images = np.stack([fitted(decode(frame, channels), config.size, patch, path) for frame in batch])
             # The last batch is filled up, so that one program serves all.
             filled = np.pad(images, ((0, config.batch_size - len(images)), (0, 0), (0, 0), (0, 0)), "edge")
             maps = attention_maps(backbone, normalised(backbone, filled))
@@ -292,7 +292,7 @@ def read_picture(path: Path, channels: int, knob: str) -> np.ndarray:
         raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
 
 
-def _fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
+def fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
     """The longer side scaled to `size` pixels (0: as it is), then cut to whole patches."""
     scale = size / max(image.shape[:2]) if size else 1
     image = cut(resized(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
@@ -301,7 +301,7 @@ def _fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
     return image
 
 
-def _picture_paths(images: str) -> list[Path]:
+def picture_paths(images: str) -> list[Path]:
     paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]

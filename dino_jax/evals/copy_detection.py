@@ -20,6 +20,7 @@ from PIL import Image
 from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import DecodeError, decode
 from dino_jax.errors import UserError
+from dino_jax.evals.kept import Kept, fingerprint
 from dino_jax.evals.ranking import (
     ANSWERS,
     CORRECT,
@@ -28,7 +29,6 @@ from dino_jax.evals.ranking import (
     average_precision,
     check_at_least_one,
     extract_files,
-    fingerprint,
     framed,
     image_files,
     l2_normalise,
@@ -138,7 +138,8 @@ def _extract(
     backbone: Backbone, sets: dict[str, list[Path]], config: ml_collections.ConfigDict, out: Path
 ) -> dict[str, Extraction]:
     """Features of each set of files, as they come from the model."""
-    key, channels = fingerprint(backbone, config.imsize), backbone.config["in_channels"]
+    kept = Kept(out / "features", fingerprint(backbone, config.imsize))
+    channels = backbone.config["in_channels"]
 
     def extract(paths: list[Path], what: str) -> Extraction:
         numbers = np.arange(len(paths))
@@ -148,9 +149,8 @@ def _extract(
             [numbers[i : i + config.batch_size] for i in range(0, len(paths), config.batch_size)],
             lambda batch: np.stack([_squashed(paths[i], config.imsize, channels) for i in batch.tolist()]),
             [f"{path} {path.stat().st_size}" for path in paths],
-            key,
+            kept,
             what,
-            out,
             config.workers,
         )
 

@@ -1,9 +1,13 @@
 """Features of every image of a source: one table, in the order of the source, whatever the number of devices."""
 
+import hashlib
+import itertools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -12,13 +16,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import EvalBatch, eval_batches
-from dino_jax.data.sources import Source
+from dino_jax.data.sources import FewLabels, FolderSource, Source
+from dino_jax.data.subset import Subset
 from dino_jax.errors import UserError
+from dino_jax.evals.kept import Kept, fingerprint, say_found
 from dino_jax.sharding import replicate, shard_batch
 
 # Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
 GATHER_ROWS = 65536
+PART = 16384  # images whose features are kept as one file: what a run that is cut off loses at most
 
 
 class FeatureTable(NamedTuple):
@@ -43,29 +51,130 @@ def tabulate(
     mean: Sequence[float],
     std: Sequence[float],
     workers: int = 0,
+    kept: Kept | None = None,
 ) -> FeatureTable:
     """Features of every image of a source: read, cropped, extracted (see `eval_batches` and `extract`).
 
     Says on stderr how far it is and which images could not be decoded, calling the source `what`. All processes call it
-    and get the whole table. Raises UserError if not one image can be decoded.
+    and get the whole table. With `kept` every so many images are kept, and not computed again where they are there:
+    its key must hold all that the features depend on but the images, see `identities`. Raises UserError if not one
+    image can be decoded.
     """
-    with eval_batches(
-        source,
-        batch_size=batch_size,
-        resize=resize,
-        crop=crop,
-        channels=channels,
-        workers=workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    ) as batches:
-        table = extract(apply_fn, variables, progress(batches, len(source), what), mesh, mean, std)
-    if bad := np.setdiff1d(np.arange(len(source)), table.records).tolist():
-        names = ", ".join(source.name(i) for i in bad[:5]) + ", ..." * (len(bad) > 5)
-        print(f"{what}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
-    if not len(table.records):
+    # Whole batches, so that parts begin where batches do whichever of them are missing.
+    size = batch_size * max(1, PART // batch_size) if kept else max(1, len(source))
+    parts = [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    tables = [_kept_table(source, records, kept) for records in parts]
+    missing = [records for records, table in zip(parts, tables, strict=True) if table is None]
+    if kept:
+        say_found(what, len(source) - sum(map(len, missing)), len(source), kept)
+    if missing:
+        todo = Subset(source, np.concatenate(missing))
+        with eval_batches(
+            todo,
+            batch_size=batch_size,
+            resize=resize,
+            crop=crop,
+            channels=channels,
+            workers=workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        ) as batches:
+            shown = progress((x._replace(index=todo.records[x.index]) for x in batches), len(todo), what)
+            for number, records in enumerate(parts):
+                if tables[number] is None:
+                    own = itertools.islice(shown, -(-len(records) // batch_size))
+                    tables[number] = table = extract(apply_fn, variables, own, mesh, mean, std)
+                    if kept:
+                        kept.computed += len(records)
+                        kept.save(identities(source, records), **table._asdict())
+    found = [table for table in tables if table is not None and len(table.records)]
+    if not found:
         raise UserError(f"{what}: not one of its {len(source):,} images can be decoded")
-    return table
+    whole = FeatureTable(*(np.concatenate(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True)))
+    if bad := undecodable(source, whole):
+        names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
+        print(f"{what}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
+    return whole
+
+
+def tabulate_backbone(
+    backbone: Backbone, source: Source, what: str, mesh: Mesh, config, kept: Kept, apply_fn: Callable | None = None
+) -> FeatureTable:
+    """`tabulate` with a protocol's knobs: batch_size, workers, resize, crop. `apply_fn`: another than the model's."""
+    trained = backbone.card["preprocessing"]
+    return tabulate(
+        apply_fn or backbone.model.apply,
+        backbone.variables,
+        source,
+        what,
+        mesh,
+        batch_size=config.batch_size,
+        channels=backbone.config["in_channels"],
+        mean=trained["mean"],
+        std=trained["std"],
+        workers=config.workers,
+        kept=kept,
+        **image_size(backbone, config),
+    )
+
+
+def keep_in(out: Path, backbone: Backbone, config, *kind) -> Kept:
+    """`out`/features, for `tabulate_backbone`. `kind`: what an apply_fn of its own takes, anything that JSON holds."""
+    return Kept(out / "features", fingerprint(backbone, image_size(backbone, config), *kind))
+
+
+def image_size(backbone: Backbone, config) -> dict[str, int]:
+    """{"resize", "crop"}: a protocol's knobs, or what the checkpoint's card says where they are not set."""
+    return {key: config[key] or backbone.card["preprocessing"][key] for key in ("resize", "crop")}
+
+
+def undecodable(source: Source, table: FeatureTable) -> list[str]:
+    """Names of the images that a table has no row of."""
+    return [source.name(i) for i in np.setdiff1d(np.arange(len(source)), table.records).tolist()]
+
+
+def identities(source: Source, records: np.ndarray) -> list[str]:
+    """What a table of these images depends on, as lines.
+
+    Of files in folders: relative path, class, size and time of change. Elsewhere (TFDS, ArrayRecord) only the name and
+    number, since to read a record is to read the image; but of the first and the last of these records the content
+    counts too, which tells most versions of a set apart. One where only others were changed in place is not noticed.
+    """
+    return [
+        *(_content(source, i) for i in records[[0, -1]].tolist()),
+        *(_identity(source, i) for i in records.tolist()),
+    ]
+
+
+def _identity(source: Source, i: int) -> str:
+    if isinstance(source, FewLabels):
+        return _identity(source.source, source.records[i])
+    if isinstance(source, FolderSource):
+        try:
+            status = os.stat(os.path.join(source.root, source.paths[i]))
+        except OSError:
+            return f"{source.name(i)} is not there"
+        return f"{source.name(i)} {source.label(i)} {status.st_size} {status.st_mtime_ns}"
+    return source.name(i)
+
+
+def _content(source: Source, i: int) -> str:
+    try:
+        image = source[i].image
+    except OSError as error:
+        return str(error)
+    return hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()).hexdigest()
+
+
+def _kept_table(source: Source, records: np.ndarray, kept: Kept | None) -> FeatureTable | None:
+    """What is kept of these records, if every process finds it."""
+    if kept is None:
+        return None
+    arrays = kept.load(identities(source, records))
+    there = np.array(arrays is not None)
+    if jax.process_count() > 1:
+        there = multihost_utils.process_allgather(there)
+    return FeatureTable(**arrays) if arrays is not None and there.all() else None
 
 
 def raw_pixels(variables, images: jax.Array) -> jax.Array:

@@ -4,23 +4,23 @@ import os
 import time
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections.config_dict import placeholder
 
 from dino_jax.backbone import Backbone
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.evals.features import tabulate
-from dino_jax.sharding import AXES, BATCH, REPLICATED, make_mesh, replicate
+from dino_jax.evals.features import FeatureTable, image_size, keep_in, tabulate_backbone
+from dino_jax.evals.neighbours import nearest
+from dino_jax.sharding import make_mesh
 
-# Chunks bound the memory of a step: similarities are [QUERY_CHUNK, BANK_CHUNK] float32 on a device.
-QUERY_CHUNK = 1024
-BANK_CHUNK = 8192
+VOTES_CHUNK = 1024  # queries whose votes, float32 [queries, classes], are counted at a time
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -31,6 +31,9 @@ def default_config() -> ml_collections.ConfigDict:
             "test": "",  # labelled source of the images to classify
             "k": (10, 20, 100, 200),  # numbers of neighbours
             "temperature": 0.07,  # of the votes
+            "shots": (1, 2, 5, 10),  # also banks of so many images a class, drawn from the training images
+            "draws": 5,  # banks of each number of shots
+            "seed": 0,  # of the draws
             "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
             "crop": placeholder(int),  # pixels of the centre square; as in the checkpoint's card unless set
             "batch_size": 256,  # images, over all devices
@@ -39,11 +42,28 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
+class Bank(NamedTuple):
+    """What is voted with: all training images (shots 0) or so many a class."""
+
+    shots: int
+    k: int  # neighbours; 0: the class means stand for the images
+
+    def __str__(self) -> str:
+        name = f"k={self.k}" if self.k else "class_means"
+        return f"{name} shots={self.shots}" if self.shots else name
+
+
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
     """Classifies the test images by their neighbours among the training images and prints a table.
 
-    Returns what belongs into results.json: {"figures": {"k=10": {"top1", "top5"}, ...}, "settings", "images",
-    "seconds", "images_per_second"} (the rate is that of feature extraction). Nothing is written to `out`.
+    Beside the votes of the k nearest there is the nearest class mean (of L2-normalised features). Few shots: the mean
+    and the sample standard deviation over draws; a k that exceeds the bank is the bank's size, and a class with fewer
+    images gives all. Shots that no class has more images than are left out, as they are the whole bank. Features are
+    kept in `out`/features, so that other settings of the votes take seconds.
+
+    Returns what belongs into results.json: {"figures": {"k=10": {"top1", "top5"}, ..., "class_means", "k=5 shots=5":
+    {"top1", "top5", "top1_std", "top5_std"}, ...}, "settings", "images", "undecodable", "seconds",
+    "images_per_second" (of reading and extraction; None if earlier runs left everything)}.
 
     Raises:
         UserError: a source is missing, has no labels or not the same classes as the other, or k exceeds its images.
@@ -51,43 +71,93 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     train, test = (_labelled(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
     _check_votes(config.k, config.temperature, len(train))
-    if config.batch_size < 1:
-        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
-    start, mesh, as_trained = time.monotonic(), make_mesh(), backbone.card["preprocessing"]
+    for key in ("batch_size", "draws"):
+        if config[key] < 1:
+            raise UserError(f"{key} {config[key]}: set --config.{key} to 1 or more")
+    if not all(isinstance(shots, int) and shots > 0 for shots in config.shots):
+        raise UserError(f"shots is {config.shots}: set --config.shots to numbers of images a class, like 1,5")
+    start, mesh, kept = time.monotonic(), make_mesh(), keep_in(out, backbone, config)
     bank, queries = (
-        tabulate(
-            backbone.model.apply,
-            backbone.variables,
-            source,
-            split,
-            mesh,
-            batch_size=config.batch_size,
-            channels=backbone.config["in_channels"],
-            mean=as_trained["mean"],
-            std=as_trained["std"],
-            workers=config.workers,
-            **_image_size(backbone, config),
-        )
+        tabulate_backbone(backbone, source, split, mesh, config, kept)
         for source, split in ((train, "train"), (test, "test"))
     )
-    extracted = time.monotonic()
-    rows = bank.features, bank.labels, queries.features, queries.labels
-    accuracy = knn_accuracy(*rows, config.k, config.temperature, train.num_classes, mesh)
+    extracting = time.monotonic() - start
+    figures = classify(bank, queries, config, train.num_classes, mesh)
     images = {"train": len(bank.labels), "test": len(queries.labels)}
     print(
-        f"{images['train']:,} training and {images['test']:,} test images, {train.num_classes} classes, percent right:"
+        f"{images['train']:,} training and {images['test']:,} test images, {train.num_classes} classes, percent right"
+        f" (few shots: mean and deviation of {config.draws} draws)\n" + table(figures)
     )
-    print(f"{'k':>6} {'top-1':>7} {'top-5':>7}")
-    for k, (top1, top5) in accuracy.items():
-        print(f"{k:>6} {top1:7.2f} {top5:7.2f}")
     return {
-        "figures": {f"k={k}": {"top1": top1, "top5": top5} for k, (top1, top5) in accuracy.items()},
-        "settings": {**config.to_dict(), **_image_size(backbone, config)},
+        "figures": {str(bank): figure for bank, figure in figures.items()},
+        "settings": {**config.to_dict(), **image_size(backbone, config)},
         "images": images,
         "undecodable": {"train": len(train) - images["train"], "test": len(test) - images["test"]},
         "seconds": round(time.monotonic() - start, 1),
-        "images_per_second": round(sum(images.values()) / (extracted - start), 1),
+        "images_per_second": round(kept.computed / extracting, 1) if kept.computed else None,
     }
+
+
+def classify(
+    bank: FeatureTable, queries: FeatureTable, config: ml_collections.ConfigDict, num_classes: int, mesh: Mesh
+) -> dict[Bank, dict[str, float]]:
+    """All the figures of `run`, of features."""
+
+    def accuracies(chosen, shots: int) -> dict[Bank, np.ndarray]:
+        rows, labels = bank.features[chosen], bank.labels[chosen]
+        votes = dict.fromkeys(min(k, len(labels)) for k in config.k)
+        arguments = queries.features, queries.labels, tuple(votes), config.temperature, num_classes, mesh
+        found = {Bank(shots, k): np.array(x) for k, x in knn_accuracy(rows, labels, *arguments).items()}
+        means, classes = class_means(rows, labels)
+        places = nearest(means, queries.features, min(5, len(classes)), mesh)[1]
+        return found | {Bank(shots, 0): np.array(_accuracy(classes[places], queries.labels))}
+
+    figures = {
+        which: {"top1": float(top1), "top5": float(top5)} for which, (top1, top5) in accuracies(slice(None), 0).items()
+    }
+    largest = np.bincount(bank.labels).max()
+    for shots in (shots for shots in config.shots if shots < largest):
+        rng = np.random.default_rng((config.seed, shots))
+        draws = [accuracies(few_shots(bank.labels, shots, rng), shots) for _ in range(config.draws)]
+        for which in draws[0]:
+            each = np.stack([draw[which] for draw in draws])
+            spread = each.std(0, ddof=1) if len(draws) > 1 else np.zeros(2)
+            numbers = *each.mean(0), *spread
+            figures[which] = dict(zip(("top1", "top5", "top1_std", "top5_std"), map(float, numbers), strict=True))
+    return figures
+
+
+def table(figures: dict[Bank, dict[str, float]]) -> str:
+    """The figures for people."""
+    lines = [f"{'bank':>12} {'k':>12} {'top-1':>16} {'top-5':>16}"]
+    for which, figure in figures.items():
+        cells = [f"{which.shots} a class" if which.shots else "all", str(which.k) if which.k else "class means"]
+        line = "".join(f"{cell:>12} " for cell in cells)
+        for key in ("top1", "top5"):
+            deviation = f" +- {figure[f'{key}_std']:5.2f}" if which.shots else " " * 9
+            line += f"{figure[key]:7.2f}{deviation} "
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def few_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
+    """Rows of `shots` images of each class (all of a class with fewer), drawn at random, ascending."""
+    order = rng.permutation(len(labels))
+    order = order[np.argsort(labels[order], kind="stable")]
+    ordered = labels[order]
+    place = np.arange(len(order)) - np.searchsorted(ordered, ordered)  # within its class
+    return np.sort(order[place < shots])
+
+
+def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of each class's L2-normalised features, float32 [c, D], and the classes that there are, int [c]."""
+    classes, inverse = np.unique(labels, return_inverse=True)
+    sums = np.zeros((len(classes), features.shape[1]))
+    lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    for start in range(0, len(features), 65536):
+        rows = slice(start, start + 65536)
+        np.add.at(sums, inverse[rows], features[rows] / lengths[rows])
+    return (sums / np.bincount(inverse)[:, None]).astype(np.float32), classes
 
 
 def _labelled(spec: str, split: str) -> Source:
@@ -117,10 +187,6 @@ def check_classes(train: Source, test: Source) -> None:
         )
 
 
-def _image_size(backbone: Backbone, config: ml_collections.ConfigDict) -> dict[str, int]:
-    return {key: config[key] or backbone.card["preprocessing"][key] for key in ("resize", "crop")}
-
-
 def knn_accuracy(
     train_features: np.ndarray,
     train_labels: np.ndarray,
@@ -136,8 +202,13 @@ def knn_accuracy(
     Arguments and errors as in `knn_predict`; test_labels int [T]. Returns {k: (top1, top5)}.
     """
     predicted = knn_predict(train_features, train_labels, test_features, ks, temperature, num_classes, mesh)
-    hits = {k: classes == np.asarray(test_labels)[:, None] for k, classes in predicted.items()}
-    return {k: (100 * float(hit[:, 0].mean()), 100 * float(hit.any(1).mean())) for k, hit in hits.items()}
+    return {k: _accuracy(classes, test_labels) for k, classes in predicted.items()}
+
+
+def _accuracy(ranked: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
+    """Percent of the rows [T, c] of classes that begin with the label, and that hold it."""
+    hits = ranked == np.asarray(labels)[:, None]
+    return 100 * float(hits[:, 0].mean()), 100 * float(hits.any(1).mean())
 
 
 def knn_predict(
@@ -152,7 +223,7 @@ def knn_predict(
     """Ranks the classes of each test row by the votes of its k nearest training rows.
 
     A neighbour votes exp(cosine similarity / temperature) for its class. Equal similarities and equal votes go to the
-    lower row and class. The bank is split over the devices of the mesh; memory does not grow with test x train.
+    lower row and class. Memory does not grow with test x train: see `nearest`.
 
     Args:
         train_features: float [N, D], any length (they are L2-normalised here), the same on every process.
@@ -174,18 +245,16 @@ def knn_predict(
     if train_labels.min() < 0 or train_labels.max() >= num_classes:
         raise UserError(f"k-NN needs a class in 0..{num_classes - 1} for every training image: give a labelled source")
     _check_votes(ks, temperature, len(train_labels))
-    mesh = make_mesh() if mesh is None else mesh
-    bank = _normalise(_place_bank(np.asarray(train_features, np.float32), mesh))
-    labels = replicate(train_labels, mesh)
-    chunk = min(QUERY_CHUNK, -(-len(test_features) // mesh.size) * mesh.size)
-    chunk = -(-chunk // mesh.size) * mesh.size
-    ranked = []
-    for start in range(0, len(test_features), chunk):
-        queries = np.asarray(test_features[start : start + chunk], np.float32)
-        queries = replicate(np.pad(queries, ((0, chunk - len(queries)), (0, 0))), mesh)
-        ranked.append(_rank(bank, labels, queries, temperature, tuple(ks), num_classes, mesh))
-    classes = np.concatenate([np.asarray(x) for x in ranked], axis=1)[:, : len(test_features)]
-    return dict(zip(ks, classes, strict=True))
+    similarity, row = nearest(train_features, test_features, max(ks), mesh)
+    classes, chunk = train_labels[row], min(VOTES_CHUNK, len(row))
+    ranked: dict[int, list[np.ndarray]] = {k: [] for k in ks}
+    for start in range(0, len(row), chunk):
+        # The last chunk reaches back, so that one program serves all.
+        part = slice(min(start, len(row) - chunk), None)
+        for k in ks:
+            votes = _vote(similarity[part, :k][:chunk], classes[part, :k][:chunk], temperature, num_classes)
+            ranked[k].append(np.asarray(votes)[start - part.start :])
+    return {k: np.concatenate(parts) for k, parts in ranked.items()}
 
 
 def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
@@ -199,70 +268,7 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
             )
 
 
-def _place_bank(features: np.ndarray, mesh: Mesh) -> jax.Array:
-    """[N, D] -> [devices * chunks, chunk, D] split over the devices in order, zero rows at the end."""
-    chunk = min(BANK_CHUNK, -(-len(features) // mesh.size))
-    chunks = -(-len(features) // (chunk * mesh.size)) * mesh.size
-
-    def block(index):
-        first, last, _ = index[0].indices(chunks)
-        rows = features[first * chunk : last * chunk]
-        padding = (last - first) * chunk - len(rows)
-        return np.pad(rows, ((0, padding), (0, 0))).reshape(last - first, chunk, -1)
-
-    return jax.make_array_from_callback((chunks, chunk, features.shape[1]), NamedSharding(mesh, BATCH), block)
-
-
-@jax.jit
-def _normalise(x: jax.Array) -> jax.Array:
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
-
-
-@partial(jax.jit, static_argnames=("ks", "num_classes", "mesh"))
-def _rank(bank, labels, queries, temperature, ks, num_classes, mesh):
-    """bank [chunks, chunk, D] split over devices, queries [t, D] on each -> int32 [len(ks), t, min(5, num_classes)]."""
-
-    def on_device(bank, labels, queries, temperature):
-        similarity, row = _nearest(bank, _normalise(queries), max(ks), len(labels))
-        # Each device gets all candidates of its share of the queries: [t, k] -> [t / devices, devices * k].
-        exchange = partial(jax.lax.all_to_all, axis_name=AXES, split_axis=0, concat_axis=1, tiled=True)
-        similarity, row = _top(exchange(similarity), exchange(row), max(ks))
-        return jnp.stack([_vote(similarity[:, :k], labels[row[:, :k]], temperature, num_classes) for k in ks])
-
-    ranked = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(BATCH, REPLICATED, REPLICATED, REPLICATED),
-        out_specs=jax.P(None, AXES),
-        check_vma=False,
-    )(bank, labels, queries, temperature)
-    # A few numbers a query: whole on every device, so that every process can read them.
-    return jax.lax.with_sharding_constraint(ranked, NamedSharding(mesh, REPLICATED))
-
-
-def _nearest(bank: jax.Array, queries: jax.Array, k: int, rows: int) -> tuple[jax.Array, jax.Array]:
-    """This device's chunks of the bank -> similarity [t, k] and row in the bank [t, k] of the nearest, best first."""
-    chunks, chunk, _ = bank.shape
-    starts = (jax.lax.axis_index(AXES) * chunks + jnp.arange(chunks)) * chunk
-
-    def merge(best, block):
-        vectors, start = block
-        row = start + jnp.arange(chunk)
-        similarity = jnp.matmul(queries, vectors.T, precision=jax.lax.Precision.HIGHEST)
-        similarity = jnp.where(row < rows, similarity, -jnp.inf)
-        joined = jnp.concatenate([best[0], similarity], 1)
-        joined_rows = jnp.concatenate([best[1], jnp.broadcast_to(row, similarity.shape)], 1)
-        return _top(joined, joined_rows, k), None
-
-    none = jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32)
-    return jax.lax.scan(merge, none, (bank, starts))[0]
-
-
-def _top(similarity: jax.Array, row: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
-    similarity, place = jax.lax.top_k(similarity, k)
-    return similarity, jnp.take_along_axis(row, place, axis=1)
-
-
+@partial(jax.jit, static_argnames="num_classes")
 def _vote(similarity: jax.Array, classes: jax.Array, temperature: jax.Array, num_classes: int) -> jax.Array:
     """similarity and classes [t, k], best first -> the classes with most votes, int32 [t, min(5, num_classes)]."""
     # Relative to the best: the same order as exp(similarity / temperature), without overflow at any temperature.

@@ -1,15 +1,11 @@
 """What rankings of images share: average precision, features of files kept between runs, a sheet of answers."""
 
-import hashlib
-import json
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import grain
-import jax
 import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
@@ -20,6 +16,7 @@ from dino_jax.data.sources import IMAGE_EXTENSIONS
 from dino_jax.errors import UserError
 from dino_jax.evals.attention import contact_sheet
 from dino_jax.evals.features import extract, progress
+from dino_jax.evals.kept import Kept, say_found
 from dino_jax.sharding import make_mesh
 
 PART = 64  # batches whose features are saved as one file: what a run that is cut off loses at most
@@ -60,12 +57,11 @@ def extract_files(
     batches: Sequence[np.ndarray],
     load: Callable[[np.ndarray], np.ndarray],
     names: Sequence[str],
-    key: str,
+    kept: Kept,
     what: str,
-    out: Path,
     workers: int,
 ) -> Extraction:
-    """Features of N image files, row i of file i. Those that an earlier run has left in `out` are not computed again.
+    """Features of N image files, row i of file i. Those that an earlier run has left are not computed again.
 
     Args:
         backbone: whose variables and preprocessing apply.
@@ -73,9 +69,8 @@ def extract_files(
         batches: numbers of the images of one batch each, all of one shape; together each of 0..N-1 once.
         load: numbers of a batch -> its images, uint8 [b, H, W, C]; called in threads.
         names: what identifies each file and what is taken of it.
-        key: what identifies the features apart from the names: see `fingerprint`.
+        kept: where features are kept.
         what: to call the images on stderr, which is told how far it is.
-        out: the run's folder; features are kept in `out`/features.
         workers: number of threads.
     """
     preprocessing, mesh = backbone.card["preprocessing"], make_mesh()
@@ -96,34 +91,19 @@ def extract_files(
 
     for number, part in enumerate(parts):
         records = np.sort(np.concatenate(part))
-        digest = hashlib.sha256("\n".join([key, *(names[i] for i in records)]).encode()).hexdigest()[:32]
-        path = out / "features" / f"{digest}.npy"
-        if not path.is_file():
+        identity = [names[i] for i in records]
+        found = kept.load(identity)
+        if found is None:
             title = what if len(parts) == 1 else f"{what}, part {number + 1} of {len(parts)}"
-            _save(path, compute(part, len(records), title))
+            found = {"features": compute(part, len(records), title)}
+            kept.save(identity, **found)
             computed += len(records)
-        tables.append((records, np.load(path)))
+        tables.append((records, found["features"]))
+    say_found(what, len(names) - computed, len(names), kept)
     features = np.empty((len(names), tables[0][1].shape[1]), np.float32)
     for records, table in tables:
         features[records] = table
     return Extraction(features, computed, time.monotonic() - start if computed else 0.0)
-
-
-def _save(path: Path, features: np.ndarray) -> None:
-    """All or nothing: a file that was cut off would be read again by the next run."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with unfinished.open("wb") as file:
-        np.save(file, features)
-    os.replace(unfinished, path)
-
-
-def fingerprint(backbone: Backbone, *settings) -> str:
-    """Changes with the backbone's weights, its card and the settings (anything that JSON can hold)."""
-    digest = hashlib.sha256(json.dumps([backbone.card, *settings], sort_keys=True).encode())
-    for leaf in jax.tree.leaves(backbone.variables):
-        digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
-    return digest.hexdigest()
 
 
 def rate(*extractions: Extraction) -> float | None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
+from dino_jax.evals.kept import Kept, fingerprint
 from dino_jax.evals.ranking import (
     ANSWERS,
     CORRECT,
@@ -31,7 +32,6 @@ from dino_jax.evals.ranking import (
     average_precision,
     check_at_least_one,
     extract_files,
-    fingerprint,
     framed,
     l2_normalise,
     rate,
@@ -105,9 +105,8 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
             [_load(photos[i], imsize, shapes[i], backbone.config["in_channels"]) for i in batch.tolist()]
         ),
         [f"{photo.path.name} {photo.path.stat().st_size} {photo.box}" for photo in photos],
-        fingerprint(backbone, config.dataset, imsize, scales),
+        Kept(out / "features", fingerprint(backbone, config.dataset, imsize, scales)),
         config.dataset,
-        out,
         config.workers,
     )
     features = l2_normalise(extraction.features)

@@ -1,5 +1,6 @@
 """`python -m dino_jax.convert` as a user runs it, and the forms it writes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,10 @@ def source(tmp_path_factory):
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda s: 0.3 * rng.standard_normal(s.shape, np.float32), like)
     path = tmp_path_factory.mktemp("source") / "tiny.safetensors"
-    files.write(path, official.to_official(variables["params"]))
+    prepared = {"resize": 50, "crop": 32, "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6], "interpolation": "bicubic"}
+    metadata = {pretrained.PREPROCESSING: json.dumps(prepared)}
+    files.write(path, official.to_official(variables["params"]), metadata)
+    assert pretrained.load(path).card["preprocessing"] == prepared  # else the comparison of forms would say nothing
     return path
 
 
@@ -59,12 +63,13 @@ def test_size_and_channels_change_on_the_way(source, tmp_path):
         (("SOURCE", "SOURCE", "--to=timm"), "exists: remove it or give another TARGET"),
         (("SOURCE", "new.bin", "--to=timm"), "name it .safetensors"),
         (("SOURCE", "new.safetensors", "--to=official_checkpoint"), "use --to=official for its backbone"),
+        (("SOURCE", "/proc/nowhere/x.safetensors", "--to=timm"), "can't write /proc/nowhere/x.safetensors"),
         (("absent.pth", "new.safetensors", "--to=timm"), "no such path"),
     ],
 )
 def test_mistakes_end_with_one_line_and_nothing_written(source, tmp_path, arguments, said):
     names = {"SOURCE": source, "absent.pth": tmp_path / "absent.pth"}
-    result = convert(*(names.get(a, a if a.startswith("--") else tmp_path / a) for a in arguments))
+    result = convert(*(names.get(a, a if a.startswith(("--", "/")) else tmp_path / a) for a in arguments))
     assert result.returncode == 2
     assert said in result.stderr
     assert len(result.stderr.strip().splitlines()) == 1

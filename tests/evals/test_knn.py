@@ -11,7 +11,9 @@ from PIL import Image
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals import knn
+from dino_jax.evals import knn, neighbours
+from dino_jax.evals.features import FeatureTable
+from dino_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +32,8 @@ def plain_knn(train, labels, test, k, temperature, classes):
     similarity = test @ train.T
     nearest = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
     votes = np.zeros((len(test), classes))
-    for row, neighbours in enumerate(nearest):
-        np.add.at(votes[row], labels[neighbours], np.exp(similarity[row, neighbours] / temperature))
+    for row, places in enumerate(nearest):
+        np.add.at(votes[row], labels[places], np.exp(similarity[row, places] / temperature))
     return np.argsort(-votes, axis=1, kind="stable")[:, :5]
 
 
@@ -50,11 +52,12 @@ def test_matches_reference(golden):
 
 
 @pytest.mark.parametrize(
-    ("train", "test", "bank_chunk", "query_chunk"), [(103, 41, 10, 7), (64, 1, 64, 8), (9, 5, 4, 2)]
+    ("train", "test", "bank_chunk", "votes_chunk"), [(103, 41, 10, 7), (64, 1, 64, 8), (9, 5, 4, 2)]
 )
-def test_streaming_equals_plain(monkeypatch, train, test, bank_chunk, query_chunk):
-    monkeypatch.setattr(knn, "BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr(knn, "QUERY_CHUNK", query_chunk)
+def test_streaming_equals_plain(monkeypatch, train, test, bank_chunk, votes_chunk):
+    monkeypatch.setattr(neighbours, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(neighbours, "SIMILARITIES", 7 * bank_chunk)
+    monkeypatch.setattr(knn, "VOTES_CHUNK", votes_chunk)
     features, labels = blobs(1, train)
     queries, _ = blobs(2, test)
     ks = (1, 5, min(train, 50))
@@ -90,12 +93,46 @@ def test_small_temperature_does_not_overflow():
     assert nearest[20][0] == nearest[1][0]
 
 
+def test_few_shots_are_so_many_of_each_class_and_differ_between_draws():
+    labels = np.random.default_rng(0).integers(0, 7, 200)
+    labels[labels == 3] = 2
+    labels[:2] = 3  # a class with two images gives both
+    rng = np.random.default_rng(0)
+    draws = [knn.few_shots(labels, 5, rng) for _ in range(2)]
+    for rows in draws:
+        assert np.array_equal(np.bincount(labels[rows]), [5, 5, 5, 2, 5, 5, 5])
+        assert len(set(rows.tolist())) == len(rows)
+    assert not np.array_equal(*draws)
+    assert np.array_equal(knn.few_shots(labels, 5, np.random.default_rng(0)), draws[0])
+
+
+def test_figures_of_few_shots_are_those_of_the_banks_drawn():
+    table = FeatureTable(*blobs(1, 90), np.arange(90))
+    queries = FeatureTable(*blobs(2, 60), np.arange(60))
+    config = knn.default_config()
+    config.update(k=(3, 50), shots=(2,), draws=4)
+    figures = knn.classify(table, queries, config, 4, make_mesh())
+    rng, expected = np.random.default_rng((config.seed, 2)), []
+    for _ in range(4):
+        rows = knn.few_shots(table.labels, 2, rng)
+        ranked = plain_knn(table.features[rows], table.labels[rows], queries.features, 8, 0.07, 4)
+        expected.append(100 * np.mean(ranked[:, 0] == queries.labels))
+    few = figures[knn.Bank(shots=2, k=8)]  # of the 50 asked for there are 8
+    assert few["top1"] == pytest.approx(np.mean(expected))
+    assert few["top1_std"] == pytest.approx(np.std(expected, ddof=1)) != 0
+
+    unit = table.features / np.linalg.norm(table.features, axis=1, keepdims=True)
+    means = np.stack([unit[table.labels == c].mean(0) for c in range(4)])
+    nearest = (queries.features @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T).argmax(1)
+    assert figures[knn.Bank(0, 0)]["top1"] == pytest.approx(100 * np.mean(nearest == queries.labels))
+
+
 def test_eight_devices_equal_one():
     program = """
 import jax, numpy as np, sys
-from dino_jax.evals import knn
+from dino_jax.evals import knn, neighbours
 from dino_jax.sharding import make_mesh
-knn.BANK_CHUNK, knn.QUERY_CHUNK = 10, 30
+neighbours.BANK_CHUNK, neighbours.SIMILARITIES = 10, 300
 rng = np.random.default_rng(0)
 train, labels, test = rng.standard_normal((203, 5)), rng.integers(0, 9, 203), rng.standard_normal((37, 5))
 devices = jax.devices()
@@ -121,14 +158,18 @@ def test_unlabelled_rows_are_refused():
         knn.knn_accuracy(features, labels, features, labels, (10,))
 
 
-@pytest.fixture
-def colours():
-    """A backbone that sees the mean colour."""
+def colours_that(apply):
     card = {
         "architecture": {"in_channels": 3},
         "preprocessing": {"resize": 8, "crop": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    return Backbone(SimpleNamespace(apply=lambda variables, images: images.mean((1, 2))), {}, card)
+    return Backbone(SimpleNamespace(apply=apply), {}, card)
+
+
+@pytest.fixture
+def colours():
+    """A backbone that sees the mean colour."""
+    return colours_that(lambda variables, images: images.mean((1, 2)))
 
 
 @pytest.fixture
@@ -148,19 +189,36 @@ def folders(tmp_path):
 def settings(folders, **values):
     config = knn.default_config()
     config.update({"train": f"folder:{folders}/train", "test": f"folder:{folders}/test", "k": (1, 5), "workers": 0})
+    config.shots = (1, 2, 6)  # 6 is all of them
     config.update(values)
     return config
 
 
 def test_run_reports_figures_and_what_it_left_out(colours, folders, capsys):
     results = knn.run(colours, settings(folders, batch_size=4), folders)
-    assert results["figures"] == {"k=1": {"top1": 100, "top5": 100}, "k=5": {"top1": 100, "top5": 100}}
+    perfect = {"top1": 100, "top5": 100}
+    shown = {"k=1", "k=5", "class_means", "k=1 shots=2", "k=5 shots=2", "class_means shots=2", "k=1 shots=1"}
+    assert set(results["figures"]) == shown | {"k=3 shots=1", "class_means shots=1"}  # of 5 there are 3
+    for which, figure in results["figures"].items():
+        assert figure == (perfect | {"top1_std": 0, "top5_std": 0} if "shots" in which else perfect)
     assert results["images"] == {"train": 17, "test": 6}
     assert results["undecodable"] == {"train": 1, "test": 0}
     assert results["settings"]["crop"] == 8
     printed = capsys.readouterr()
     assert os.path.join("red", "0.png") in printed.err
     assert "100.00" in printed.out
+
+    # Another k is a matter of what is there already, and settles on it as if it were computed.
+    def fail(*_):
+        raise AssertionError("extracted again")
+
+    again = knn.run(colours_that(fail), settings(folders, batch_size=4, k=(3,), shots=(2,), draws=1), folders)
+    assert again["images"] == results["images"]
+    assert results["images_per_second"] > 0
+    assert again["images_per_second"] is None
+    assert again["undecodable"] == results["undecodable"]
+    assert again["figures"]["k=3"] == perfect
+    assert "train: features of 18 images from" in capsys.readouterr().err
 
 
 def test_mistakes_are_named(colours, folders):
@@ -171,6 +229,8 @@ def test_mistakes_are_named(colours, folders):
         ({"k": (1, 20)}, "k=20"),
         ({"temperature": 0.0}, "temperature"),
         ({"batch_size": 0}, "batch_size"),
+        ({"shots": (0,)}, "shots"),
+        ({"draws": 0}, "draws"),
     ):
         with pytest.raises(UserError, match=message):
             knn.run(colours, settings(folders, **values), folders)
@@ -179,7 +239,7 @@ def test_mistakes_are_named(colours, folders):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nearest", "--config.k=3"], "knn, attention"),
+        (["nearest", "--config.k=3"], "one of knn, "),
         (["knn", "--config.tran=x"], "train"),
         (["knn", "--checkpoint=/nowhere"], "/nowhere"),
     ],

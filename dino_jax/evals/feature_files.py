@@ -1,0 +1,194 @@
+"""Features of a set of images as files, for use in other programs.
+
+    python evaluate.py features --checkpoint=runs/a --config.source=folder:/data/photos
+
+writes to runs/a/eval/features
+
+    features.npy   float32 [N, D], a row an image, in the order of the source: numpy.load(path, mmap_mode="r")
+    images.csv     record (number in the source), name, label (-1: none), class; line i + 2 describes row i
+
+With --config.format=array_record there is features.array_record in the place of the .npy: record i holds row i, D
+float32 little-endian numbers. --config.pooling and --config.blocks choose what is taken of the images. An image that
+cannot be decoded has no row; results.json names it.
+"""
+
+import csv
+import os
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from ml_collections.config_dict import placeholder
+
+from dino_jax.backbone import Backbone
+from dino_jax.data.sources import FewLabels, Source, open_source
+from dino_jax.errors import UserError
+from dino_jax.evals.features import FeatureTable, image_size, keep_in, tabulate_backbone, undecodable
+from dino_jax.evals.kept import write_whole
+from dino_jax.evals.linear_heads import Kind, probe_features
+from dino_jax.models.vit import ViT
+from dino_jax.sharding import make_mesh
+
+POOLINGS = ("cls", "mean", "cls_mean")
+FORMATS = ("npy", "array_record")
+
+
+class FeatureSet(NamedTuple):
+    """Features with what their images are called, a row an image."""
+
+    features: np.ndarray  # float32 [N, D]
+    records: np.ndarray  # int32 [N], number in the source
+    labels: np.ndarray  # int32 [N], -1 where unlabelled
+    names: list[str]  # of the images
+    classes: list[str]  # of the images, "" where unlabelled
+
+
+def knobs() -> dict[str, Any]:
+    """Of a protocol that extracts features of one source."""
+    return {
+        "source": "",  # of the images (data/sources.py): folder:PATH, tfds:NAME, array_record:GLOB, demo:test
+        "pooling": "cls",  # of a ViT: CLS token (cls), mean patch token (mean), or CLS and the last mean (cls_mean)
+        "blocks": 1,  # of a ViT: the last so many, one after the other
+        "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
+        "crop": placeholder(int),  # pixels of the centre square; as in the checkpoint's card unless set
+        "batch_size": 256,  # images, over all devices
+        "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
+    }
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every knob of `python evaluate.py features`."""
+    return ml_collections.ConfigDict(knobs() | {"format": "npy"})  # or array_record
+
+
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+    """Writes features and a list of their images, see the module. A run that is cut off goes on where it stopped.
+
+    Returns what belongs into results.json: {"files": [paths], "settings", "images", "dim", "undecodable": [names],
+    "seconds", "images_per_second" (None if earlier runs left all features)}. Raises UserError: no source, a choice that
+    the backbone does not have, no room.
+    """
+    if config.format not in FORMATS:
+        raise UserError(f"format {config.format!r} is unknown: set --config.format to {' or '.join(FORMATS)}")
+    start = time.monotonic()
+    rows, left_out, rate = extract_set(backbone, config, out)
+    write = write_npy if config.format == "npy" else write_array_record
+    files = [write(rows.features, out / f"features.{config.format}"), write_list(rows, out / "images.csv")]
+    number, dim = rows.features.shape
+    print(f"{number:,} images, {dim:,} numbers each, {len(left_out):,} undecodable")
+    for path in files:
+        print(f"{path.stat().st_size:>16,} bytes  {path}")
+    return {
+        "files": [str(path) for path in files],
+        "settings": {**config.to_dict(), **image_size(backbone, config)},
+        "images": number,
+        "dim": dim,
+        "undecodable": left_out,
+        "seconds": round(time.monotonic() - start, 1),
+        "images_per_second": rate,
+    }
+
+
+def extract_set(
+    backbone: Backbone, config: ml_collections.ConfigDict, out: Path
+) -> tuple[FeatureSet, list[str], float | None]:
+    """Features of a source as the knobs say, kept in `out`/features; names of undecodable images; images a second."""
+    if not config.source:
+        raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
+    if config.batch_size < 1:
+        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
+    source = open_source(config.source)
+    kind = _check_kind(backbone, config.pooling, config.blocks)
+    kept, start = keep_in(out, backbone, config, *kind), time.monotonic()
+    table = tabulate_backbone(backbone, source, "images", make_mesh(), config, kept, reader(backbone.model, kind))
+    rate = round(kept.computed / (time.monotonic() - start), 1) if kept.computed else None
+    return describe(source, table), undecodable(source, table), rate
+
+
+def describe(source: Source, table: FeatureTable) -> FeatureSet:
+    """A table with the names of its images and classes."""
+    names = [source.name(i) for i in table.records.tolist()]
+    known = getattr(source.source if isinstance(source, FewLabels) else source, "class_names", ())
+    classes = ["" if label < 0 else known[label] if known else str(label) for label in table.labels.tolist()]
+    return FeatureSet(table.features, table.records, table.labels, names, classes)
+
+
+@cache  # one object for one model, so that a second call compiles nothing
+def reader(model: Any, kind: Kind) -> Callable:
+    """(variables, normalised images [B, H, W, C]) -> float32 [B, D'] of this kind; pooled features of a convnet.
+
+    D' is `blocks` times the model's D, oldest block first; "cls_mean" adds D (see `linear_heads.probe_features`).
+    """
+
+    def read(variables, images):
+        if not isinstance(model, ViT):
+            return model.apply(variables, images)
+        blocks: Any = model.apply(variables, images, kind.blocks, method="last_tokens")
+        if kind.pooling == "mean":
+            return jnp.concatenate([tokens[:, 1:].mean(1, dtype=jnp.float32) for tokens in blocks], axis=1)
+        return probe_features(blocks, kind)
+
+    return read
+
+
+def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
+    depth = getattr(backbone.model, "depth", 1)
+    if pooling not in POOLINGS:
+        raise UserError(f"pooling {pooling!r} is unknown: set --config.pooling to {', '.join(POOLINGS)}")
+    if not isinstance(backbone.model, ViT) and (pooling, blocks) != ("cls", 1):
+        raise UserError(f"{backbone.config['arch']} pools one vector: leave --config.pooling=cls and --config.blocks=1")
+    if not 1 <= blocks <= depth:
+        raise UserError(f"blocks {blocks}: {backbone.config['arch']} has {depth}, set --config.blocks to 1..{depth}")
+    return Kind(blocks, pooling)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_npy(features: np.ndarray, path: Path) -> Path:
+    """float32 [N, D], whole or not at all."""
+    write_whole(path, lambda file: np.save(file, features))
+    return path
+
+
+def write_array_record(features: np.ndarray, path: Path) -> Path:
+    """A record a row, its D numbers as float32 little-endian."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # read in any order at no extra cost
+    for row in features.astype("<f4"):
+        writer.write(row.tobytes())
+    writer.close()
+    return path
+
+
+def write_list(rows: FeatureSet, path: Path) -> Path:
+    """The .csv beside the features."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(("record", "name", "label", "class"))
+        writer.writerows(zip(rows.records.tolist(), rows.names, rows.labels.tolist(), rows.classes, strict=True))
+    return path
+
+
+def read_set(path: Path) -> FeatureSet:
+    """A features.npy (mapped, not read) with the images.csv beside it. UserError where that isn't there or whole."""
+    listed = path.with_name("images.csv")
+    try:
+        features = np.load(path, mmap_mode="r")
+        with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        records, labels = (np.array([row[key] for row in rows], np.int32) for key in ("record", "label"))
+        names, classes = ([row[key] for row in rows] for key in ("name", "class"))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(
+            f"{path} and {listed.name} beside it can't be read ({error}): write them with `evaluate.py features`"
+        ) from error
+    if features.ndim != 2 or len(features) != len(rows):
+        raise UserError(f"{path} is {features.shape}, but {listed.name} lists {len(rows)} images: write both anew")
+    return FeatureSet(features, records, labels, names, classes)
