@@ -302,6 +302,7 @@ def fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
 
 
 def picture_paths(images: str) -> list[Path]:
+    """The files that a protocol's `images` names, see `default_config`; UserError if there are none."""
     paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
