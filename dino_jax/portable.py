@@ -19,7 +19,7 @@ def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
 
     Anyone with `jax` and `flatbuffers` runs it, on a CPU, GPU or TPU:
 
-        features = jax.export.deserialize(open(path, "rb").read()).call(images)
+        features = jax.export.deserialize(bytearray(open(path, "rb").read())).call(images)
 
     images: float32 [B, S, S, C], normalised. Any B (each is compiled once); S is the card's `crop`, for another one
     see `load_backbone(image_size=...)`. features: {"cls": float32 [B, D]} and, of a ViT, "patches" [B, N, D], row by
