@@ -27,8 +27,10 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     """
     wanted = {"image_size": config.crops.global_size, "in_channels": config.model.in_channels}
     changes = {name: wanted[name] for name in ADAPTATIONS if name in config.init_adapt.split(",")}
-    # First whether there is anything at all: to read a run, the processes talk to each other.
-    on_every_process(lambda: pretrained.require_path(config.init_from), size=lambda _: 0)
+    # First whether all see the same kind of thing: to read a run's checkpoints, the processes talk to each other.
+    on_every_process(
+        lambda: pretrained.require_path(config.init_from), size=lambda path: int((path / "checkpoints").is_dir())
+    )
     load = partial(pretrained.load, config.init_from, heads=config.init_heads, **changes)
     found = on_every_process(load, size=_checksum)
     _check_backbone(found.card["architecture"], config)

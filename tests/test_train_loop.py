@@ -136,6 +136,19 @@ def test_sigterm_to_one_of_2_processes_stops_and_saves_both(tmp_path):
     assert last_step(tmp_path) == int(stopped[1])
 
 
+def test_processes_that_read_other_weights_end_together(one_device, tmp_path):
+    """One finds nothing, or something else: replicas would differ without a word, or the others wait for ever."""
+    other = tmp_path / "other"
+    shutil.copytree(one_device[0] / "export", other)
+    for there, said in ((tmp_path / "absent", "no such path"), (other, "do not see the same data")):
+        own = ([f"--config.init_from={one_device[0]}"], [f"--config.init_from={there}"])
+        first, second = start_two(tmp_path / said, own=own)
+        output = second.communicate(timeout=120)[0]
+        first.communicate(timeout=120)
+        assert (first.returncode, second.returncode) == (2, 2), output
+        assert said in output
+
+
 def test_a_mistake_on_one_of_2_processes_ends_both(tmp_path):
     missing = ["--config.data.source=folder:/nowhere"]
     first, second = start_two(tmp_path, own=([], missing))
