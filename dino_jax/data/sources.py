@@ -63,7 +63,7 @@ def open_source(spec: str) -> Source:
     Raises: UserError saying what was found instead.
     """
     if limited := re.fullmatch(r"(.+):(\d+)", spec):
-        return FewLabels(open_source(limited[1]), int(limited[2]))
+        return few_labels(open_source(limited[1]), int(limited[2]))
     kind, _, rest = spec.partition(":")
     if kind == "folder" and rest:
         return FolderSource(os.path.expanduser(rest))
@@ -291,35 +291,41 @@ class DemoSource:
         return f"demo:{self.split} image {i}"
 
 
-class FewLabels:
-    """The first `count` images of each class of another source, in that source's order."""
+class Subset:
+    """The images of another source with these record numbers, int [n], in this order."""
 
-    def __init__(self, source: Source, count: int):
-        if not (source.num_classes and count):
-            what = "keeps no image" if source.num_classes else "keeps N images of each class, but there are no labels"
-            raise UserError(f"{KNOB}: the suffix :{count} {what}")
+    def __init__(self, source: Source, records: np.ndarray):
         self.source = source
+        self.records = records
         self.num_classes = source.num_classes
-        self.records: list[int] = []
-        left = dict.fromkeys(range(source.num_classes), count)
-        for i in range(len(source)):
-            label = source.label(i)
-            if left.get(label):
-                self.records.append(i)
-                left[label] -= 1
-                if not any(left.values()):
-                    break
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, i: int) -> Example:
-        return self.source[self.records[i]]
+        return self.source[int(self.records[i])]
 
     def label(self, i: int) -> int:
         """The label in the underlying source."""
-        return self.source.label(self.records[i])
+        return self.source.label(int(self.records[i]))
 
     def name(self, i: int) -> str:
         """The name in the underlying source."""
-        return self.source.name(self.records[i])
+        return self.source.name(int(self.records[i]))
+
+
+def few_labels(source: Source, count: int) -> Subset:
+    """The first `count` images of each class of another source, in that source's order."""
+    if not (source.num_classes and count):
+        what = "keeps no image" if source.num_classes else "keeps N images of each class, but there are no labels"
+        raise UserError(f"{KNOB}: the suffix :{count} {what}")
+    records: list[int] = []
+    left = dict.fromkeys(range(source.num_classes), count)
+    for i in range(len(source)):
+        label = source.label(i)
+        if left.get(label):
+            records.append(i)
+            left[label] -= 1
+            if not any(left.values()):
+                break
+    return Subset(source, np.array(records, np.int64))

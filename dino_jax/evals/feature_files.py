@@ -26,7 +26,7 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from dino_jax.backbone import Backbone
-from dino_jax.data.sources import FewLabels, Source, open_source
+from dino_jax.data.sources import Source, Subset, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals.features import FeatureTable, image_size, keep_in, tabulate_backbone, undecodable
 from dino_jax.evals.kept import write_whole
@@ -113,7 +113,7 @@ def extract_set(
 def describe(source: Source, table: FeatureTable) -> FeatureSet:
     """A table with the names of its images and classes."""
     names = [source.name(i) for i in table.records.tolist()]
-    known = getattr(source.source if isinstance(source, FewLabels) else source, "class_names", ())
+    known = getattr(source.source if isinstance(source, Subset) else source, "class_names", ())
     classes = ["" if label < 0 else known[label] if known else str(label) for label in table.labels.tolist()]
     return FeatureSet(table.features, table.records, table.labels, names, classes)
 

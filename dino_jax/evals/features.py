@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 
 from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import EvalBatch, eval_batches
-from dino_jax.data.sources import FewLabels, FolderSource, Source
-from dino_jax.data.subset import Subset
+from dino_jax.data.sources import FolderSource, Source, Subset
 from dino_jax.errors import UserError
 from dino_jax.evals.kept import Kept, fingerprint, say_found
 from dino_jax.sharding import replicate, shard_batch
@@ -147,8 +146,8 @@ def identities(source: Source, records: np.ndarray) -> list[str]:
 
 
 def _identity(source: Source, i: int) -> str:
-    if isinstance(source, FewLabels):
-        return _identity(source.source, source.records[i])
+    if isinstance(source, Subset):
+        return _identity(source.source, int(source.records[i]))
     if isinstance(source, FolderSource):
         try:
             status = os.stat(os.path.join(source.root, source.paths[i]))
