@@ -2,7 +2,7 @@
 
     python -m dino_jax.ablation --workdir=runs/ablation
 
-Hardware: 2 CPU cores, about 35 minutes.
+Hardware: 2 CPU cores, 26 minutes (2026-11-22, AMD EPYC). The results are in README.md, "Is it learning?".
 """
 
 from configs import demo

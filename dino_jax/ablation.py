@@ -25,6 +25,7 @@ from dino_jax.checkpoints import plain, versions
 from dino_jax.checks import check_config
 from dino_jax.data.sources import open_source
 from dino_jax.errors import NotFiniteError, UserError
+from dino_jax.sharding import one_device_a_core
 
 
 class Cell(NamedTuple):
@@ -55,7 +56,7 @@ def main(argv: list[str]) -> None:
     config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells
     if not names or set(names) - set(CELLS):
         raise UserError(f"--cells={','.join(names)}: give some of {','.join(CELLS)}")
-    demo.one_device_a_core(config.batch_size)
+    one_device_a_core(config.batch_size)
     check_config(config, jax.device_count())
     report: dict = {"config": plain(config), "bank": config.eval.train, "bank_full": config.data.source}
     report["ln_k"] = math.log(config.head.out_dim)

@@ -25,7 +25,7 @@ from dino_jax.evals.attention import evaluate_masks
 from dino_jax.evals.features import raw_pixels
 from dino_jax.evals.knn import knn_accuracy
 from dino_jax.models import build_backbone
-from dino_jax.sharding import make_mesh
+from dino_jax.sharding import make_mesh, one_device_a_core
 
 ATTENTION_IMAGES = 500  # of the test split
 ATTENTION_UPSCALE = 2  # images are enlarged for it, so that the patches are finer than the garments
@@ -49,16 +49,6 @@ def main(argv: list[str]) -> None:
     (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     print(table(report, config))
     print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
-
-
-def one_device_a_core(batch_size: int) -> None:
-    """Splits the CPU into devices, unless XLA_FLAGS is set: a tiny net's operations are too small to share cores.
-
-    At most one a core, as many as the batch divides over. Before anything else uses JAX.
-    """
-    if "XLA_FLAGS" not in os.environ:
-        devices = max(n for n in range(1, (os.cpu_count() or 1) + 1) if batch_size % n == 0)
-        jax.config.update("jax_num_cpu_devices", devices)
 
 
 def untrained(config) -> Backbone:

@@ -1,22 +1,38 @@
 """Devices: the mesh, and how host arrays become global ones."""
 
+import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dino_jax.errors import UserError
 
-# Batches are split over both axes; `fsdp` has size 1 until parameters are sharded too.
+# Batches are split over both axes; over `fsdp`, of size 1 by default, the large parameters are, too.
 AXES = ("data", "fsdp")
+# Which axis of a parameter is split over `fsdp`, by the last part of its name. All others are small, and whole.
+SPLIT_AXIS = {"kernel": -1, "weight_v": 0}
 
 T = TypeVar("T")
 
 REPLICATED = PartitionSpec()
 BATCH = PartitionSpec(AXES)
+
+
+def one_device_a_core(batch_size: int) -> None:
+    """Splits the CPU into devices, unless XLA_FLAGS is set: small operations, sorts above all, don't share cores well.
+
+    At most one a core, as many as the batch divides over, and no more than 8, since each holds all weights. Before
+    anything else uses JAX. Accelerators are as many as there are.
+    """
+    if "XLA_FLAGS" not in os.environ:
+        most = min(os.cpu_count() or 1, 8)
+        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
 
 
 def initialize(distributed) -> None:
@@ -76,10 +92,92 @@ def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
     return cast(T, result)
 
 
-def make_mesh(devices: list | None = None) -> Mesh:
-    """All devices (of all processes) as a ("data", "fsdp") mesh."""
+def make_mesh(devices: list | None = None, fsdp: int = 1) -> Mesh:
+    """All devices (of all processes) as a ("data", "fsdp") mesh. `fsdp`: how many share the large parameters."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices), 1), AXES, (AxisType.Auto, AxisType.Auto), devices=devices)
+    return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, (AxisType.Auto, AxisType.Auto), devices=devices)
+
+
+def specs(tree) -> Any:
+    """Of a tree of parameters, or of anything with theirs in it (a TrainState): how each array is split."""
+    return jax.tree.map_with_path(lambda path, x: _spec(path, len(x.shape)), tree)
+
+
+def shardings(tree, mesh: Mesh) -> Any:
+    """`specs` on a mesh."""
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs(tree))
+
+
+def check_divides(tree, fsdp: int) -> None:
+    """UserError unless each array (or shape) that would be split over `fsdp` devices can be."""
+    for path, x in jax.tree.leaves_with_path(tree):
+        axis = _split_axis(path)
+        if axis is not None and x.shape[axis] % fsdp:
+            name = ".".join(str(getattr(key, "key", key)) for key in path)
+            raise UserError(
+                f"{name} {x.shape} does not divide over fsdp={fsdp} devices: set --config.fsdp to a divisor of "
+                f"{x.shape[axis]}"
+            )
+
+
+def gather(params, dtype) -> Any:
+    """The whole of parameters of which each device holds its part, kernels in the `dtype` that they are used in.
+
+    Inside the sharded step; elsewhere, and without fsdp, parameters are whole as they are. What belongs to scanned
+    blocks ("blocks" in its path) stays in parts: each block gathers its own as its turn comes. The gradient flows back
+    as a sum over the devices that share, in float32, of which each keeps its part.
+    """
+    try:
+        alone = jax.lax.axis_size("fsdp") == 1
+    except NameError:
+        alone = True
+    if alone:
+        return params
+
+    def whole(path, x):
+        axis = _split_axis(path)
+        if axis is None or any(getattr(key, "key", None) == "blocks" for key in path):
+            return x
+        return _gather(x, axis % x.ndim, jnp.dtype(dtype) if path[-1].key == "kernel" else x.dtype)
+
+    return jax.tree.map_with_path(whole, params)
+
+
+def mean(tree) -> Any:
+    """Mean over all devices; of gradients that `gather` summed over those that share, the mean of parts."""
+    fsdp = jax.lax.axis_size("fsdp")
+    leaves, structure = jax.tree.flatten_with_path(tree)
+    split = [fsdp > 1 and _split_axis(path) is not None for path, _ in leaves]
+    values = [x for _, x in leaves]
+    whole = iter(jax.lax.pmean([x for x, parted in zip(values, split, strict=True) if not parted], AXES))
+    parts = iter(jax.lax.pmean([x / fsdp for x, parted in zip(values, split, strict=True) if parted], "data"))
+    return jax.tree.unflatten(structure, [next(parts if parted else whole) for parted in split])
+
+
+def _split_axis(path) -> int | None:
+    return SPLIT_AXIS.get(getattr(path[-1], "key", "")) if path else None
+
+
+def _spec(path, ndim: int) -> PartitionSpec:
+    axis = _split_axis(path)
+    return REPLICATED if axis is None else PartitionSpec(*[None] * (axis % ndim), "fsdp")
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(x: jax.Array, axis: int, dtype) -> jax.Array:
+    return jax.lax.all_gather(x.astype(dtype), "fsdp", axis=axis, tiled=True)
+
+
+def _gather_forward(x, axis, dtype):
+    return _gather(x, axis, dtype), None
+
+
+def _gather_backward(axis, dtype, _, gradient):
+    # all_gather's own transpose would add up in `dtype`.
+    return (jax.lax.psum_scatter(gradient.astype(jnp.float32), "fsdp", scatter_dimension=axis, tiled=True),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
 
 
 def distribute(step: Callable, mesh: Mesh, donate: bool = True) -> Callable:
@@ -101,6 +199,20 @@ def replicate(tree, mesh: Mesh):
     """The same host values on every device."""
     sharding = replicated(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_callback(np.shape(x), sharding, lambda _: np.asarray(x)), tree)
+
+
+def place(params, mesh: Mesh):
+    """Host values of parameters (or of a tree with theirs in it) on the devices, split as `specs` says."""
+    return jax.tree.map(
+        lambda x, where: jax.make_array_from_callback(np.shape(x), where, lambda index: np.asarray(x)[index]),
+        params,
+        shardings(params, mesh),
+    )
+
+
+def whole(params, mesh: Mesh):
+    """The same arrays, all of each on every device."""
+    return jax.jit(lambda tree: tree, out_shardings=replicated(mesh))(params)
 
 
 def shard_batch(batch, mesh: Mesh):

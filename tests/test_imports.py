@@ -4,9 +4,10 @@ import ast
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "dino_jax"
-LOW = {"errors"}
+LOW = {"errors", "whole"}
 MAY_IMPORT = {
     "errors": set(),
+    "whole": {"errors"},
     "models": LOW,
     "schedules": LOW,
     "optimizers": LOW,
@@ -38,7 +39,7 @@ MAY_IMPORT = {
         *LOW,
     },
     "preview": {"data", "dino", "cli", "checks", *LOW},
-    "ablation": {"demo", "train_loop", "backbone", "checkpoints", "checks", "data", "cli", *LOW},
+    "ablation": {"demo", "train_loop", "backbone", "checkpoints", "checks", "data", "sharding", "cli", *LOW},
     "demo": {"train_loop", "backbone", "checkpoints", "data", "evals", "models", "sharding", "cli"},
 }
 

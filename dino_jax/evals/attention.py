@@ -1,6 +1,5 @@
 """What the last block's CLS token looks at, head by head: pictures, masks, and how well they cover known objects."""
 
-import itertools
 import time
 from functools import partial
 from pathlib import Path
@@ -8,29 +7,29 @@ from pathlib import Path
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
-from dino_jax.backbone import Backbone, normalize
-from dino_jax.data.pipeline import DecodeError, decode
-from dino_jax.data.sources import IMAGE_EXTENSIONS
+from dino_jax.backbone import Backbone
+from dino_jax.data.pipeline import decode
 from dino_jax.errors import UserError
-from dino_jax.evals.video import progress, read_video, write_video
-
-# From black over purple and orange to pale yellow, brightness growing evenly: readable in print and to colour-blind.
-HEAT = np.array(
-    [
-        (0, 0, 4),
-        (40, 11, 84),
-        (101, 21, 110),
-        (159, 42, 99),
-        (212, 72, 66),
-        (245, 125, 21),
-        (250, 193, 39),
-        (252, 255, 164),
-    ]
+from dino_jax.evals.pictures import (
+    as_rgb,
+    contact_sheet,
+    cut,
+    each_of,
+    fitted,
+    heat,
+    normalised,
+    patch_size,
+    picture_paths,
+    read_picture,
+    resized,
+    upsample,
 )
+from dino_jax.evals.progress import progress
+from dino_jax.evals.video import read_video, write_video
+
 MASK_COLOUR = np.array((255, 60, 60), np.uint8)
-GAP = 4  # pixels between the tiles of a sheet
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -95,21 +94,17 @@ def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path
         raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
     patch, channels, path = patch_size(backbone), backbone.config["in_channels"], Path(config.video)
     video, target, done = read_video(path), out / f"{path.stem}_attention.mp4", 0
-    frames = progress(video.frames, video.length, path.name)
+    frames = progress(video.frames, video.length, path.name, "frames")
+    images = (fitted(decode(frame, channels), config.size, patch, path) for frame in frames)
     with write_video(target, video.rate) as write:
-        while batch := list(itertools.islice(frames, config.batch_size)):
-            images = np.stack([fitted(decode(frame, channels), config.size, patch, path) for frame in batch])
-            # The last batch is filled up, so that one program serves all.
-            filled = np.pad(images, ((0, config.batch_size - len(images)), (0, 0), (0, 0), (0, 0)), "edge")
-            maps = attention_maps(backbone, normalised(backbone, filled))
-            for image, one in zip(images, maps, strict=False):
-                write(overlay(image, one))
-            done += len(images)
+        for image, maps in each_of(images, attention_maps, backbone, config.batch_size):
+            write(overlay(image, maps))
+            done += 1
     print(f"{path} -> {target}")
     return [str(target)], done
 
 
-def attention_maps(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.ndarray:
     """Normalised images [B, H, W, C], sides multiples of the patch -> float32 [B, heads, H/patch, W/patch].
 
     Row 0 of the last block's self-attention without CLS to itself, so that a map's sum is a little below 1.
@@ -139,11 +134,6 @@ def mass_masks(maps: np.ndarray, mass: float = 0.6) -> np.ndarray:
     masks = np.empty_like(keep)
     np.put_along_axis(masks, order, keep, -1)
     return masks.reshape(maps.shape)
-
-
-def upsample(maps: np.ndarray, factor: int) -> np.ndarray:
-    """[..., h, w] -> [..., h * factor, w * factor], each value repeated."""
-    return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
 
 
 def best_heads(masks: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -184,8 +174,7 @@ def evaluate_masks(
     H, W = images.shape[1] * upscale, images.shape[2] * upscale
     enlarged = cut(np.stack([resized(image, H, W) for image in images]), patch)
     objects = upsample(objects, upscale)[:, : enlarged.shape[1], : enlarged.shape[2]]
-    batches = [enlarged[i : i + batch_size] for i in range(0, len(images), batch_size)]
-    maps = np.concatenate([attention_maps(backbone, normalised(backbone, batch)) for batch in batches])
+    maps = np.stack([one for _, one in each_of(enlarged, attention_maps, backbone, batch_size)])
     masks = upsample(mass_masks(maps, mass), patch)
     best, scores = best_heads(masks, objects)
     if sheet is not None:
@@ -213,105 +202,3 @@ def overlay(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
     """Uint8 [H, W, C] and float [heads, h, w] -> uint8 [H, W, 3]: the image under the mean of its maps."""
     warm = heat(upsample(maps.mean(0), len(image) // maps.shape[1]))
     return (0.4 * as_rgb(image) + 0.6 * warm).astype(np.uint8)
-
-
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel is shown grey, of more than three the first three."""
-    return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
-
-
-def heat(values: np.ndarray) -> np.ndarray:
-    """Float [h, w] -> uint8 [h, w, 3], from black at the smallest value to pale yellow at the largest."""
-    low, high = values.min(), values.max()
-    at = (values - low) / max(high - low, 1e-12) * (len(HEAT) - 1)
-    return np.stack([np.interp(at, np.arange(len(HEAT)), channel) for channel in HEAT.T], -1).astype(np.uint8)
-
-
-def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120) -> None:
-    """Writes rows of pictures under their titles as one PNG; the longer side of each is scaled to `tile` pixels."""
-    tiles = [{title: _fit(picture, tile) for title, picture in row.items()} for row in rows]
-    widest = max(picture.width for row in tiles for picture in row.values())
-    heights = [max(picture.height for picture in row.values()) for row in tiles]
-    font, header = ImageFont.load_default(), 14
-    size = (len(rows[0]) * (widest + GAP) + GAP, header + sum(heights) + (len(rows) + 1) * GAP)
-    sheet = Image.new("RGB", size, "white")
-    for column, title in enumerate(rows[0]):
-        ImageDraw.Draw(sheet).text((GAP + column * (widest + GAP), 2), title, fill="black", font=font)
-    y = header + GAP
-    for row, height in zip(tiles, heights, strict=True):
-        for column, picture in enumerate(row.values()):
-            sheet.paste(picture, (GAP + column * (widest + GAP), y))
-        y += height + GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
-
-
-def _fit(picture: np.ndarray, tile: int) -> Image.Image:
-    height, width = picture.shape[:2]
-    scale = tile / max(height, width)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Small pictures stay pixels: a blurred patch grid would hide how coarse it is.
-    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
-    return Image.fromarray(np.ascontiguousarray(picture)).resize(size, method)
-
-
-def patch_size(backbone: Backbone) -> int:
-    """Pixels of a patch's side; UserError for a convnet."""
-    if not hasattr(backbone.model, "patch_size"):
-        raise UserError(f"this needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
-    return backbone.model.patch_size
-
-
-def normalised(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """Uint8 [B, H, W, C] -> float32 as the backbone was trained."""
-    as_trained = backbone.card["preprocessing"]
-    return normalize(images, as_trained["mean"], as_trained["std"])
-
-
-def cut(images: np.ndarray, patch: int) -> np.ndarray:
-    """[..., H, W, C] without the rows and columns beyond the last whole patch."""
-    height, width = (side // patch * patch for side in images.shape[-3:-1])
-    return images[..., :height, :width, :]
-
-
-def resized(
-    image: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.BICUBIC
-) -> np.ndarray:
-    """Uint8 [H, W, C] -> uint8 [height, width, C], any number of channels; antialiased where it gets smaller."""
-    if image.shape[:2] == (height, width):
-        return image
-    channels = [Image.fromarray(image[..., c]).resize((width, height), method) for c in range(image.shape[2])]
-    return np.stack([np.asarray(channel) for channel in channels], -1)
-
-
-def read_picture(path: Path, channels: int, knob: str) -> np.ndarray:
-    """A picture as uint8 [H, W, channels] (`data.pipeline.decode`); a UserError of the knob if it can't be read."""
-    try:
-        return decode(path.read_bytes(), channels)
-    except (OSError, DecodeError) as error:
-        raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
-
-
-def fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
-    """The longer side scaled to `size` pixels (0: as it is), then cut to whole patches."""
-    scale = size / max(image.shape[:2]) if size else 1
-    image = cut(resized(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
-    if not image.size:
-        raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
-    return image
-
-
-def picture_paths(images: str) -> list[Path]:
-    """The files that a protocol's `images` names, see `default_config`; UserError if there are none."""
-    paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
-    if len(paths) == 1 and paths[0].is_dir():
-        folder = paths[0]
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-        if not paths:
-            raise UserError(f"--config.images: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
-    if not paths:
-        raise UserError("--config.images is empty: set it to a picture, several with commas between, or a folder")
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"--config.images: no such picture: {path}")
-    return paths

@@ -14,20 +14,10 @@ import numpy as np
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals.attention import (
-    attention_maps,
-    best_heads,
-    contact_sheet,
-    cut,
-    mass_masks,
-    normalised,
-    patch_size,
-    picture_row,
-    read_picture,
-    upsample,
-)
+from dino_jax.evals.attention import attention_maps, best_heads, mass_masks, picture_row
 from dino_jax.evals.label_maps import read_labels
-from dino_jax.evals.video import progress
+from dino_jax.evals.pictures import contact_sheet, cut, normalised, patch_size, read_picture, upsample
+from dino_jax.evals.progress import progress
 
 VOID = 255  # the label of outlines and of what annotators left undecided
 
@@ -62,7 +52,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     names = image_names(config.data, config.split)
     scores: list[np.ndarray] = []
     rows: list[dict[str, np.ndarray]] = []
-    for name in progress(names, len(names), config.split, "images"):
+    for name in progress(names, len(names), config.split):
         image, labels = read_example(Path(config.data), name, channels)
         image, labels = cut(image, patch), cut(labels[..., None], patch)[..., 0]
         objects = labels == np.setdiff1d(labels, [0, VOID])[:, None, None]

@@ -20,6 +20,7 @@ from PIL import Image
 from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import DecodeError, decode
 from dino_jax.errors import UserError
+from dino_jax.evals.features import l2_normalise
 from dino_jax.evals.kept import Kept, fingerprint
 from dino_jax.evals.ranking import (
     ANSWERS,
@@ -31,7 +32,6 @@ from dino_jax.evals.ranking import (
     extract_files,
     framed,
     image_files,
-    l2_normalise,
     rate,
     thumbnail,
 )

@@ -4,8 +4,7 @@ import hashlib
 import itertools
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +20,7 @@ from dino_jax.data.pipeline import EvalBatch, eval_batches
 from dino_jax.data.sources import FolderSource, Source, Subset
 from dino_jax.errors import UserError
 from dino_jax.evals.kept import Kept, fingerprint, say_found
+from dino_jax.evals.progress import progress
 from dino_jax.sharding import replicate, shard_batch
 
 # Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
@@ -78,7 +78,9 @@ def tabulate(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ) as batches:
-            shown = progress((x._replace(index=todo.records[x.index]) for x in batches), len(todo), what)
+            shown = progress(
+                (x._replace(index=todo.records[x.index]) for x in batches), len(todo), what, size=images_in
+            )
             for number, records in enumerate(parts):
                 if tables[number] is None:
                     own = itertools.islice(shown, -(-len(records) // batch_size))
@@ -216,18 +218,14 @@ def extract(
     return _gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
 
 
-def progress(batches: Iterable[EvalBatch], total: int, what: str, every: float = 10.0) -> Iterator[EvalBatch]:
-    """Passes batches on and says on stderr, every so many seconds, how far, how fast and how long still."""
-    start = said = time.monotonic()
-    done = 0
-    for batch in batches:
-        yield batch
-        done += len(batch.images)
-        now = time.monotonic()
-        if now - said >= every:
-            said, rate = now, done / (now - start)
-            left = (total - done) / rate
-            print(f"{what}: {done:,} of {total:,} images, {rate:,.0f} images/s, {left:,.0f} s left", file=sys.stderr)
+def l2_normalise(features: np.ndarray) -> np.ndarray:
+    """[N, D] -> [N, D], rows of length 1."""
+    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+
+
+def images_in(batch: EvalBatch) -> int:
+    """For `progress`."""
+    return len(batch.images)
 
 
 @partial(jax.jit, static_argnums=0)

@@ -1,9 +1,7 @@
 """Features kept between runs: a run that was cut off goes on where it stopped, a second one computes nothing."""
 
-import contextlib
 import hashlib
 import json
-import os
 import sys
 import zipfile
 import zlib
@@ -15,8 +13,8 @@ from typing import BinaryIO
 import jax
 import numpy as np
 
+from dino_jax import whole
 from dino_jax.backbone import Backbone
-from dino_jax.errors import UserError
 
 
 @dataclass
@@ -56,16 +54,8 @@ class Kept:
 
 def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
     """Calls write(file) so that `path` holds all of it or is left as it was. UserError where it can't be written."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with unfinished.open("wb") as file:
-            write(file)
-        os.replace(unfinished, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise UserError(f"can't write {path} ({error.strerror}): make room, or set --out to another folder") from error
+    with whole.file(path, "make room, or set --out to another folder") as unfinished, unfinished.open("wb") as file:
+        write(file)
 
 
 def fingerprint(backbone: Backbone, *settings) -> str:

@@ -16,9 +16,9 @@ from ml_collections.config_dict import placeholder
 from dino_jax.backbone import Backbone
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
-from dino_jax.evals.features import FeatureTable, image_size, keep_in, tabulate_backbone
+from dino_jax.evals.features import FeatureTable, image_size, keep_in, l2_normalise, tabulate_backbone
 from dino_jax.evals.neighbours import nearest
-from dino_jax.sharding import make_mesh
+from dino_jax.sharding import make_mesh, on_every_process
 
 VOTES_CHUNK = 1024  # queries whose votes, float32 [queries, classes], are counted at a time
 
@@ -68,7 +68,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     Raises:
         UserError: a source is missing, has no labels or not the same classes as the other, or k exceeds its images.
     """
-    train, test = (_labelled(config[split], split) for split in ("train", "test"))
+    train, test = (labelled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
     _check_votes(config.k, config.temperature, len(train))
     for key in ("batch_size", "draws"):
@@ -153,19 +153,19 @@ def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     """Mean of each class's L2-normalised features, float32 [c, D], and the classes that there are, int [c]."""
     classes, inverse = np.unique(labels, return_inverse=True)
     sums = np.zeros((len(classes), features.shape[1]))
-    lengths = np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
     for start in range(0, len(features), 65536):
         rows = slice(start, start + 65536)
-        np.add.at(sums, inverse[rows], features[rows] / lengths[rows])
+        np.add.at(sums, inverse[rows], l2_normalise(features[rows]))
     return (sums / np.bincount(inverse)[:, None]).astype(np.float32), classes
 
 
-def _labelled(spec: str, split: str) -> Source:
+def labelled_source(spec: str, split: str) -> Source:
+    """The source that --config.SPLIT names. Raises UserError where it is missing or has no labels."""
     if not spec:
         raise UserError(f"--config.{split} is empty: set it to a labelled source such as folder:/data/{split}")
-    source = open_source(spec)
+    source = on_every_process(lambda: open_source(spec), size=len)
     if not source.num_classes:
-        raise UserError(f"--config.{split}={spec} has no labels, which k-NN needs: use class folders or a labelled set")
+        raise UserError(f"--config.{split}={spec} has no labels to compare with: use class folders or a labelled set")
     return source
 
 

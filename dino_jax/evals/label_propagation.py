@@ -25,7 +25,7 @@ class Context(NamedTuple):
 
 
 def propagate(
-    features: Iterable[jax.Array],
+    features: Iterable[jax.Array | np.ndarray],
     first_labels: jax.Array,
     *,
     context: int = 7,

@@ -23,10 +23,10 @@ from ml_collections.config_dict import placeholder
 
 from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import Batch, eval_batches, train_batches
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
-from dino_jax.evals.features import progress
-from dino_jax.evals.knn import check_classes
+from dino_jax.evals.features import images_in
+from dino_jax.evals.knn import check_classes, labelled_source
 from dino_jax.evals.linear_heads import (
     POOLINGS,
     EvalRows,
@@ -40,6 +40,7 @@ from dino_jax.evals.linear_heads import (
     train_step,
 )
 from dino_jax.evals.linear_state import Record, fingerprint, load_state, save_state
+from dino_jax.evals.progress import progress
 from dino_jax.sharding import distribute, make_mesh, on_every_process, replicate, shard_batch
 
 OFFICIAL_LR = 0.001  # for 256 images
@@ -90,7 +91,7 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
         UserError: a setting that cannot work; a source that is missing, has no labels or other classes than the other;
             fewer training images than a batch; in `out` the state of an unfinished run with other settings.
     """
-    train, test = (_labelled(config[split], split) for split in ("train", "test"))
+    train, test = (labelled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
     start, mesh = time.monotonic(), make_mesh()
     probe = design(backbone, config, train.num_classes, len(train), mesh.size)
@@ -154,17 +155,6 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f"scale is {config.scale}: set --config.scale to a smaller and a larger share, like 0.08,1.0")
     if not 0 <= config.flip <= 1:
         raise UserError(f"flip is {config.flip}: set --config.flip to a probability, 0 to 1")
-
-
-def _labelled(spec: str, split: str) -> Source:
-    if not spec:
-        raise UserError(f"--config.{split} is empty: set it to a labelled source such as folder:/data/{split}")
-    source = on_every_process(lambda: open_source(spec), size=len)
-    if not source.num_classes:
-        raise UserError(
-            f"--config.{split}={spec} has no labels, which a probe needs: use class folders or a labelled set"
-        )
-    return source
 
 
 # --- training and testing --------------------------------------------------------------------------------------------
@@ -249,7 +239,7 @@ def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -
     config = probe.config
     rows, counts = config.batch_size // jax.process_count(), []
     with eval_batches(test, resize=config.resize, crop=config.crop, **_reading(probe)) as batches:
-        for batch in progress(batches, len(test), "test"):
+        for batch in progress(batches, len(test), "test", size=images_in):
             label = checked_labels(test, "test", batch.labels, batch.index)
             fill = rows - len(label)
             images = np.pad(batch.images, ((0, fill), (0, 0), (0, 0), (0, 0)))

@@ -3,25 +3,25 @@
 import time
 from pathlib import Path
 
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals.attention import (
+from dino_jax.evals.pca import principal_components
+from dino_jax.evals.pictures import (
     as_rgb,
     contact_sheet,
     fitted,
     heat,
     normalised,
+    patch_grid,
     patch_size,
     picture_paths,
     read_picture,
     upsample,
 )
-from dino_jax.evals.pca import principal_components
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -50,7 +50,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         raise UserError(f"tile {config.tile}: set --config.tile to 1 or more pixels")
     paths = picture_paths(config.images)
     images = [fitted(read_picture(path, channels, "--config.images"), config.size, patch, path) for path in paths]
-    tokens = [_patches(backbone, image) for image in images]
+    tokens = [np.asarray(patch_grid(backbone, normalised(backbone, image[None])))[0] for image in images]
     sets = [tokens] if config.together else [[one] for one in tokens]
     found = [patch_components(one) for one in sets]
     pictures = [components for one, _ in found for components in one]
@@ -93,9 +93,3 @@ def patch_components(tokens: list[np.ndarray]) -> tuple[list[np.ndarray], np.nda
     ends = np.cumsum([one.shape[0] * one.shape[1] for one in tokens])[:-1]
     parts = np.split(scaled, ends)
     return [part.reshape(*one.shape[:2], 3) for part, one in zip(parts, tokens, strict=True)], shares
-
-
-def _patches(backbone: Backbone, image: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, C] -> float32 [H / patch, W / patch, D]."""
-    patch, features = patch_size(backbone), backbone(jnp.asarray(normalised(backbone, image[None])))
-    return np.asarray(features.patches, np.float32).reshape(image.shape[0] // patch, image.shape[1] // patch, -1)

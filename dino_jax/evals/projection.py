@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals.feature_files import FeatureSet, extract_set, knobs, read_set
-from dino_jax.evals.features import image_size
+from dino_jax.evals.features import image_size, l2_normalise
 from dino_jax.evals.pca import principal_components
 
 METHODS = ("pca", "umap")
@@ -64,7 +64,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         extract_set(backbone, config, out) if config.source else (read_set(Path(config.features)), None, None)
     )
     rows = _some(rows, config.most, config.seed)
-    unit = rows.features / np.maximum(np.linalg.norm(rows.features, axis=1, keepdims=True), 1e-12)
+    unit = l2_normalise(rows.features)
     if umap is None:
         points, shares = principal_components(unit, 2)
         figures = {"explained": [round(float(share), 4) for share in shares]}

@@ -14,9 +14,10 @@ from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import Batches, EvalBatch
 from dino_jax.data.sources import IMAGE_EXTENSIONS
 from dino_jax.errors import UserError
-from dino_jax.evals.attention import contact_sheet
-from dino_jax.evals.features import extract, progress
+from dino_jax.evals.features import extract, images_in
 from dino_jax.evals.kept import Kept, say_found
+from dino_jax.evals.pictures import contact_sheet
+from dino_jax.evals.progress import progress
 from dino_jax.sharding import make_mesh
 
 PART = 64  # batches whose features are saved as one file: what a run that is cut off loses at most
@@ -44,11 +45,6 @@ def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> floa
     before = np.divide(found, places, out=np.ones(len(places)), where=places > 0)
     after = (found + 1) / (places + 1)
     return float((before + after).sum() / (2 * positives))
-
-
-def l2_normalise(features: np.ndarray) -> np.ndarray:
-    """[N, D] -> [N, D], rows of length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def extract_files(
@@ -84,7 +80,7 @@ def extract_files(
         # Decoding leaves Python's lock free: threads are enough.
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
         with Batches[EvalBatch](iter(grain.MapDataset.source(part).map(read).to_iter_dataset(options))) as loaded:
-            shown = progress(loaded, total, title)
+            shown = progress(loaded, total, title, size=images_in)
             return extract(
                 apply_fn, backbone.variables, shown, mesh, preprocessing["mean"], preprocessing["std"]
             ).features

@@ -23,6 +23,7 @@ from PIL import Image
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
+from dino_jax.evals.features import l2_normalise
 from dino_jax.evals.kept import Kept, fingerprint
 from dino_jax.evals.ranking import (
     ANSWERS,
@@ -33,7 +34,6 @@ from dino_jax.evals.ranking import (
     check_at_least_one,
     extract_files,
     framed,
-    l2_normalise,
     rate,
     thumbnail,
 )

@@ -3,17 +3,14 @@
 import contextlib
 import itertools
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino_jax.errors import UserError
-
-T = TypeVar("T")
 
 
 class Video(NamedTuple):
@@ -92,18 +89,6 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], N
 
         yield write
         container.mux(stream.encode())
-
-
-def progress(items: Iterable[T], length: int, what: str, unit: str = "frames", every: float = 10.0) -> Iterator[T]:
-    """Passes items on and says on stderr, every so many seconds, how far and how fast; `length` may be 0: unknown."""
-    start = said = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
-        now = time.monotonic()
-        if now - said >= every:
-            said, rate = now, done / (now - start)
-            total, left = (f" of {length:,}", f", {max(length - done, 0) / rate:,.0f} s left") if length else ("", "")
-            print(f"{what}: {done:,}{total} {unit}, {rate:.1f} {unit}/s{left}", file=sys.stderr)
 
 
 def _pyav():

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from PIL import Image
@@ -25,11 +24,12 @@ from PIL import Image
 from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import decode
 from dino_jax.errors import UserError
-from dino_jax.evals.attention import normalised, patch_size, read_picture, resized
 from dino_jax.evals.davis_metrics import score_objects, statistics
 from dino_jax.evals.label_maps import over, read_labels, read_objects, write_labels
 from dino_jax.evals.label_propagation import hard_labels, propagate
-from dino_jax.evals.video import progress, read_video, write_video
+from dino_jax.evals.pictures import each_of, patch_grid, patch_size, read_picture, resized
+from dino_jax.evals.progress import progress
+from dino_jax.evals.video import read_video, write_video
 
 VOID = 255  # DAVIS counts it as background
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]
@@ -109,7 +109,7 @@ def segment(
 
     Args:
         backbone: a vision transformer.
-        frames: uint8 [H, W, C], one after the other; no more than one is held at a time, of the others features only.
+        frames: uint8 [H, W, C], one after the other; one for each device is held at a time, of the others features.
         first: labels of the first frame, uint8 [H, W], 0 for the background.
         config: see `default_config`.
 
@@ -119,10 +119,8 @@ def segment(
     patch, (height, width) = patch_size(backbone), first.shape
     rows, columns = network_size(height, width, config.size, config.multiple)
     small = resized(first[..., None], rows // patch, columns // patch, Image.Resampling.NEAREST)[..., 0]
-    features = (
-        _features(backbone, resized(frame, rows, columns, Image.Resampling.BILINEAR))
-        for frame in _same_size(frames, first)
-    )
+    images = (resized(frame, rows, columns, Image.Resampling.BILINEAR) for frame in _same_size(frames, first))
+    features = (one for _, one in each_of(images, patch_grid, backbone))
     opening = next(features)  # a mask of another size is found before anything is written
     yield first
     soft = propagate(
@@ -200,7 +198,7 @@ def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             pictures = (read_picture(path, channels, "--config.data") for path in video.frames)
-            counted = progress(segment(backbone, pictures, first, config), len(video.frames), video.name)
+            counted = progress(segment(backbone, pictures, first, config), len(video.frames), video.name, "frames")
             for path, labels in zip(video.frames, counted, strict=True):
                 write_labels(partial / f"{path.stem}.png", labels)
             partial.rename(folder)
@@ -221,7 +219,7 @@ def _segment_own(backbone, config, out: Path) -> int:
     first, folder, done = read_objects(Path(config.mask), "--config.mask"), out / "masks" / path.stem, 0
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    shown, frames = itertools.tee(progress(video.frames, video.length, path.name))
+    shown, frames = itertools.tee(progress(video.frames, video.length, path.name, "frames"))
     labels = segment(backbone, (decode(frame, channels) for frame in frames), first, config)
     with write_video(out / f"{path.stem}_masks.mp4", video.rate) as write:
         for frame, one in zip(shown, labels, strict=True):
@@ -229,14 +227,6 @@ def _segment_own(backbone, config, out: Path) -> int:
             write(over(frame, one))
             done += 1
     return done
-
-
-def _features(backbone: Backbone, image: np.ndarray) -> jax.Array:
-    """uint8 [H, W, C] -> [h, w, D], the last block's patch tokens."""
-    found = backbone(jnp.asarray(normalised(backbone, image[None])))
-    assert found.patches is not None
-    assert found.grid is not None
-    return found.patches[0].reshape(*found.grid, -1)
 
 
 def _same_size(frames: Iterable[np.ndarray], first: np.ndarray) -> Iterator[np.ndarray]:

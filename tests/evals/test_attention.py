@@ -8,7 +8,7 @@ from PIL import Image
 
 from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals import attention
+from dino_jax.evals import attention, pictures
 from dino_jax.evals.video import read_video, write_video
 from dino_jax.models import build_backbone
 
@@ -66,10 +66,6 @@ def test_masks_keep_the_mass():
     assert (share >= 0.6).all()
 
 
-def test_upsample_repeats_each_value():
-    assert attention.upsample(np.array([[1, 2]]), 2).tolist() == [[1, 1, 2, 2], [1, 1, 2, 2]]
-
-
 def test_jaccard_takes_the_best_head_of_each_object():
     objects = np.zeros((2, 4, 4), bool)
     objects[:, :2] = True  # upper half
@@ -98,13 +94,6 @@ def test_evaluate_masks_scores_and_draws(tmp_path, channels):
         assert picture.width > 7 * 120  # image, mean, four heads, mask
         assert picture.height > 4 * 120
         assert len(picture.getcolors(1 << 20)) > 100
-
-
-def test_heat_goes_from_dark_to_bright():
-    colours = attention.heat(np.linspace(-3, 5, 20).reshape(1, 20))[0]
-    brightness = colours.astype(int) @ [299, 587, 114]
-    assert (np.diff(brightness) > 0).all()
-    assert attention.heat(np.ones((2, 2))).max() <= 4  # a flat map has no peak
 
 
 @pytest.mark.parametrize("shape", [(30, 50), (75, 21)])
@@ -137,8 +126,8 @@ def test_run_writes_each_tile_in_full_size(backbone, tmp_path):
     assert {tile.shape for tile in tiles.values()} == {(24, 40, 3)}  # cut to whole patches
     assert np.array_equal(tiles["image"], pixels[:, :40])
     maps = attention.attention_maps(backbone, (pixels[None, :, :40] / np.float32(255) - 0.5) / 0.5)[0]
-    assert np.array_equal(tiles["head2"], attention.heat(attention.upsample(maps[1], 8)))
-    kept = attention.upsample(attention.mass_masks(maps.mean(0)), 8)
+    assert np.array_equal(tiles["head2"], pictures.heat(pictures.upsample(maps[1], 8)))
+    kept = pictures.upsample(attention.mass_masks(maps.mean(0)), 8)
     assert np.array_equal((tiles["mask"] != tiles["image"]).any(-1), kept)
 
 
@@ -157,13 +146,13 @@ def test_run_draws_a_video(tmp_path, channels):
     shown = read_video(tmp_path / "out" / "clip_attention.mp4")
     assert results["pictures"] == [str(tmp_path / "out" / "clip_attention.mp4")]
     assert shown.rate == 10
-    pictures = list(shown.frames)
-    assert len(pictures) == 5  # the last batch was filled up
-    assert pictures[0].shape == (40, 56, 3)
-    image = attention.cut(next(read_video(tmp_path / "clip.mp4").frames), 8)[None]
+    drawn = list(shown.frames)
+    assert len(drawn) == 5  # the last batch was filled up
+    assert drawn[0].shape == (40, 56, 3)
+    image = pictures.cut(next(read_video(tmp_path / "clip.mp4").frames), 8)[None]
     image = image if channels == 3 else np.asarray(Image.fromarray(image[0]).convert("L"))[None, ..., None]
-    maps = attention.attention_maps(backbone, attention.normalised(backbone, image))[0]
-    assert np.abs(pictures[0].astype(int) - attention.overlay(image[0], maps)).mean() < 8  # compression
+    maps = attention.attention_maps(backbone, pictures.normalised(backbone, image))[0]
+    assert np.abs(drawn[0].astype(int) - attention.overlay(image[0], maps)).mean() < 8  # compression
 
 
 def test_mistakes_are_named(backbone, tmp_path):

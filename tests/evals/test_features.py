@@ -8,7 +8,7 @@ import pytest
 
 from dino_jax.data.pipeline import EvalBatch
 from dino_jax.evals import features
-from dino_jax.evals.features import extract, progress, raw_pixels
+from dino_jax.evals.features import extract, raw_pixels
 from dino_jax.sharding import make_mesh
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
@@ -78,12 +78,6 @@ def test_pixels():
     images = images_of(5)
     table = extract(raw_pixels, {}, batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
     np.testing.assert_allclose(table.features, ((images / 255 - MEAN) / STD).reshape(5, -1), rtol=1e-5, atol=1e-5)
-
-
-def test_progress_names_rate_and_time_left(capsys):
-    batches = batches_of(images_of(6), (4, 2))
-    assert list(progress(iter(batches), 6, "train", every=0)) == batches
-    assert "train: 4 of 6 images" in capsys.readouterr().err
 
 
 PROGRAM = """

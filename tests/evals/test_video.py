@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dino_jax.errors import UserError
-from dino_jax.evals.video import progress, read_video, write_video
+from dino_jax.evals.video import read_video, write_video
 
 
 @pytest.fixture
@@ -91,12 +91,3 @@ def test_without_pyav_the_package_is_named(tmp_path, monkeypatch):
         read_video(tmp_path / "a.mp4")
     with pytest.raises(UserError, match="pip install av"), write_video(tmp_path / "a.mp4", Fraction(25)):
         pass
-
-
-def test_progress_tells_what_is_known(capsys):
-    assert list(progress(iter("abc"), 3, "clip.mp4", every=0)) == list("abc")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[1].startswith("clip.mp4: 2 of 3 frames")
-    assert "s left" in lines[1]
-    list(progress(iter("ab"), 0, "clip.mp4", every=0))
-    assert "left" not in capsys.readouterr().err
