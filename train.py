@@ -7,7 +7,7 @@ The same command with the same workdir resumes.
 
 from absl import flags
 
-from dino_jax import cli, train_loop
+from dino_jax import cli, sharding, train_loop
 
 CONFIG = cli.config_file_flag("configs/default.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
@@ -16,7 +16,9 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics 
 def main(argv: list[str]) -> None:
     """Flags in, training out."""
     cli.require_no_arguments(argv)
-    train_loop.train(CONFIG.value, cli.required("workdir", WORKDIR.value))
+    config, workdir = CONFIG.value, cli.required("workdir", WORKDIR.value)
+    sharding.one_device_a_core(config.batch_size, config.accum_steps * config.distributed.num_processes)
+    train_loop.train(config, workdir)
 
 
 if __name__ == "__main__":

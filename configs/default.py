@@ -15,6 +15,8 @@ def get_config() -> ConfigDict:
     config.epochs = 100
     # Parts that a device walks its share of the batch in: saves memory; batch norm sees one part at a time.
     config.accum_steps = 1
+    # Devices that share each large parameter, its moments and its teacher, for models too large for one; 1: none do.
+    config.fsdp = 1
     # Of activations: bfloat16 | float32 | auto (float32 on CPU); parameters are float32 always. On GPU and TPU, float32
     # products take JAX's default precision (TF32, bfloat16 passes) unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.dtype = "auto"
@@ -25,7 +27,8 @@ def get_config() -> ConfigDict:
     config.init_adapt = ""  # what may be changed to fit: image_size (positions resized), in_channels, or both (a,b)
 
     config.model = ConfigDict()
-    config.model.arch = "vit_small"  # vit_nano | vit_tiny | vit_small | vit_base | vit_large | resnet18 | resnet50
+    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50
+    config.model.arch = "vit_small"
     config.model.patch_size = 16  # pixels; ViTs only
     config.model.in_channels = 3
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
@@ -61,6 +64,10 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay_end = 0.4
     config.optim.clip_grad = 3.0  # norm of each parameter tensor's gradient; 0: no clipping
     config.optim.freeze_last_layer_epochs = 1
+    # Steps in a row that may be skipped because loss or gradient are not finite, before the run stops; 0: none.
+    config.optim.max_skipped = 10
+    # Times the 0.99 quantile of the last 1,000 gradient norms, above which a step is skipped, too; 0: none is.
+    config.optim.skip_above = 0.0
 
     config.crops = ConfigDict()  # Caron et al. (2021); photometric values are BYOL's [C]
     config.crops.global_size = 224  # pixels
@@ -84,6 +91,7 @@ def get_config() -> ConfigDict:
     config.data.source = ""  # folder:PATH | tfds:NAME[:SPLIT] | array_record:GLOB | demo
     config.data.canvas_size = 256  # pixels; each image is squeezed to a square of this side before it is cropped
     config.data.workers = 8  # processes on each host that read and decode; 0: threads of the trainer
+    config.data.stall_timeout = 600.0  # seconds without a batch, after which the run ends, naming the workers; 0: any
     config.data.max_bad_fraction = 0.01  # of images that cannot be decoded, before the run stops
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel (ImageNet)
     config.data.std = (0.229, 0.224, 0.225)
@@ -101,6 +109,7 @@ def get_config() -> ConfigDict:
     config.checkpoint.every_steps = 1_000
     config.checkpoint.keep_last = 2
     config.checkpoint.keep_every_steps = 0  # keep these for good as well; 0: none
+    config.checkpoint.stop_within = 25  # seconds from SIGTERM to the end; a longer step or compilation is cut off
 
     config.distributed = ConfigDict()
     config.distributed.auto = False  # True on Cloud TPU pods and under SLURM or MPI: hosts find each other
@@ -108,5 +117,12 @@ def get_config() -> ConfigDict:
     config.distributed.num_processes = 1
     config.distributed.process_id = 0
     config.distributed.timeout = 300  # seconds until all processes must have met
+    config.distributed.heartbeat = 60  # seconds without a sign of life of a process, after which the others end
+    # Steps between comparisons of the state that each device holds; 0: never.
+    config.verify_every = 1_000
+
+    config.watchdog = ConfigDict()
+    config.watchdog.seconds = 1_800  # that a step, or waiting for its data, may take before the run ends; 0: any time
+    config.watchdog.slow_seconds = 7_200  # the same of compilation, evaluations, checkpoints
 
     return config.lock()

@@ -23,7 +23,6 @@ from dino_jax import cli, demo, train_loop
 from dino_jax.backbone import load_backbone
 from dino_jax.checkpoints import plain, versions
 from dino_jax.checks import check_config
-from dino_jax.data.sources import open_source
 from dino_jax.errors import NotFiniteError, UserError
 from dino_jax.sharding import one_device_a_core
 
@@ -67,8 +66,6 @@ def main(argv: list[str]) -> None:
         changes = CELLS[name].changes
         print(f"\n{number} of {len(names)}, {name}: {changes or 'nothing changed'}", flush=True)
         figures = run_cell(changed(config, changes), workdir / name)
-        if figures is None:
-            return  # stopped by a signal
         report["cells"][name] = figures | {
             "changes": changes,
             "verdict": verdict(figures, report["ln_k"], report["untrained"]["few"]),
@@ -87,8 +84,8 @@ def changed(config: ConfigDict, changes: Mapping) -> ConfigDict:
     return config
 
 
-def run_cell(config: ConfigDict, workdir: Path) -> dict | None:
-    """Trains a cell (or goes on) and evaluates its teacher; None if a signal stopped it.
+def run_cell(config: ConfigDict, workdir: Path) -> dict:
+    """Trains a cell (or goes on) and evaluates its teacher.
 
     Returns its final `SCALARS` and k-NN top-1 ("few", "full", see `demo.Accuracy`; None where it could not be trained
     to the end, with the reason as "stopped"). They are kept in workdir/report.json, which stands for the run as long as
@@ -100,13 +97,11 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict | None:
         return report["figures"]
     accuracy, stopped = {"few": None, "full": None}, None
     try:
-        state = train_loop.train(config, workdir)
+        train_loop.train(config, workdir)
     except NotFiniteError as error:  # a result like any other
         stopped = str(error).split(" (")[0]
         print(f"stopped: {error}")
     else:
-        if int(state.step) < config.epochs * train_loop.check_enough_images(open_source(config.data.source), config):
-            return None
         accuracy = demo.knn_top1(config, load_backbone(workdir))._asdict()
     figures = final(read_curve(workdir)) | accuracy | {"stopped": stopped}
     path.write_text(json.dumps({"config": plain(config), "figures": figures}, indent=2) + "\n")

@@ -11,11 +11,11 @@ A workdir is a path that all processes see. All of them call these functions; pr
 import hashlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from dino_jax import whole
 from dino_jax.errors import UserError
 from dino_jax.models import VITS, build_backbone
 
@@ -35,8 +36,20 @@ STATE_SECTIONS = ("model", "head")
 STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
 FREE_KEYS = ("model.drop_path_rate", "model.remat")
 
+MAKE_ROOM = "the checkpoints before are intact; make room there, and the same command resumes"
+UNFINISHED = "*.orbax-checkpoint-tmp"
 
-def open_manager(workdir: str | Path, checkpoint: Any) -> ocp.CheckpointManager:
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, which raises what went wrong in the background whenever it next waits for that: here, as one line."""
+
+    def wait_until_finished(self) -> None:
+        """Returns when the save in progress is on disk. Raises UserError where there is no room for it."""
+        with _saving(Path(self.directory)):
+            super().wait_until_finished()
+
+
+def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
     """The asynchronous manager of `workdir/checkpoints`; whoever opens it closes it, which waits for saves.
 
     checkpoint: config.checkpoint. Kept are the newest `keep_last` and, unless `keep_every_steps` is 0, every
@@ -48,10 +61,8 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> ocp.CheckpointManager:
     if "://" in str(workdir):
         raise UserError(f"--workdir={workdir} is no local path: mount the bucket and give the mounted path")
     directory = Path(workdir).resolve() / "checkpoints"
-    try:
+    with whole.disk_errors(f"to --workdir={workdir}", "give another folder"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write to --workdir={workdir} ({error.strerror}): give another folder") from error
 
     def write_manifest_of_save_in_progress():
         # Orbax calls this on process 0 when all data is written and before the checkpoint counts as finished, so there
@@ -66,22 +77,24 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> ocp.CheckpointManager:
         cleanup_tmp_directories=True,
         async_options=ocp.AsyncOptions(post_finalization_callback=write_manifest_of_save_in_progress),
     )
-    return ocp.CheckpointManager(directory, options=options)
+    return Manager(directory, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any, config: Any) -> bool:
+def save(manager: Manager, step: int, state: Any, config: Any) -> bool:
     """Starts saving the state (a pytree of arrays) after `step`; False if that step is saved already.
 
-    Returns once the arrays are copied to the host: the caller may donate them to the next step.
+    Returns once the arrays are copied to the host: the caller may donate them to the next step. Raises UserError where
+    there is no room for this one, or was none for the one before; a full disk shows at the next save, wait or close.
     """
     if step in manager.all_steps():
         return False
     metadata = {"config": plain(config), "versions": versions()}
     arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
-    return manager.save(step, args=arguments, force=True)
+    with _saving(Path(manager.directory)):
+        return manager.save(step, args=arguments, force=True)
 
 
-def restore(manager: ocp.CheckpointManager, state_target: Any, config: Any) -> tuple[Any, int] | None:
+def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int] | None:
     """The newest intact checkpoint as (state, step), or None if there is no checkpoint.
 
     state_target: the state's tree of jax.ShapeDtypeStruct with the shardings wanted, on any mesh. Damaged newer
@@ -145,7 +158,6 @@ def newest_intact(directory: str | Path) -> int | None:
 def write_config(workdir: str | Path, config: Any) -> None:
     """Writes `workdir/config.json`. Call it after `restore`, which refuses a config that is not the run's."""
     if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
         _write_json(Path(workdir) / "config.json", plain(config))
 
 
@@ -180,26 +192,22 @@ def model_card(config: Any, step: int) -> dict:
 def export(folder: str | Path, trees: Mapping[str, Any], card: Mapping) -> Path:
     """Writes trees of arrays, each to a subfolder of its name, and a `model_card` to `folder`, and returns that path.
 
-    What was there stays until the new one is complete.
+    What was there stays until the new one is complete. Raises UserError where it can't be written.
     """
     final = Path(folder).resolve()
-    unfinished, previous = (final.with_name(final.name + suffix) for suffix in (".tmp", ".previous"))
-    if jax.process_index() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-    multihost_utils.sync_global_devices("export_begin")
-    with ocp.StandardCheckpointer() as checkpointer:
-        for name, tree in trees.items():
-            checkpointer.save(unfinished / name, tree)
-    if jax.process_index() == 0:
-        _write_json(unfinished / "card.json", card)
-        write_manifest(unfinished)
-        if final.exists():
-            shutil.rmtree(previous, ignore_errors=True)
-            final.rename(previous)
-        unfinished.rename(final)
-        shutil.rmtree(previous, ignore_errors=True)
-    multihost_utils.sync_global_devices("export_end")
+    unfinished = whole.unfinished_folder(final)
+    with whole.disk_errors(final):
+        if jax.process_index() == 0:
+            whole.begin_folder(final)
+        multihost_utils.sync_global_devices("export_begin")
+        with ocp.StandardCheckpointer() as checkpointer:
+            for name, tree in trees.items():
+                checkpointer.save(unfinished / name, tree)
+        if jax.process_index() == 0:
+            _write_json(unfinished / "card.json", card)
+            write_manifest(unfinished)
+            whole.finish_folder(final)
+        multihost_utils.sync_global_devices("export_end")
     return final
 
 
@@ -210,17 +218,31 @@ def write_manifest(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder's files by its manifest, or None. Orbax itself restores flipped bits silently."""
+    """What is wrong with a folder's files by its manifest, or None. Orbax itself restores flipped bits silently.
+
+    In the subfolders that the manifest tells of, files that it does not tell of count as well, hidden ones aside (which
+    file managers and NFS leave): Orbax reads some by their names.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return f"{MANIFEST} is missing or unreadable"
-    for name, expected in manifest.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if _sha256(path) != expected:
-            return f"{name} has changed"
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not manifest or text != _json(manifest):  # not as we write it: cut short, for one
+            return f"{MANIFEST} has changed"
+        for name, expected in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _sha256(path) != expected:
+                return f"{name} has changed"
+        for subfolder in sorted({name.split("/")[0] for name in manifest if "/" in name}):
+            for path in sorted((folder / subfolder).rglob("*")):
+                name = path.relative_to(folder).as_posix()
+                if path.is_file() and not path.name.startswith(".") and name not in manifest:
+                    return f"{name} was added"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{getattr(error, 'filename', None) or MANIFEST} is unreadable"
     return None
 
 
@@ -249,10 +271,25 @@ def _sha256(path: Path) -> str:
 
 
 def _write_json(path: Path, value: Any) -> None:
-    """Writes the file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with whole.file(path) as unfinished:
+        unfinished.write_text(_json(value), encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"
+
+
+@contextmanager
+def _saving(directory: Path) -> Iterator[None]:
+    """Where a save fails for want of room: one line, and what was half-written gives its room back."""
+    try:
+        with whole.disk_errors(directory, MAKE_ROOM):
+            yield
+    except UserError:
+        if jax.process_index() == 0:
+            for unfinished in directory.glob(UNFINISHED):
+                shutil.rmtree(unfinished, ignore_errors=True)
+        raise
 
 
 def _state_settings(config: Mapping) -> dict[str, Any]:
@@ -276,7 +313,7 @@ def _require_same_state(saved: Mapping, current: Mapping, folder: Any) -> None:
         )
 
 
-def _set_aside(manager: ocp.CheckpointManager, steps: list[int]) -> None:
+def _set_aside(manager: Manager, steps: list[int]) -> None:
     """Renames damaged checkpoints, so that the run can save these steps again."""
     if not steps:
         return

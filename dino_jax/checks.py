@@ -17,27 +17,46 @@ AT_LEAST = {
     "batch_size": 1,
     "epochs": 1,
     "accum_steps": 1,
+    "fsdp": 1,
     "log_every": 1,
+    "verify_every": 0,
     "model.patch_size": 1,
     "model.in_channels": 1,
     "head.out_dim": 1,
     "head.hidden_dim": 1,
     "head.bottleneck_dim": 1,
     "head.layers": 1,
+    "optim.min_lr": 0,
+    "optim.weight_decay": 0,
+    "optim.weight_decay_end": 0,
     "optim.clip_grad": 0,
+    "optim.max_skipped": 0,
+    "optim.skip_above": 0,
     "optim.warmup_epochs": 0,
     "optim.freeze_last_layer_epochs": 0,
+    "dino.warmup_teacher_temp_epochs": 0,
     "crops.local_number": 0,
+    "crops.brightness": 0,
+    "crops.contrast": 0,
+    "crops.saturation": 0,
+    "crops.hue": 0,
     "data.canvas_size": 1,
     "data.workers": 0,
+    "data.stall_timeout": 0,
     "eval.batch_size": 1,
     "eval.k": 1,
     "eval.knn_every_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every_steps": 0,
+    "distributed.num_processes": 1,
+    "distributed.timeout": 1,
+    "distributed.heartbeat": 1,
+    "watchdog.seconds": 0,
+    "watchdog.slow_seconds": 1,
 }
-POSITIVE = ("dino.student_temp", "dino.teacher_temp", "dino.warmup_teacher_temp")
+POSITIVE = ("optim.lr", "dino.student_temp", "dino.teacher_temp", "dino.warmup_teacher_temp")
+SHARES = ("dino.teacher_momentum", "dino.teacher_momentum_end", "dino.center_momentum", "data.max_bad_fraction")
 PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")  # of config.crops; then pairs of them, and of numbers
 PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
 RANGES = ("global_scale", "local_scale", "blur_sigma")
@@ -69,11 +88,14 @@ def _check_values(config) -> None:
         if (value := _get(config, name)) not in options:
             raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
     for name, least in AT_LEAST.items():
-        if (value := _get(config, name)) < least:
+        if not (value := _get(config, name)) >= least:  # nor NaN
             raise UserError(f"{name} is {value}: set --config.{name} to {least} or more")
     for name in POSITIVE:
-        if (value := _get(config, name)) <= 0:
+        if not 0 < (value := _get(config, name)) < float("inf"):
             raise UserError(f"{name} is {value}: set --config.{name} above 0")
+    for name in SHARES:
+        if not 0 <= (value := _get(config, name)) <= 1:
+            raise UserError(f"{name} is {value}: set --config.{name} to 0 to 1")
     if unknown := [name for name in config.init_adapt.split(",") if name not in ("", *ADAPTATIONS)]:
         raise UserError(
             f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to some of {','.join(ADAPTATIONS)}"
@@ -91,6 +113,8 @@ def _check_crops(crops) -> None:
             raise UserError(
                 f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number above 0"
             )
+        if key in ("global_scale", "local_scale") and values[1] > 1:
+            raise UserError(f"crops.{key} is {values}: shares of an image, set --config.crops.{key} to at most 1")
         if key not in RANGES and not all(0 <= value <= 1 for value in values):
             raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities, 0 to 1")
 
@@ -128,6 +152,8 @@ def _check_model(config) -> None:
 
 
 def _check_batch(config, devices: int) -> None:
+    if devices % config.fsdp:
+        raise UserError(f"fsdp {config.fsdp} does not divide {devices} devices: set --config.fsdp to a divisor of them")
     share = devices * config.accum_steps
     if config.batch_size % share:
         below = config.batch_size // share * share

@@ -36,10 +36,7 @@ def main(argv: list[str]) -> None:
     cli.require_no_arguments(argv)
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     one_device_a_core(config.batch_size)
-    state = train_loop.train(config, workdir)
-    if int(state.step) < config.epochs * train_loop.check_enough_images(open_source(config.data.source), config):
-        return  # stopped by a signal: nothing to report yet
-
+    train_loop.train(config, workdir)
     trained = load_backbone(workdir)
     initial = untrained(config)
     report = knn_report(config, trained, initial) | attention_report(trained, initial, workdir)

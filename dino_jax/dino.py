@@ -8,6 +8,7 @@ Shapes: `B` images of this device's share, `G` = 2 global crops, `L` local crops
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import flax.struct
@@ -15,13 +16,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dino_jax import optimizers
+from dino_jax import optimizers, sharding
 from dino_jax.data.multicrop import Crops
 from dino_jax.models.vit import drop_path_factors
 from dino_jax.schedules import Schedules
-from dino_jax.sharding import AXES
 
 
 class Network(NamedTuple):
@@ -146,8 +147,20 @@ def image_keys(seed: int, step: jax.Array, position: jax.Array) -> jax.Array:
     return jax.vmap(lambda place: jax.random.split(jax.random.fold_in(step_key, place), 3))(position)
 
 
-def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dict]:
-    """This step's gradient and other means over the global batch, and the new student and teacher statistics.
+def gradients(recipe: Recipe, mesh: Mesh, state: TrainState, batch) -> tuple[dict, dict, dict, dict]:
+    """Gradient and other means over the global batch, new student and teacher statistics: see `share_of_gradients`."""
+    # check_vma=False keeps JAX from adding gradient reductions of its own where replicated parameters are used.
+    return jax.shard_map(
+        partial(share_of_gradients, recipe),
+        mesh=mesh,
+        in_specs=(sharding.specs(state), sharding.BATCH),
+        out_specs=(sharding.specs(state.student), *[sharding.REPLICATED] * 3),
+        check_vma=False,
+    )(state, batch)
+
+
+def share_of_gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dict, dict]:
+    """This step's gradient, other means over the global batch, and the new student and teacher statistics.
 
     Runs on one device's share inside `shard_map` over AXES. All randomness of an image comes from its position in the
     global batch, so that the run does not depend on how many devices or hosts share it. With `accum_steps` the share
@@ -156,6 +169,8 @@ def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dic
     config, network, schedules, augment = recipe
     teacher_temp = schedules.teacher_temp(state.step)
     rate = config.model.drop_path_rate
+    gather = partial(sharding.gather, dtype=network.backbone.dtype)
+    teacher = gather(state.teacher)
 
     def microbatch(carry, batch):
         sums, student_stats, teacher_stats = carry
@@ -167,11 +182,11 @@ def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dic
             for i, group in enumerate(groups)
         ]
 
-        [teacher_logits], teacher_stats = forward(network, state.teacher, teacher_stats, groups[:1], [None])
+        [teacher_logits], teacher_stats = forward(network, teacher, teacher_stats, groups[:1], [None])
         q = targets(teacher_logits, state.center, teacher_temp)
 
         def loss_fn(student):
-            logits, stats = forward(network, student, student_stats, groups, drop_paths)
+            logits, stats = forward(network, gather(student), student_stats, groups, drop_paths)
             return pair_loss(q, logits[0], logits[1] if len(logits) > 1 else None, config.dino.student_temp), stats
 
         (loss, student_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
@@ -198,22 +213,25 @@ def gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, dict, dic
         parts = jax.tree.map(lambda x: x.reshape(config.accum_steps, -1, *x.shape[1:]), batch)
         carry, _ = jax.lax.scan(microbatch, start, parts)
     sums, student_stats, teacher_stats = carry
-    mean = jax.lax.pmean(jax.tree.map(lambda x: x / config.accum_steps, sums), AXES)  # all that crosses devices
-    return mean, student_stats, teacher_stats
+    means = sharding.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # all that crosses devices
+    return means.pop("grads"), means, student_stats, teacher_stats
 
 
-def train_step(recipe: Recipe, state: TrainState, batch) -> tuple[TrainState, dict]:
-    """One step on one device's share of the batch: student by gradient, teacher by average, then the centre.
+def train_step(
+    recipe: Recipe, mesh: Mesh, state: TrainState, batch, max_grad_norm: float | jax.Array = jnp.inf
+) -> tuple[TrainState, dict]:
+    """One step on the global batch: student by gradient, teacher by average, then the centre.
 
-    Returns the new state and scalar metrics, the same on every device.
+    A loss or a gradient that is not finite, or a gradient norm above `max_grad_norm`, changes nothing but `step`:
+    metrics["skipped"] is 1 then, and the next batch has its chance. Returns the new state and scalar metrics.
     """
     config, _, schedules, _ = recipe
     step = state.step
-    mean, student_stats, teacher_stats = gradients(recipe, state, batch)
+    grads, mean, student_stats, teacher_stats = gradients(recipe, mesh, state, batch)
 
     lr, weight_decay = schedules.lr(step), schedules.weight_decay(step)
     optimizer = optimizers.build(config.optim, lr, weight_decay, schedules.last_layer_frozen(step))
-    updates, opt_state = optimizer.update(mean["grads"], state.opt_state, state.student)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
     student = optax.apply_updates(state.student, updates)
 
     teacher_momentum = schedules.teacher_momentum(step)
@@ -221,22 +239,28 @@ def train_step(recipe: Recipe, state: TrainState, batch) -> tuple[TrainState, di
     center_momentum = config.dino.center_momentum if config.dino.centering else 1.0  # 1: the centre stays at 0
     center = update_center(state.center, mean["teacher_logits"], center_momentum)
 
+    new = TrainState(step, student, teacher, student_stats, teacher_stats, center, opt_state)
+    grad_norm = optax.tree.norm(grads)
+    sound = jnp.isfinite(mean["loss"]) & jnp.isfinite(grad_norm) & (grad_norm <= max_grad_norm)
+    new = jax.tree.map(partial(jnp.where, sound), new, state)
+    new = jax.lax.with_sharding_constraint(new, sharding.shardings(new, mesh))
+
     metrics = {
         "loss": mean["loss"],
         "teacher_entropy": mean["teacher_entropy"],
         "kl": mean["loss"] - mean["teacher_entropy"],
         "mean_target_entropy": entropy(mean["targets"]),
-        "center_norm": jnp.linalg.norm(center),
-        "grad_norm": optax.tree.norm(mean["grads"]),
-        "param_norm": optax.tree.norm(student),
+        "center_norm": jnp.linalg.norm(new.center),
+        "grad_norm": grad_norm,
+        "skipped": 1.0 - sound,
+        "param_norm": optax.tree.norm(new.student),
         "lr": lr,
         "weight_decay": weight_decay,
         "teacher_momentum": teacher_momentum,
         "teacher_temp": schedules.teacher_temp(step),
         "student_temp": jnp.float32(config.dino.student_temp),
     }
-    new = TrainState(step + 1, student, teacher, student_stats, teacher_stats, center, opt_state)
-    return new, metrics
+    return new.replace(step=step + 1), metrics
 
 
 def entropy(p: jax.Array) -> jax.Array:

@@ -8,5 +8,11 @@ class UserError(Exception):
     """
 
 
+class Stopped(Exception):
+    """A signal asked the run to stop: it is saved, and the same command goes on. The command line exits with 75."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h, by which a scheduler can tell it from finished (0) and failed (1, 2)
+
+
 class NotFiniteError(UserError):
     """The loss, the gradient or the parameters of a step are not finite: this run cannot go on, others can."""

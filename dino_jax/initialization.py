@@ -13,7 +13,7 @@ from dino_jax import pretrained
 from dino_jax.errors import UserError
 from dino_jax.models import VITS
 from dino_jax.pretrained import Pretrained, Weights
-from dino_jax.sharding import on_every_process, replicate
+from dino_jax.sharding import on_every_process, place, replicate
 
 ADAPTATIONS = ("image_size", "in_channels")  # what config.init_adapt may name
 
@@ -43,7 +43,7 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     parts = ("backbone", "head") if heads else ("backbone",)
 
     def merged(before: dict, loaded: dict) -> dict:
-        return before | replicate({part: loaded[part] for part in parts}, mesh)
+        return before | place({part: loaded[part] for part in parts}, mesh)
 
     state = fresh.replace(
         teacher=merged(fresh.teacher, found.teacher.params),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -10,7 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
+
+from dino_jax import whole
 
 # Dense FLOP/s of one JAX device in bfloat16 with float32 accumulation, by `device_kind`: the vendors' figures (NVIDIA's
 # data sheets without sparsity, Google Cloud's TPU pages), which no real program reaches. V100 and T4 have no bfloat16:
@@ -63,10 +66,14 @@ class Logger:
         self._pace_from = (start_step, time.monotonic())
         self._first_line = True
         workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
+        self._workdir = workdir
+        (workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
         _drop_after(workdir / "metrics.jsonl", start_step if start_step else -1)  # a fresh run logs step 0 itself
         self._jsonl = open(workdir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
-        self._tensorboard = SummaryWriter(str(workdir / "tensorboard"), purge_step=start_step + 1, flush_secs=30)
+        # Written at once: SummaryWriter's thread would die of a full disk, and its queue then block the run for ever.
+        self._tensorboard = EventsWriter(str(workdir / "tensorboard" / "events"))
+        purge_later = SessionLog(status=SessionLog.START)
+        self._tensorboard.write_event(Event(wall_time=time.time(), step=start_step + 1, session_log=purge_later))
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Records the scalars (whatever `float` takes) of one step; JSON holds null for a value that is not finite.
@@ -78,10 +85,12 @@ class Logger:
             return
         step, values = int(step), {name: float(value) for name, value in scalars.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
-        self._jsonl.flush()
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        with whole.disk_errors(self._workdir):
+            self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
+            self._jsonl.flush()
+            for name, value in values.items():
+                self._tensorboard.write_event(Event(wall_time=time.time(), step=step, summary=scalar(name, value)))
+            self._tensorboard.flush()
         position = [f"step {step:,}/{self._total_steps:,}", f"epoch {step / self._steps_per_epoch:.1f}"]
         if "loss" in values:
             self.info("  ".join([*position, *_progress(values), f"ETA {self._time_left(step)}"]))
@@ -135,9 +144,8 @@ def _drop_after(path: Path, last_step: int) -> None:
                 kept.append(line + "\n")
         except json.JSONDecodeError:
             continue
-    rewritten = path.with_suffix(".jsonl.tmp")
-    rewritten.write_text("".join(kept), encoding="utf-8")
-    os.replace(rewritten, path)
+    with whole.file(path) as rewritten:
+        rewritten.write_text("".join(kept), encoding="utf-8")
 
 
 class Rate:

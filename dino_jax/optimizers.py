@@ -29,6 +29,11 @@ def map_tensors(fn: Callable, *trees):
     return jax.tree.map_with_path(apply, *trees)
 
 
+def norm(x: jax.Array) -> jax.Array:
+    """Euclidean norm of all of a tensor; unlike one of `x.ravel()`, without gathering what devices hold in parts."""
+    return jnp.sqrt(jnp.sum(jnp.square(x)))
+
+
 def decay_mask(params):
     """True where weight decay applies: everything but biases and the gains of norms."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
@@ -40,7 +45,7 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
         return optax.identity()
 
     def clip(g):
-        return g * jnp.minimum(1.0, max_norm / (jnp.linalg.norm(g.ravel()) + 1e-6))
+        return g * jnp.minimum(1.0, max_norm / (norm(g) + 1e-6))
 
     return optax.stateless(lambda updates, params: map_tensors(clip, updates))
 
@@ -49,7 +54,7 @@ def trust_ratio(eta: float = 0.001) -> optax.GradientTransformation:
     """LARS (You et al., 2017): each decayed tensor's update becomes eta * |weights| / |update| of its own length."""
 
     def scale(update, param):
-        param_norm, update_norm = jnp.linalg.norm(param.ravel()), jnp.linalg.norm(update.ravel())
+        param_norm, update_norm = norm(param), norm(update)
         usable = (param_norm > 0) & (update_norm > 0)
         return update * jnp.where(usable, eta * param_norm / jnp.where(usable, update_norm, 1), 1)
 

@@ -8,10 +8,11 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dino_jax.errors import UserError
+from dino_jax.watchdog import deadline
 
 # Batches are split over both axes; over `fsdp`, of size 1 by default, the large parameters are, too.
 AXES = ("data", "fsdp")
@@ -24,15 +25,16 @@ REPLICATED = PartitionSpec()
 BATCH = PartitionSpec(AXES)
 
 
-def one_device_a_core(batch_size: int) -> None:
+def one_device_a_core(batch_size: int, parts: int = 1) -> None:
     """Splits the CPU into devices, unless XLA_FLAGS is set: small operations, sorts above all, don't share cores well.
 
-    At most one a core, as many as the batch divides over, and no more than 8, since each holds all weights. Before
-    anything else uses JAX. Accelerators are as many as there are.
+    At most one a core, as many as the batch's `parts` (over processes, in time) divide over, and no more than 8, since
+    each holds all weights. Before anything else uses JAX. Accelerators are as many as there are.
     """
     if "XLA_FLAGS" not in os.environ:
         most = min(os.cpu_count() or 1, 8)
-        jax.config.update("jax_num_cpu_devices", max(n for n in range(1, most + 1) if batch_size % n == 0))
+        fits = [n for n in range(1, most + 1) if batch_size % (n * max(parts, 1)) == 0]
+        jax.config.update("jax_num_cpu_devices", max(fits, default=1))
 
 
 def initialize(distributed) -> None:
@@ -61,8 +63,14 @@ def initialize(distributed) -> None:
             "process_id": distributed.process_id,
         }
     )
+    timeout = distributed.timeout
+    late = f"not all processes have met in {timeout} s: start each of them, or raise --config.distributed.timeout"
     try:
-        jax.distributed.initialize(**where, initialization_timeout=distributed.timeout)
+        # JAX's own time-outs abort with pages, so that they come after ours.
+        with deadline(timeout, late):
+            jax.distributed.initialize(
+                **where, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=2 * distributed.heartbeat
+            )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"the processes do not find each other ({' '.join(str(error).split())[:200]}): check --config.distributed"
@@ -95,7 +103,13 @@ def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
 def make_mesh(devices: list | None = None, fsdp: int = 1) -> Mesh:
     """All devices (of all processes) as a ("data", "fsdp") mesh. `fsdp`: how many share the large parameters."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices) // fsdp, fsdp), AXES, (AxisType.Auto, AxisType.Auto), devices=devices)
+    shape, automatic = (len(devices) // fsdp, fsdp), (AxisType.Auto, AxisType.Auto)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1 or devices[0].platform != "tpu":
+        return jax.make_mesh(shape, AXES, automatic, devices=devices)
+    # Those that share parameters are in one slice: the network between slices carries the mean of gradients alone.
+    within, across = (shape[0] // slices, fsdp), (slices, 1)
+    return Mesh(mesh_utils.create_hybrid_device_mesh(within, across, devices), AXES, axis_types=automatic)
 
 
 def specs(tree) -> Any:

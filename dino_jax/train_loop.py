@@ -1,7 +1,6 @@
 """Pretraining, from a config to an exported backbone: restore, step, log, save, evaluate."""
 
 import math
-import signal
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -11,19 +10,21 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dino_jax import checkpoints, dino, metrics, schedules, sharding
+from dino_jax import agreement, checkpoints, dino, metrics, schedules, sharding
 from dino_jax.checks import check_config
 from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
-from dino_jax.errors import NotFiniteError, UserError
+from dino_jax.errors import Stopped, UserError
 from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
 from dino_jax.initialization import start_from
 from dino_jax.models import DINOHead, build_backbone
+from dino_jax.skipped import Skipped
+from dino_jax.stopping import Interrupted, StopSignal
+from dino_jax.watchdog import Watchdog
 
 
 class DeviceBatch(NamedTuple):
@@ -35,57 +36,95 @@ class DeviceBatch(NamedTuple):
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
-    """Pretrains, or goes on where `workdir` stopped, and returns the state at the end or at a signal to stop.
+    """Pretrains, or goes on where `workdir` stopped, and returns the state at the end.
 
     Raises UserError for what the user can mend: settings, data, a workdir of another run; NotFiniteError, which is one,
-    for a loss, a gradient or parameters that are not finite.
+    for a loss, a gradient or parameters that are not finite; Stopped, after saving, where a signal asked for it.
     """
     sharding.initialize(config.distributed)
+    agreement.require(lambda: agreement.settings(config))
     check_config(config, jax.device_count())
     source = sharding.on_every_process(lambda: open_source(config.data.source), size=len)
+    agreement.require(lambda: agreement.data(source))
     steps_per_epoch = check_enough_images(source, config)
     total_steps = config.epochs * steps_per_epoch
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(fsdp=config.fsdp)
     recipe = build_recipe(config, steps_per_epoch)
+    sharding.check_divides(abstract_state(recipe, mesh), config.fsdp)
 
-    with checkpoints.open_manager(workdir, config.checkpoint) as manager, StopSignal() as stop:
+    with (
+        Watchdog(config.watchdog, config.distributed.heartbeat) as watchdog,
+        checkpoints.open_manager(workdir, config.checkpoint) as manager,
+        StopSignal(config.checkpoint.stop_within) as stop,
+    ):
         restored = checkpoints.restore(manager, abstract_state(recipe, mesh), config)
         (state, start), origin = (restored, "") if restored else first_state(recipe, mesh)
         checkpoints.write_config(workdir, config)
         logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)
         logger.info(describe(recipe, state, source, steps_per_epoch, start) + origin)
         evaluate = knn_evaluation(recipe, source, mesh, logger)
-        if start == 0:
-            evaluate(state)
-        run = Run(recipe, mesh, source, logger)
+        skipped = Skipped(config, workdir, source, saved=start)
+        run, done, stopped = Run(recipe, mesh, source, logger, watchdog, skipped), start, False
+
+        def save():
+            run.settle()  # nothing broken is ever saved
+            watchdog.beat("checkpoint", done)
+            checkpoints.save(manager, done, state, config)
+            skipped.saved = done
+
         with batches_from(start, source, config) as batches:
-            for done in range(start + 1, total_steps + 1):
-                state = run.step(state, batches, done)
-                finished = done == total_steps
-                stopping = not finished and stop.requested(done % config.log_every == 0)
-                if finished or stopping or done % config.checkpoint.every_steps == 0:
-                    run.settle()  # nothing broken is ever saved
-                    checkpoints.save(manager, done, state, config)
-                if stopping:
-                    logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
-                    break
-                if finished or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
-                    run.settle()
-                    evaluate(state)
-                    run.rate.reset()
+            try:
+                if start == 0:
+                    watchdog.beat("evaluation", 0)
+                    with stop.interruptible():
+                        evaluate(state)
+                while done < total_steps:
+                    watchdog.beat("data", done + 1)
+                    with run.rate.waiting(), stop.interruptible():
+                        batch = next(batches)
+                    state, done = run.step(state, batch, done + 1), done + 1
+                    if stop.requested(done % config.log_every == 0):
+                        raise Interrupted
+                    if done == total_steps or done % config.checkpoint.every_steps == 0:
+                        save()
+                    if done == total_steps or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
+                        run.settle()
+                        watchdog.beat("evaluation", done)
+                        with stop.interruptible():
+                            evaluate(state)
+                        run.rate.reset()
+            except Interrupted:
+                stopped = True
+                if done:
+                    save()
+                manager.wait_until_finished()
+                # Said here, because what comes last is the end of the readers, who may hang.
+                logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
+        watchdog.beat("export", done)
         manager.wait_until_finished()
         export_teacher(workdir, state, config)
         logger.close()
+    if stopped:
+        raise Stopped
     return state
 
 
 class Run:
     """One step after the other: fetch, dispatch, and look at the step before while the devices work on this one."""
 
-    def __init__(self, recipe: dino.Recipe, mesh: jax.sharding.Mesh, source: Source, logger: metrics.Logger):
+    def __init__(
+        self,
+        recipe: dino.Recipe,
+        mesh: jax.sharding.Mesh,
+        source: Source,
+        logger: metrics.Logger,
+        watchdog: Watchdog,
+        skipped: Skipped,
+    ):
         self.rate = metrics.Rate()
+        self._watchdog, self._skipped = watchdog, skipped
         self._config, self._mesh, self._source, self._logger = recipe.config, mesh, source, logger
-        self._train_step = sharding.distribute(partial(dino.train_step, recipe), mesh)
+        self._train_step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
         self._flops_per_image = flops_per_image(recipe)
         self._peak = metrics.peak_flops(jax.devices()[0])
         self._bad: set[int] = set()
@@ -93,37 +132,33 @@ class Run:
         self._started = time.perf_counter()
         self._compiled = False
 
-    def step(self, state: dino.TrainState, batches, done: int) -> dino.TrainState:
-        """Trains on the next batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
-        with self.rate.waiting():
-            batch = next(batches)
+    def step(self, state: dino.TrainState, batch, done: int) -> dino.TrainState:
+        """Trains on a batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
+        self._watchdog.beat("step", done)
         self._note_bad(batch)
-        arrays = DeviceBatch(batch.canvas, batch.size, batch.position)
         with readable_out_of_memory():
-            state, scalars = self._train_step(state, sharding.shard_batch(arrays, self._mesh))
+            arrays = sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), self._mesh)
+            if not self._compiled:
+                agreement.require(lambda: agreement.program(self._train_step, state, arrays, np.float32(np.inf)))
+            state, scalars = self._train_step(state, arrays, self._skipped.max_grad_norm())
             self.settle()
             self._running = done, scalars, batch.index
             if not self._compiled:
                 self.settle()
+        if self._config.verify_every and done % self._config.verify_every == 0:
+            agreement.require_same_state(state, self._mesh)
         return state
 
     def settle(self) -> None:
         """Waits for the last dispatched step, checks it and logs it if due.
 
-        Raises NotFiniteError if its loss, its gradient or the parameters after it are not finite.
+        Raises NotFiniteError if the parameters after it are not finite, or where too many steps in a row were skipped.
         """
         if self._running is None:
             return
         (done, scalars, index), self._running = self._running, None
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-        broken = [name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])]
-        if broken:
-            names = ", ".join(self._source.name(int(i)) for i in index)
-            raise NotFiniteError(
-                f"{broken[0]} is {values[broken[0]]} at step {done:,} (loss {values['loss']:.4g}, gradient norm "
-                f"{values['grad_norm']:.3g}): the last checkpoint is kept; try a lower --config.optim.lr or "
-                f"--config.dtype=float32; its images: {names}"
-            )
+        values |= self._skipped.look(done, values, index)
         self.rate.add(self._config.batch_size)
         if done % self._config.log_every == 0:
             self._logger.log(done, values | (self._speed() if self._compiled else {}))
@@ -169,31 +204,6 @@ def readable_out_of_memory():
         ) from error
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a wish to stop, so that the run can save first. A second one ends it at once."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __enter__(self):
-        self._received = False
-        self._previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *error):
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number, frame):
-        self._received = True
-        signal.signal(number, self._previous[number])
-
-    def requested(self, agree: bool) -> bool:
-        """Whether to stop now. Several processes decide together, in the steps in which all say `agree`."""
-        if jax.process_count() == 1:
-            return self._received
-        return agree and bool(multihost_utils.process_allgather(np.int32(self._received)).any())
-
-
 def check_enough_images(source: Source, config: ConfigDict) -> int:
     """Whole batches in an epoch; UserError if there is not one."""
     if len(source) < config.batch_size:
@@ -214,6 +224,7 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
         remat=config.model.remat,
         dtype=dtype,
         axis_name=sharding.AXES,
+        gather=sharding.gather if config.fsdp > 1 else None,
     )
     head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
 
@@ -231,11 +242,12 @@ def compute_dtype(name: str) -> jnp.dtype:
 
 
 def init_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
-    """A fresh state on every device, a function of config.seed."""
+    """A fresh state on the devices, a function of config.seed."""
     config = recipe.config
     shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
     init = partial(dino.init_state, network=recipe.network, optim=config.optim, image_shape=shape)
-    return jax.jit(init, out_shardings=sharding.replicated(mesh))(jax.random.key(config.seed))
+    key = jax.random.key(config.seed)
+    return jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init, key), mesh))(key)
 
 
 def first_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> tuple[tuple[dino.TrainState, int], str]:
@@ -250,8 +262,11 @@ def first_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> tuple[tuple[din
 def abstract_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
     """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
     shapes = jax.eval_shape(lambda: init_state(recipe, mesh))
-    sharding_of_all = sharding.replicated(mesh)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding_of_all), shapes)
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        sharding.shardings(shapes, mesh),
+    )
 
 
 def batches_from(step: int, source: Source, config: ConfigDict):
@@ -264,6 +279,7 @@ def batches_from(step: int, source: Source, config: ConfigDict):
         seed=config.seed,
         start_step=step,
         workers=config.data.workers,
+        stall_timeout=config.data.stall_timeout,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -322,6 +338,7 @@ def knn_evaluation(recipe: dino.Recipe, source: Source, mesh: jax.sharding.Mesh,
             "teacher": {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]},
             "student": {"params": state.student["backbone"], "batch_stats": state.student_stats["backbone"]},
         }
+        variables = sharding.whole(variables, mesh)
         train, test = table(bank, variables, "k-NN bank"), table(queries, variables, "k-NN queries")
         scalars = {}
         for i, who in enumerate(variables):

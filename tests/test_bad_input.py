@@ -48,6 +48,22 @@ ROOT = Path(__file__).parent.parent
         ({"eval__crop": 48}, r"eval.crop 48 is larger than eval.resize 32: set --config.eval.resize to 48 or more"),
         ({"model__arch": "resnet18", "model__remat": True}, r"resnet18 has no rematerialisation"),
         ({"checkpoint__keep_last": 0}, r"checkpoint.keep_last is 0"),
+        ({"fsdp": 3}, r"fsdp 3 does not divide 8 devices: set --config.fsdp to a divisor"),
+        ({"optim__lr": float("nan")}, r"optim.lr is nan: set --config.optim.lr above 0"),
+        ({"optim__weight_decay": -1.0}, r"optim.weight_decay is -1.0"),
+        ({"optim__max_skipped": -1}, r"optim.max_skipped is -1"),
+        (
+            {"dino__teacher_momentum": 1.5},
+            r"dino.teacher_momentum is 1.5: set --config.dino.teacher_momentum to 0 to 1",
+        ),
+        ({"data__max_bad_fraction": 2.0}, r"data.max_bad_fraction is 2.0"),
+        ({"data__stall_timeout": -1.0}, r"data.stall_timeout is -1.0"),
+        ({"crops__global_scale": (0.5, 2.0)}, r"crops.global_scale is \(0.5, 2.0\).*at most 1"),
+        ({"crops__hue": -0.1}, r"crops.hue is -0.1"),
+        ({"distributed__num_processes": 0}, r"distributed.num_processes is 0"),
+        ({"distributed__heartbeat": 0}, r"distributed.heartbeat is 0"),
+        ({"watchdog__seconds": -1}, r"watchdog.seconds is -1"),
+        ({"verify_every": -1}, r"verify_every is -1"),
     ],
 )
 def test_settings(changes, message):

@@ -1,9 +1,12 @@
 import json
 import os
+import random
+import resource
 import shutil
 import socket
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +160,151 @@ def test_a_flipped_bit_falls_back_to_the_checkpoint_before(tmp_path, capsys):
     save_steps(tmp_path, [2])  # the run goes on and saves that step again
     assert restore(tmp_path)[1] == 2
     assert not capsys.readouterr().err
+
+
+def flip(path, rng):
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def truncate(path, rng):
+    os.truncate(path, rng.randrange(path.stat().st_size))
+
+
+def delete(path, rng):
+    path.unlink()
+
+
+def test_100_random_damages_are_all_detected(tmp_path, capsys):
+    """Any file of the state, its metadata or the manifest itself; any place in it."""
+    save_steps(tmp_path, [1, 2])
+    steps, rng = tmp_path / "checkpoints", random.Random(0)
+    whole = shutil.copytree(steps / "2", tmp_path / "whole")
+    names = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file() and path.parent != whole) + [
+        Path(checkpoints.MANIFEST)
+    ]
+    for number in range(100):
+        name, harm = rng.choice(names), (flip, truncate, delete)[number % 3]
+        harm(steps / "2" / name, rng)
+        assert checkpoints.newest_intact(steps) == 1, f"{number}: {harm.__name__} of {name} went unnoticed"
+        (line,) = capsys.readouterr().err.splitlines()
+        assert str(steps / "2") in line
+        shutil.rmtree(steps / "2")
+        shutil.copytree(whole, steps / "2")
+    assert restore(tmp_path)[1] == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("manifest.json", "[]\n"),
+        ("manifest.json", "{}\n"),
+        ("manifest.json", ""),
+        ("state/array_metadatas/process_1", "x"),  # Orbax would read it
+        ("metadata/metadata", ""),
+    ],
+)
+def test_what_no_save_of_ours_writes_is_damage(tmp_path, capsys, name, content):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "checkpoints" / "2" / name).write_text(content)
+    assert restore(tmp_path)[1] == 1
+    assert name in capsys.readouterr().err
+
+
+def test_a_folder_that_was_left_empty_is_passed_over(tmp_path, capsys):
+    save_steps(tmp_path, [1])
+    (tmp_path / "checkpoints" / "2").mkdir()
+    assert restore(tmp_path)[1] == 1
+    assert "checkpoints/2 is damaged" in capsys.readouterr().err
+
+
+def test_what_others_leave_beside_the_state_is_no_damage(tmp_path, capsys):
+    """File managers and NFS leave hidden files, evaluate.py its results."""
+    save_steps(tmp_path, [1])
+    folder = tmp_path / "checkpoints" / "1"
+    (folder / "state" / ".DS_Store").write_text("x")
+    (folder / "eval" / "knn").mkdir(parents=True)
+    (folder / "eval" / "knn" / "results.json").write_text("{}")
+    assert restore(tmp_path)[1] == 1
+    assert not capsys.readouterr().err
+
+
+# Orbax closes an event loop while more of its writes fail.
+ORBAX_COMPLAINS = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+def noise(step):
+    """4 MiB that no compression makes less of."""
+    bits = np.random.default_rng(step).integers(0, 2**32, 1 << 20, np.uint32)
+    return {"step": jnp.int32(step), "bits": jnp.asarray(bits)}
+
+
+def save_into_a_full_disk(workdir, refuse, spare):
+    """Two steps are saved, refuse() leaves no room for a third, spare() makes some again, and the same run goes on."""
+    c = config()
+    with checkpoints.open_manager(workdir, c.checkpoint) as manager:
+        for step in (1, 2):
+            checkpoints.save(manager, step, noise(step), c)
+        manager.wait_until_finished()
+        refuse()
+        checkpoints.save(manager, 3, noise(3), c)
+        with pytest.raises(UserError) as error:
+            manager.wait_until_finished()
+    spare()
+    assert str(workdir / "checkpoints") in str(error.value)
+    assert "make room" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert sorted(path.name for path in (workdir / "checkpoints").iterdir()) == ["1", "2"]
+    with checkpoints.open_manager(workdir, c.checkpoint) as manager:
+        state, step = checkpoints.restore(manager, target_of(noise(0)), c)
+        assert step == 2
+        assert_same(state, noise(2))
+        assert checkpoints.save(manager, 3, noise(3), c)
+    assert checkpoints.newest_intact(workdir / "checkpoints") == 3
+
+
+@ORBAX_COMPLAINS
+def test_a_file_that_may_not_grow_stops_with_one_line_and_the_last_step_intact(tmp_path):
+    """As a full disk, a quota stops a file in its middle."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        save_into_a_full_disk(
+            tmp_path,
+            refuse=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1])),
+            spare=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before),
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@contextmanager
+def small_disk(folder):
+    """40 MB mounted at a folder; skips where that is not allowed."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(command, capture_output=True, text=True)
+    except OSError as error:
+        pytest.skip(f"no small disk: {error}")
+    if mounted.returncode:
+        pytest.skip(f"no small disk, mounting one needs root: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@ORBAX_COMPLAINS
+def test_a_full_disk_stops_with_one_line_and_the_last_step_intact(tmp_path):
+    with small_disk(tmp_path / "disk") as disk:
+
+        def fill():
+            with open(disk / "other", "wb") as file:
+                file.truncate(0)
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(disk).free - (2 << 20))
+
+        save_into_a_full_disk(disk / "run", refuse=fill, spare=(disk / "other").unlink)
 
 
 @pytest.mark.parametrize("harm", [flip_a_bit, lambda folder: shutil.rmtree(folder / "state")])

@@ -1,5 +1,6 @@
 import json
 import re
+import resource
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from dino_jax.errors import UserError
 from dino_jax.metrics import Logger, Rate, count_flops, format_duration, peak_flops
 
 
@@ -134,3 +136,20 @@ def test_peak_flops_is_none_for_a_device_that_is_not_listed():
 
     assert peak_flops(Device()) == 989e12
     assert peak_flops(jax.devices("cpu")[0]) is None
+
+
+def test_a_full_disk_ends_the_log_with_one_line_and_does_not_hang(tmp_path, capsys):
+    """As a full disk, a quota stops a file in its middle; capsys because pytest's own capture is a file, too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logger = Logger(tmp_path, total_steps=1000, steps_per_epoch=10)
+
+    def log_for_ever():
+        for step in range(10_000):
+            logger.log(step, {"loss": 1.0})
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"can't write {tmp_path}"):
+            log_for_ever()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

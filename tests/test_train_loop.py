@@ -53,9 +53,9 @@ def start(workdir, *flags, devices=1):
     return subprocess.Popen(command, cwd=ROOT, env=env, **output)
 
 
-def finish(process, timeout=300):
+def finish(process, timeout=300, code=0):
     output, _ = process.communicate(timeout=timeout)
-    assert process.returncode == 0, output
+    assert process.returncode == code, output
     return output
 
 
@@ -131,8 +131,8 @@ def test_sigterm_to_one_of_2_processes_stops_and_saves_both(tmp_path):
     processes = start_two(tmp_path, "--config.epochs=400")
     wait_for_checkpoint(tmp_path, processes[0])
     processes[1].send_signal(signal.SIGTERM)
-    stopped = re.search(r"stopped by a signal after step (\d+)", finish(processes[0]))
-    finish(processes[1])
+    stopped = re.search(r"stopped by a signal after step (\d+)", finish(processes[0], code=75))
+    finish(processes[1], code=75)
     assert last_step(tmp_path) == int(stopped[1])
 
 
@@ -190,7 +190,7 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
     process = start(tmp_path, "--config.epochs=400")
     wait_for_checkpoint(tmp_path, process)
     process.send_signal(signal.SIGTERM)
-    output = finish(process)
+    output = finish(process, code=75)
     stopped = int(re.search(r"stopped by a signal after step (\d+)", output)[1])
     assert last_step(tmp_path) == stopped
     process = start(tmp_path, "--config.epochs=400")

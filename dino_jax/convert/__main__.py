@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from absl import flags
 
-from dino_jax import checkpoints, cli, portable, pretrained
+from dino_jax import checkpoints, cli, portable, pretrained, whole
 from dino_jax.backbone import backbone_of
 from dino_jax.convert import files, huggingface, official
 from dino_jax.errors import UserError
@@ -38,11 +38,9 @@ def main(argv: list[str]) -> None:
             raise UserError(f"{path} exists: remove it or give another TARGET")
     everything = form in KEEP_EVERYTHING
     found = pretrained.load(source, training=everything, image_size=IMAGE_SIZE.value, in_channels=IN_CHANNELS.value)
-    try:
+    with whole.disk_errors(target, "make room or give another TARGET"):
         target.parent.mkdir(parents=True, exist_ok=True)
         FORMS[form](found, target)
-    except OSError as error:
-        raise UserError(f"can't write {target} ({error.strerror}): give another TARGET") from error
     architecture = found.card["architecture"]
     patches = f"/{architecture['patch_size']}" if architecture["patch_size"] else ""
     count = sum(x.size for x in jax.tree.leaves(found.teacher.params["backbone"]))

@@ -5,22 +5,20 @@ the usual centre crops. The order is a pure function of (seed, step), so that re
 """
 
 import io
-from collections.abc import Iterator
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import grain
 import numpy as np
-from absl import flags
 from PIL import Image, UnidentifiedImageError
 
 from dino_jax.data.sources import Source
+from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
 from dino_jax.errors import UserError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program to decode, as EPS does
 MAX_PIXELS = 100_000_000  # a larger image is refused unread: a few KB of PNG can unpack to gigabytes
 SUBSTITUTES = 8  # images tried in place of one that cannot be decoded
-READER_THREADS = 2  # without workers: each makes whole batches, at most as many ahead
 ORIENTATION_TAG = 0x0112  # EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -31,8 +29,6 @@ UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-
-T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -56,31 +52,6 @@ class EvalBatch(NamedTuple):
 
 class DecodeError(Exception):
     """An image that cannot be decoded: damaged, truncated, of an unknown format or too large."""
-
-
-class Batches(Generic[T]):
-    """An iterator of batches that owns workers: close it, or use it in a `with`."""
-
-    def __init__(self, batches: grain.DatasetIterator):
-        self._batches: Iterator[T] = batches
-
-    def __iter__(self) -> Iterator[T]:
-        return self
-
-    def __next__(self) -> T:
-        return next(self._batches)
-
-    def close(self) -> None:
-        """Stop the workers; nothing comes after."""
-        if isinstance(self._batches, grain.DatasetIterator):
-            self._batches.close()
-        self._batches = iter(())  # one of grain's that lives until the interpreter's exit complains then
-
-    def __enter__(self) -> "Batches[T]":
-        return self
-
-    def __exit__(self, *error) -> None:
-        self.close()
 
 
 # --- one image -------------------------------------------------------------------------------------------------------
@@ -199,8 +170,10 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    if values.dtype.kind in "iu" and values.min() >= 0 and values.max() <= 65535:
-        return np.round(values / 257).astype(np.uint8)
+    if values.dtype.kind in "iu":
+        if values.min() >= 0 and values.max() <= 65535:
+            return np.round(values / 257).astype(np.uint8)
+        values = values.astype(np.float64)
     finite = np.isfinite(values)
     low = values.min(initial=np.inf, where=finite)
     span = values.max(initial=-np.inf, where=finite) - low
@@ -226,6 +199,7 @@ def train_batches(
     seed: int,
     start_step: int = 0,
     workers: int = 0,
+    stall_timeout: float = STALL_TIMEOUT,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[Batch]:
@@ -243,11 +217,12 @@ def train_batches(
         seed: of the order.
         start_step: number of batches to leave out, at no cost.
         workers: processes that decode; 0 decodes in threads of this process (best for images in memory).
+        stall_timeout: seconds without a batch after which the stream ends with an error; 0: never.
         process_index: p.
         process_count: n.
 
     Raises: UserError if batch_size does not divide over the processes; while iterating, if an image and all its
-        substitutes cannot be decoded.
+        substitutes cannot be decoded, a worker was killed, or nothing came for `stall_timeout` seconds.
     """
     if batch_size % process_count:
         raise UserError(
@@ -258,7 +233,7 @@ def train_batches(
     batches = records.batch(batch_size // process_count, drop_remainder=True)
     positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
     load = partial(_load_train, source=source, positions=positions, canvas_size=canvas_size, channels=channels)
-    return _iterate(batches.map(load)[start_step:], workers)
+    return iterate(batches.map(load)[start_step:], workers, stall_timeout)
 
 
 def eval_batches(
@@ -269,6 +244,7 @@ def eval_batches(
     crop: int,
     channels: int,
     workers: int = 0,
+    stall_timeout: float = STALL_TIMEOUT,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[EvalBatch]:
@@ -287,7 +263,7 @@ def eval_batches(
         for start in range(0, len(source), batch_size)
     ]
     load = partial(_load_eval, source=source, resize=resize, crop=crop, channels=channels)
-    return _iterate(grain.MapDataset.source(shares).map(load), workers)
+    return iterate(grain.MapDataset.source(shares).map(load), workers, stall_timeout)
 
 
 def _load_train(
@@ -337,16 +313,3 @@ def _load_eval(records: np.ndarray, *, source: Source, resize: int, crop: int, c
         index.append(record)
     pixels = np.stack(images) if images else np.empty((0, crop, crop, channels), np.uint8)
     return EvalBatch(pixels, np.array(labels, np.int32), np.array(index, np.int32))
-
-
-def _iterate(batches: grain.MapDataset, workers: int) -> Batches:
-    """Make the batches ahead, in worker processes or else in threads."""
-    if workers < 0:
-        raise UserError(f"data.workers {workers} is negative: set it to 0 or more")
-    if workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which scripts without app.run have not parsed
-    # Grain's defaults (16 threads, 500 elements ahead) are for single records; here an element is a whole batch.
-    threads = 1 if workers else READER_THREADS
-    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
-    ahead = batches.to_iter_dataset(read_options).mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return Batches(iter(ahead))

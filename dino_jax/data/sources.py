@@ -10,6 +10,8 @@ import os
 import re
 import struct
 from collections import Counter, deque
+from collections.abc import Iterable
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -19,6 +21,7 @@ from dino_jax.data import demo_images
 from dino_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line ends, bytes that are not UTF-8
 RECORD_HEADER = struct.Struct("<4sii")  # magic, label, number of classes: see ArrayRecordSource
 RECORD_MAGIC = b"DJX1"
 KNOB = "data.source (or eval.train, eval.test)"
@@ -81,8 +84,9 @@ class FolderSource:
     """Image files under a folder, at any depth, in the order of their relative paths.
 
     Where every image lies in some sub-folder, the first-level folders are the classes, numbered in sorted order
-    (`class_names`); otherwise there are no labels. Links are followed, but each real folder is visited once. Names that
-    start with a dot are passed over (macOS and editors leave files there that only look like images).
+    (`class_names`); otherwise there are no labels. Links are followed, but each real folder is visited once; one that
+    leads nowhere stays in the list as an image that cannot be read. Names that start with a dot are passed over (macOS
+    and editors leave files there that only look like images), and so is what is neither file nor folder.
     """
 
     def __init__(self, root: str):
@@ -106,8 +110,8 @@ class FolderSource:
         return int(self.labels[i])
 
     def name(self, i: int) -> str:
-        """The image's path relative to the folder."""
-        return self.paths[i]
+        """The image's path relative to the folder, on one line: what is no character is written as Python would."""
+        return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], self.paths[i])
 
 
 def _image_paths(root: str) -> list[str]:
@@ -134,16 +138,31 @@ def _image_paths(root: str) -> list[str]:
             if entry.name.startswith("."):
                 continue
             extension = os.path.splitext(entry.name)[1].lower()
-            if entry.is_dir():
+            if _is_folder(entry):
                 pending.append(os.path.join(folder, entry.name))
             elif extension not in IMAGE_EXTENSIONS:
                 others[extension or "no extension"] += 1
-            elif entry.is_file():
+            elif _is_file(entry):
                 paths.append(os.path.join(folder, entry.name))
     if not paths:
         listing = ", ".join(f"{count} x {extension}" for extension, count in others.most_common(4)) or "nothing"
         raise UserError(f"{KNOB}=folder:{root}: no images ({' '.join(IMAGE_EXTENSIONS)}) there, found {listing}")
     return sorted(paths)
+
+
+def _is_file(entry: os.DirEntry) -> bool:
+    """Whether this is a file, or a link to one or to nothing."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not os.path.exists(entry.path))
+    except OSError:  # a link that leads to itself
+        return True
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 class TfdsSource:
@@ -249,19 +268,47 @@ def _split_record(record: bytes) -> tuple[int, int, bytes]:
 def write_array_record(source: Source, path: str) -> None:
     """Write all examples of a source to one file that `array_record:PATH` reads; arrays are stored as PNG.
 
-    python -c 'from dino_jax.data.sources import *; write_array_record(open_source("folder:in"), "out.array_record")'
+    `python -m dino_jax.data.prepare` writes a large source in parallel, to many files.
+    """
+    write_examples((source[i] for i in range(len(source))), source.num_classes, path)
+
+
+def write_examples(examples: Iterable[Example], num_classes: int, path: str) -> int:
+    """Write some examples of a set with this many classes to one such file, and return how many.
+
+    Raises: OSError where the disk refuses.
     """
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(path, "group_size:1")  # one record a group: read in any order at no extra cost
-    for i in range(len(source)):
-        image, label = source[i]
+    written = 0
+    with _refused_writes():
+        writer = ArrayRecordWriter(path, "group_size:1")  # one record a group: read in any order at no extra cost
+    for image, label in examples:
         if isinstance(image, np.ndarray):
-            buffer = io.BytesIO()
-            Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(buffer, "PNG")
-            image = buffer.getvalue()
-        writer.write(RECORD_HEADER.pack(RECORD_MAGIC, label, source.num_classes) + image)
-    writer.close()
+            image = _png(image)
+        with _refused_writes():
+            writer.write(RECORD_HEADER.pack(RECORD_MAGIC, label, num_classes) + image)
+        written += 1
+    with _refused_writes():
+        writer.close()
+    return written
+
+
+def _png(image: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(buffer, "PNG")
+    except (TypeError, OSError) as error:
+        raise UserError(f"data.source: arrays {image.dtype} {list(image.shape)} cannot be stored as PNG") from error
+    return buffer.getvalue()
+
+
+@contextmanager
+def _refused_writes():
+    try:
+        yield
+    except RuntimeError as error:  # all that the C++ writer knows
+        raise OSError(str(error).splitlines()[0]) from error
 
 
 class DemoSource:

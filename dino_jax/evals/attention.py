@@ -26,8 +26,8 @@ from dino_jax.evals.pictures import (
     resized,
     upsample,
 )
-from dino_jax.evals.progress import progress
 from dino_jax.evals.video import read_video, write_video
+from dino_jax.progress import progress
 
 MASK_COLOUR = np.array((255, 60, 60), np.uint8)
 

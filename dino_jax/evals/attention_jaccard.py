@@ -17,7 +17,7 @@ from dino_jax.errors import UserError
 from dino_jax.evals.attention import attention_maps, best_heads, mass_masks, picture_row
 from dino_jax.evals.label_maps import read_labels
 from dino_jax.evals.pictures import contact_sheet, cut, normalised, patch_size, read_picture, upsample
-from dino_jax.evals.progress import progress
+from dino_jax.progress import progress
 
 VOID = 255  # the label of outlines and of what annotators left undecided
 

@@ -20,7 +20,7 @@ from dino_jax.data.pipeline import EvalBatch, eval_batches
 from dino_jax.data.sources import FolderSource, Source, Subset
 from dino_jax.errors import UserError
 from dino_jax.evals.kept import Kept, fingerprint, say_found
-from dino_jax.evals.progress import progress
+from dino_jax.progress import progress
 from dino_jax.sharding import replicate, shard_batch
 
 # Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.

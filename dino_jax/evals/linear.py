@@ -40,7 +40,7 @@ from dino_jax.evals.linear_heads import (
     train_step,
 )
 from dino_jax.evals.linear_state import Record, fingerprint, load_state, save_state
-from dino_jax.evals.progress import progress
+from dino_jax.progress import progress
 from dino_jax.sharding import distribute, make_mesh, on_every_process, replicate, shard_batch
 
 OFFICIAL_LR = 0.001  # for 256 images

@@ -17,7 +17,7 @@ from dino_jax.errors import UserError
 from dino_jax.evals.features import extract, images_in
 from dino_jax.evals.kept import Kept, say_found
 from dino_jax.evals.pictures import contact_sheet
-from dino_jax.evals.progress import progress
+from dino_jax.progress import progress
 from dino_jax.sharding import make_mesh
 
 PART = 64  # batches whose features are saved as one file: what a run that is cut off loses at most

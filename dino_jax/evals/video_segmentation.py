@@ -28,8 +28,8 @@ from dino_jax.evals.davis_metrics import score_objects, statistics
 from dino_jax.evals.label_maps import over, read_labels, read_objects, write_labels
 from dino_jax.evals.label_propagation import hard_labels, propagate
 from dino_jax.evals.pictures import each_of, patch_grid, patch_size, read_picture, resized
-from dino_jax.evals.progress import progress
 from dino_jax.evals.video import read_video, write_video
+from dino_jax.progress import progress
 
 VOID = 255  # DAVIS counts it as background
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]

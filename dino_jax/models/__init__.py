@@ -1,5 +1,7 @@
 """Flax modules: backbones and the projection head. Nothing of training lives here."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -13,6 +15,7 @@ VITS = {
     "vit_small": vit.vit_small,
     "vit_base": vit.vit_base,
     "vit_large": vit.vit_large,
+    "vit_giant": vit.vit_giant,
 }
 RESNETS = {"resnet18": resnet.resnet18, "resnet50": resnet.resnet50}
 
@@ -27,16 +30,18 @@ def build_backbone(
     remat: bool = False,
     dtype: jnp.dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
+    gather: Callable | None = None,
 ) -> nn.Module:
     """The backbone named `arch`: `apply(variables, images [B, H, W, C], train) -> [B, embed_dim]`.
 
     Channels follow the images that it is initialised with. patch_size, image_size (the grid of learnt positions) and
-    remat are the ViTs'; axis_name is the convnets', for batch norm over devices.
+    remat are the ViTs', as is gather, for parameters that devices hold in parts (`sharding.gather`); axis_name is the
+    convnets', for batch norm over devices.
 
     Raises UserError for an unknown name.
     """
     if arch in VITS:
-        return VITS[arch](patch_size=patch_size, image_size=image_size, remat=remat, dtype=dtype)
+        return VITS[arch](patch_size=patch_size, image_size=image_size, remat=remat, dtype=dtype, gather=gather)
     if arch in RESNETS:
         return RESNETS[arch](axis_name=axis_name, dtype=dtype)
     raise UserError(f"unknown architecture {arch!r}: set --config.model.arch to one of {', '.join([*VITS, *RESNETS])}")

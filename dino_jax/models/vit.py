@@ -5,6 +5,7 @@ Pre-norm blocks, LayerNorm eps 1e-6, exact GELU, qkv bias, a learnt position for
 makes tracing and compilation as fast for 24 blocks as for one.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -116,6 +117,8 @@ class ViT(nn.Module):
     mlp_ratio: int = 4
     remat: bool = False
     dtype: jnp.dtype = jnp.float32
+    # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`sharding.gather`).
+    gather: Callable | None = None
 
     def setup(self):
         """Declares patch embedding, tokens, `depth` scanned blocks and the final norm."""
@@ -131,9 +134,8 @@ class ViT(nn.Module):
         )
         self.cls_token = self.param("cls_token", normal_init, (1, 1, self.embed_dim))
         self.pos_embed = self.param("pos_embed", normal_init, (1, 1 + grid * grid, self.embed_dim))
-        block = nn.remat(Block, prevent_cse=False, static_argnums=(3,)) if self.remat else Block
         scanned = nn.scan(
-            block,
+            self._block(),
             variable_axes={"params": 0},
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
@@ -141,6 +143,19 @@ class ViT(nn.Module):
         )
         self.blocks = scanned(self.num_heads, self.mlp_ratio * self.embed_dim, self.dtype)
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
+
+    def _block(self):
+        """`Block`, with what the backward pass is to compute again rather than to keep."""
+        remat = partial(nn.remat, prevent_cse=False, static_argnums=(3,))
+        gather = self.gather
+        if gather is None:
+            return remat(Block) if self.remat else Block
+        whole = partial(gather, dtype=self.dtype)
+        block = nn.map_variables(Block, "params", trans_in_fn=whole, init=self.is_initializing())
+        # What is gathered (by a custom_vjp, the only one in a block) is never kept for the backward pass: all blocks'
+        # whole parameters would be there at once.
+        keep = None if self.remat else lambda primitive, *_, **__: primitive.name != "custom_vjp_call"
+        return remat(block, policy=keep)
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, 1+N, D]: CLS and patch tokens with their positions, before the first block.
@@ -224,5 +239,6 @@ vit_tiny = partial(ViT, embed_dim=192, depth=12, num_heads=3)
 vit_small = partial(ViT, embed_dim=384, depth=12, num_heads=6)
 vit_base = partial(ViT, embed_dim=768, depth=12, num_heads=12)
 vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
+vit_giant = partial(ViT, embed_dim=1536, depth=40, num_heads=24)  # DINOv2's sizes, with a plain MLP
 # Ours, not the field's: small enough that a laptop's CPU learns something in minutes.
 vit_nano = partial(ViT, embed_dim=64, depth=3, num_heads=4)

@@ -128,6 +128,9 @@ def test_deep_images_are_scaled_not_clipped():
     assert (out[0, 0], out[-1, -1], out[0, 1]) == (0, 255, 0)
     assert abs(int(out[4, 0]) - 130) <= 1
     assert np.all(decode(np.full((4, 4), 7.0), 1) == 0)
+    wide = np.arange(-32, 32, dtype=np.int32).reshape(8, 8) * 10_000_000
+    for image in (wide, encoded(Image.fromarray(wide), "TIFF")):
+        np.testing.assert_allclose(decode(image, 1)[..., 0], np.round(np.arange(64) / 63 * 255).reshape(8, 8), atol=1)
     np.testing.assert_array_equal(decode(ramp, 3), np.repeat(expected, 3, -1))
 
 

@@ -62,7 +62,27 @@ def test_links_are_followed_but_a_loop_ends(tmp_path):
     (tmp_path / "set/cat/other_class").symlink_to(tmp_path / "set/dog")
     (tmp_path / "set/linked").symlink_to(tmp_path / "outside")
     (tmp_path / "set/dog/nowhere.png").symlink_to(tmp_path / "gone.png")
-    assert names(open_source(f"folder:{tmp_path}/set")) == ["cat/a.png", "dog/b.png", "linked/c.png"]
+    assert names(open_source(f"folder:{tmp_path}/set")) == [
+        "cat/a.png",
+        "dog/b.png",
+        "dog/nowhere.png",  # in the list, so that it is named when it can't be read
+        "linked/c.png",
+    ]
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    """Simulated, since who runs the tests as root may read anything."""
+    put(tmp_path / "cat/a.png")
+    scan = os.scandir
+
+    def refusing(path):
+        if str(path).endswith("cat"):
+            raise PermissionError(13, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match="cannot read cat: Permission denied"):
+        open_source(f"folder:{tmp_path}")
 
 
 def test_a_wrong_folder_is_explained(tmp_path):

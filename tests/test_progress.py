@@ -1,4 +1,4 @@
-from dino_jax.evals.progress import progress
+from dino_jax.progress import progress
 
 
 def test_what_is_known_is_told(capsys):

@@ -1,4 +1,4 @@
-"""How far a long evaluation is, for who waits."""
+"""How far long work is, for who waits."""
 
 import sys
 import time

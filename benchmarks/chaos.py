@@ -1,0 +1,171 @@
+"""A run that is killed again and again must end as if nothing had happened, and lose little time.
+
+    python -m benchmarks.chaos [--kills=20] [--seed=0] [--folder=runs/chaos] [--config.KEY=VALUE ...]
+
+Trains the demo once without a disturbance, then again in a folder of its own, where SIGKILL ends it at random moments
+(while it imports, compiles, trains, saves) and the same command starts it anew. Every flag that is not of this program
+goes to train.py. Prints a row for docs/reliability.md; exits with 1 unless both runs end with the same bits.
+"""
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from benchmarks import environment
+from dino_jax import checkpoints
+from dino_jax.demo import training_rate
+
+KILLS = flags.DEFINE_integer("kills", 20, "times the run is killed")
+SEED = flags.DEFINE_integer("seed", 0, "of the moments")
+FOLDER = flags.DEFINE_string("folder", "runs/chaos", "where both runs go; what is there is removed")
+POLL = 0.02  # seconds
+ROOT = Path(__file__).parent.parent
+UNFINISHED = ("tmp", "unfinished", "previous", "partial", "damaged")  # what no finished run has in a name
+
+
+@dataclass
+class Report:
+    """What came of it."""
+
+    kills: int = 0
+    seconds: float = 0.0  # of all lives together
+    reference_seconds: float = 0.0
+    step_seconds: float = 0.0  # of all steps, once each, at the reference's median rate
+    steps: int = 0
+    repeated: int = 0  # steps that were logged, but not saved when the kill came
+    left_over: list[str] = field(default_factory=list)
+    digests: dict[str, str] = field(default_factory=dict)  # SHA-256 of each part of the last state
+    reference_digests: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def same(self) -> bool:
+        """Whether both runs ended with the same bits."""
+        return bool(self.digests) and self.digests == self.reference_digests
+
+    def row(self) -> str:
+        """For the table in docs/reliability.md."""
+        goodput, best = (self.step_seconds / seconds for seconds in (self.seconds, self.reference_seconds))
+        parts = ", ".join(self.digests)
+        return (
+            f"| {self.kills} x SIGKILL, {self.steps:,} steps | {'same' if self.same else 'OTHER'} SHA-256 of {parts} | "
+            f"{self.repeated:,} steps done twice | {', '.join(self.left_over) or 'nothing'} left over | "
+            f"goodput {goodput:.0%} (never killed: {best:.0%}) |"
+        )
+
+
+def start(workdir: Path, arguments: list[str]) -> subprocess.Popen:
+    """train.py in a session of its own, so that its workers die with it; what it says goes to `workdir`.log."""
+    command = [sys.executable, "train.py", "--config=configs/demo.py", *arguments, f"--workdir={workdir.resolve()}"]
+    with open(f"{workdir}.log", "a") as log:
+        return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(process: subprocess.Popen, workdir: Path) -> None:
+    """Waits for the end, which must be a good one."""
+    if process.wait():
+        raise SystemExit(f"exit code {process.returncode}, see {workdir}.log")
+
+
+def last_logged(workdir: Path, since: int) -> int:
+    """The last step that the run said it had done, in its log from that byte on; 0 without one."""
+    said = Path(f"{workdir}.log").read_bytes()[since:].decode()
+    return max((int(step.replace(",", "")) for step in re.findall(r"^step ([\d,]+)/", said, re.MULTILINE)), default=0)
+
+
+def last_saved(workdir: Path) -> int:
+    """The step of the newest checkpoint; 0 without one."""
+    return max((int(path.name) for path in workdir.glob("checkpoints/*") if path.name.isdigit()), default=0)
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    """SHA-256 of every part (student, teacher, center, opt_state, ...) of the newest state."""
+    folder = workdir / "checkpoints" / str(last_saved(workdir)) / "state"
+    state = checkpoints.restore_arrays(folder, checkpoints.tree_of(folder))
+    return {name: _digest(part) for name, part in state.items() if jax.tree.leaves(part)}
+
+
+def _digest(tree) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(tree):
+        digest.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def left_over(workdir: Path) -> list[str]:
+    """Files and folders that a killed process left half-written."""
+    names = [path.relative_to(workdir).as_posix() for path in workdir.rglob("*")]
+    return sorted(name for name in names if any(word in name for word in UNFINISHED))
+
+
+def run(kills: int, seed: int, folder: Path, arguments: list[str]) -> Report:
+    """Trains `folder`/reference in one go and `folder`/killed in kills + 1 lives."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    reference, killed = folder / "reference", folder / "killed"
+    report, rng = Report(), random.Random(seed)
+
+    began = time.monotonic()
+    process = start(reference, arguments)
+    while process.poll() is None and not last_logged(reference, 0):
+        time.sleep(POLL)
+    startup = time.monotonic() - began
+    finish(process, reference)
+    report.reference_seconds = time.monotonic() - began
+    config = json.loads((reference / "config.json").read_text())
+    report.steps = last_saved(reference)
+    report.step_seconds = report.steps * config["batch_size"] / training_rate(reference / "metrics.jsonl")
+    pace = report.step_seconds / report.steps * config["log_every"]  # seconds from one line of the log to the next
+
+    began = time.monotonic()
+    for number in range(kills):
+        # A fifth of the kills come while the run starts, the others by a step that leaves the later ones theirs.
+        saved = last_saved(killed)
+        moment = rng.uniform(-0.5, 2)
+        until = saved + moment * (report.steps - saved) / (kills - number + 1)
+        latest = (1 + 2 * moment) * startup if moment < 0 else float("inf")
+        since = log.stat().st_size if (log := Path(f"{killed}.log")).exists() else 0
+        born, process = time.monotonic(), start(killed, arguments)
+        while process.poll() is None and time.monotonic() - born < latest and last_logged(killed, since) <= until:
+            time.sleep(POLL)
+        time.sleep(rng.uniform(0, pace))
+        if process.poll() is not None:
+            finish(process, killed)
+            break  # faster than thought: fewer kills, which the report says
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reached, saved = max(last_logged(killed, since), saved), last_saved(killed)
+        report.kills += 1
+        report.repeated += max(0, reached - saved)
+        print(f"kill {report.kills} at step {reached:,}, step {saved:,} is saved", flush=True)
+    finish(start(killed, arguments), killed)
+    report.seconds = time.monotonic() - began
+    report.digests, report.reference_digests = digests(killed), digests(reference)
+    report.left_over = left_over(killed)
+    return report
+
+
+def main(argv: list[str]) -> None:
+    """Prints the row; the arguments are train.py's."""
+    logging.set_verbosity(logging.WARNING)  # Orbax tells a page about every checkpoint
+    report = run(KILLS.value, SEED.value, Path(FOLDER.value), argv[1:])
+    print(f"\n{environment.describe()}; {' '.join(argv[1:]) or 'configs/demo.py as it is'}\n")
+    print(report.row())
+    sys.exit(0 if report.same and not report.left_over and report.kills == KILLS.value else 1)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=lambda argv: flags.FLAGS(argv, known_only=True))

@@ -1,0 +1,164 @@
+"""Batches made ahead by worker processes that neither hang for ever in silence nor outlive the trainer."""
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from functools import partial
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, Generic, TypeVar, cast
+
+import grain
+from absl import flags
+
+from dino_jax.errors import UserError
+
+READER_THREADS = 2  # without workers: each makes whole batches, at most as many ahead
+STALL_TIMEOUT = 600.0  # seconds; shorter than a job waits in vain, longer than a network disk is away
+PARENT_CHECK = 1.0  # seconds between a worker's looks at whether the trainer is still there
+GRACE = 5.0  # seconds for grain to notice that its workers are gone
+PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
+WORKER_DIED = "Worker process was terminated"  # grain's RuntimeError
+STATES = {"T": "stopped", "t": "stopped", "R": "running", "S": "asleep", "D": "waiting for a disk", "Z": "dead"}
+
+T = TypeVar("T")
+
+
+class Batches(Generic[T]):
+    """An iterator of batches that owns workers: close it, or use it in a `with`.
+
+    Raises: UserError while iterating, when a worker was killed or no batch came for `stall_timeout` seconds (0: waits
+        for ever); it names the workers, and those still there are ended.
+    """
+
+    def __init__(self, batches: Iterable[T], workers: int = 0, stall_timeout: float = STALL_TIMEOUT):
+        self._others = set(multiprocessing.active_children())
+        self._workers: set[BaseProcess] = set()
+        self._batches: Iterator[T] = iter(batches)
+        self._count = workers
+        self._stall_timeout = stall_timeout
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        # Grain's next() can't be interrupted, so that it is left to a thread.
+        answer: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+        threading.Thread(target=_fetch, args=(self._batches, answer), daemon=True).start()
+        batch, error, stalled = None, None, False
+        try:
+            batch, error = answer.get(timeout=self._stall_timeout or None)
+        except queue.Empty:
+            stalled = True
+        if len(self._workers) < self._count:  # grain starts them with the first batches, and keeps them to itself
+            self._workers |= set(multiprocessing.active_children()) - self._others
+        if stalled:
+            message = self._stalled()
+            self._give_up(answer)
+            raise UserError(message)
+        if isinstance(error, RuntimeError) and WORKER_DIED in str(error):
+            message = self._died()
+            self.close()
+            raise UserError(message) from error
+        if error is not None:
+            raise error
+        return cast(T, batch)
+
+    def close(self) -> None:
+        """Stop the workers; nothing comes after."""
+        if isinstance(self._batches, grain.DatasetIterator):
+            self._batches.close()
+        self._batches = iter(())  # one of grain's that lives until the interpreter's exit complains then
+
+    def __enter__(self) -> "Batches[T]":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def _stalled(self) -> str:
+        states = sorted(f"{worker.pid} ({_state(worker)})" for worker in self._workers)
+        whom = f"the data workers {', '.join(states)}" if states else "the threads that read"
+        return (
+            f"no batch of images for {self._stall_timeout:g} s from {whom}: see whether the disk or network of "
+            "data.source answers, and start again, or raise data.stall_timeout"
+        )
+
+    def _died(self) -> str:
+        dead = sorted(f"{worker.pid} ({_state(worker)})" for worker in self._workers if worker.exitcode)
+        whom = f"the data worker {', '.join(dead)}" if dead else "a data worker"  # gone before it was known
+        return (
+            f"{whom} is gone: where nobody ended it, this machine had no memory left, and a smaller "
+            "data.workers helps; start again"
+        )
+
+    def _give_up(self, answer: queue.SimpleQueue) -> None:
+        """Close without waiting for what does not answer; grain would give each worker 25 s."""
+        for worker in self._workers:
+            worker.kill()  # what is stopped takes no other signal
+        if self._workers:
+            with contextlib.suppress(queue.Empty):
+                answer.get(timeout=GRACE)  # grain's next() notices
+                self.close()
+        self._batches = iter(())
+
+
+def _fetch(batches: Iterator[T], answer: queue.SimpleQueue) -> None:
+    try:
+        answer.put((next(batches), None))
+    except Exception as error:
+        answer.put((None, error))
+
+
+def _state(worker: BaseProcess) -> str:
+    """What a process is doing, as far as this system tells."""
+    code = worker.exitcode
+    if code is not None:
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+    try:
+        status = Path(f"/proc/{worker.pid}/stat").read_text()
+    except OSError:
+        return "alive"
+    return STATES.get(status.rpartition(")")[2].split()[0], "alive")
+
+
+def iterate(elements: grain.MapDataset, workers: int, stall_timeout: float = STALL_TIMEOUT) -> Batches:
+    """The elements of a dataset in order, made ahead in `workers` processes, or else in threads. See `Batches`."""
+    if workers < 0:
+        raise UserError(f"data.workers {workers} is negative: set it to 0 or more")
+    if workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which scripts without app.run have not parsed
+    # Grain's defaults (16 threads, 500 elements ahead) are for single records; here an element is a whole batch.
+    threads = 1 if workers else READER_THREADS
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
+    options = grain.MultiprocessingOptions(num_workers=workers)
+    start = partial(_start_worker, parent=os.getpid())
+    ahead = elements.to_iter_dataset(read_options).mp_prefetch(options, worker_init_fn=start)
+    return Batches(ahead, workers, stall_timeout)
+
+
+def _start_worker(worker: int, workers: int, parent: int) -> None:
+    """In each worker: end with the trainer, however it ends, and not before it.
+
+    What a terminal or a scheduler sends to all processes of a job is the trainer's to answer: it saves first.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    if sys.platform == "linux":
+        # For who is stopped then, and can't look. No deadlier signal: this one also comes when only the thread of the
+        # trainer ends that started the worker.
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK)
+    os._exit(1)
