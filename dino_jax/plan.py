@@ -100,12 +100,13 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
         steady = peak - per_image * share
     recipe = train_loop.build_recipe(config, steps_per_epoch=1_000)
     flops = train_loop.flops_per_image(recipe) * share
+    parameters = sum(x.size for x in jax.tree.leaves(train_loop.abstract_state(recipe, mesh).student))
     rate = peak_flops(mesh.devices.flat[0])
     found = list(collectives(program.as_text(), chips))
     seconds = {
         "compute": flops / (rate * utilisation) if rate else None,
         "links": sum(link_seconds(one, chip, chips // slices) for one in found),
-        "network": sum(network_seconds(one, chip, chips // slices) for one in found),
+        "network": network_seconds(4 * parameters, chip, slices, chips // slices),
     }
     limit = chip.memory * (1 - RESERVED)
     fits = int((limit - steady) / per_image) // config.accum_steps * config.accum_steps if per_image else None
@@ -157,23 +158,28 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.S | re.M))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     assert entry is not None
-    channels: set[str] = set()  # an operation that overlaps with others stands in the text where it starts and ends
 
-    def walk(name: str, times: int) -> Iterator[Collective]:
+    overlapped: set[tuple] = set()
+
+    def walk(name: str, times: int, fused: bool = False) -> Iterator[Collective]:
         for line in bodies.get(name, "").splitlines():
             operation = re.search(rf"= (\(.*?\)|\S+) ({'|'.join(OPERATIONS)})(-start)?\(", line)
-            channel = re.search(r"channel_id=(\d+)", line)
-            if operation and not (channel and channel[1] in channels):
-                channels.update({channel[1]} if channel else ())
+            if operation:
                 sizes = [_bytes(*one) for one in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
                 # What is started holds operands beside results.
                 size = sum(sizes) if not operation[3] or operation[2] == "all-reduce" else max(sizes)
-                yield Collective(operation[2], size, times, _group(line, devices))
+                channel = re.search(r"channel_id=(\d+)", line)
+                # What overlaps with computation stands in each of the fusions that it overlaps with.
+                key = (operation[2], size, times, channel and channel[1])
+                if not (fused and key in overlapped):
+                    yield Collective(operation[2], size, times, _group(line, devices))
+                if fused:
+                    overlapped.add(key)
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
                 yield from walk(loop[2], times * _trips(line, bodies.get(loop[1], "")))
             for called in re.findall(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line):
-                yield from walk(called, times)
+                yield from walk(called, times, True)
 
     return walk(entry[1], 1)
 
@@ -206,10 +212,12 @@ def link_seconds(one: Collective, chip: Chip, per_slice: int) -> float:
     return one.times * passes * size * (n - 1) / n / chip.links
 
 
-def network_seconds(one: Collective, chip: Chip, per_slice: int) -> float:
-    """Between slices each chip sends its part of what all slices reduce, after it was reduced within."""
-    slices = max(one.devices // per_slice, 1)
-    return one.times * 2 * one.size / per_slice * (slices - 1) / slices / chip.network
+def network_seconds(gradient: int, chip: Chip, slices: int, per_slice: int) -> float:
+    """Between slices each chip sends its part of the gradient (bytes), which was reduced within, around a ring.
+
+    By arithmetic: compilers leave this to the runtime, and the program's text tells nothing of it.
+    """
+    return 2 * gradient / per_slice * (slices - 1) / slices / chip.network
 
 
 def table(plan: dict) -> str:

@@ -1,15 +1,14 @@
 """A trained backbone as one file that JAX runs without this package."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 from jax import export
 
+from dino_jax import whole
 from dino_jax.backbone import Backbone
-from dino_jax.errors import UserError
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # one program serves all of them
 
@@ -31,8 +30,10 @@ def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
     path = Path(path)
     size, channels = backbone.card["preprocessing"]["crop"], backbone.config["in_channels"]
     images = jax.ShapeDtypeStruct(export.symbolic_shape(f"B, {size}, {size}, {channels}"), jnp.float32)
-    _write(path, _without_source_paths(backbone, images))
-    _write(path.with_name(path.name + ".json"), json.dumps(backbone.card, indent=2).encode() + b"\n")
+    with whole.file(path, "give another path") as unfinished:
+        unfinished.write_bytes(_without_source_paths(backbone, images))
+    with whole.file(path.with_name(path.name + ".json")) as unfinished:
+        unfinished.write_text(json.dumps(backbone.card, indent=2) + "\n")
 
 
 def _without_source_paths(backbone: Backbone, images: jax.ShapeDtypeStruct) -> bytes:
@@ -48,15 +49,3 @@ def _without_source_paths(backbone: Backbone, images: jax.ShapeDtypeStruct) -> b
         return bytes(export.export(jax.jit(features), platforms=PLATFORMS)(images).serialize())
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"can't write {path} ({error.strerror}): give another path") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -17,7 +17,11 @@ PROGRAM = """HloModule step
 }
 
 %overlapped (x: f32[16]) -> f32[16] {
-  ROOT %again = f32[16]{0} all-gather(%c), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}
+  ROOT %again = f32[32]{0} all-gather(%c), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
+}
+
+%overlapped_too (x: f32[16]) -> f32[16] {
+  ROOT %again = f32[32]{0} all-gather(%c), channel_id=4, replica_groups={{0,1,2,3,4,5,6,7}}
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
@@ -25,6 +29,7 @@ ENTRY %main (x: f32[8]) -> f32[8] {
   %sums = (f32[384]{0}, f32[10,384]{1,0}) all-reduce(%a, %b), channel_id=1, replica_groups=[1,8]<=[8], to_apply=%add
   %begin = (f32[4]{0}, f32[16]{0}) all-gather-start(%c), channel_id=2, replica_groups={{0,1,2,3,4,5,6,7}}
   %fused = f32[16]{0} fusion(%begin), calls=%overlapped
+  %fused_too = f32[16]{0} fusion(%begin), calls=%overlapped_too
   ROOT %end = f32[16]{0} all-gather-done(%begin)
 }
 """
@@ -36,6 +41,7 @@ def test_collectives_of_a_program_with_a_loop():
         Collective("all-gather", 2 * 384 * 1536, 12, 4),
         Collective("all-reduce", 4 * 11 * 384, 1, 8),
         Collective("all-gather", 4 * 16, 1, 8),
+        Collective("all-gather", 4 * 32, 1, 8),
     ]
 
 
@@ -44,13 +50,12 @@ def test_times_are_those_of_rings():
     reduce = Collective("all-reduce", 400, 2, 8)
     # One slice of 8: twice 7/8 of it around the ring, two times.
     assert plan.link_seconds(reduce, chip, 8) == pytest.approx(2 * 2 * 400 * 7 / 8 / 100)
-    assert plan.network_seconds(reduce, chip, 8) == 0
+    assert plan.network_seconds(400, chip, 1, 8) == 0
     # Two slices of 4: 3/4 within; between them each chip's quarter, there and back half of it.
     assert plan.link_seconds(reduce, chip, 4) == pytest.approx(2 * 2 * 400 * 3 / 4 / 100)
-    assert plan.network_seconds(reduce, chip, 4) == pytest.approx(2 * 2 * 100 / 2 / 10)
+    assert plan.network_seconds(400, chip, 2, 4) == pytest.approx(2 * 100 / 2 / 10)
     gather = Collective("all-gather", 400, 1, 4)
     assert plan.link_seconds(gather, chip, 8) == pytest.approx(400 * 3 / 4 / 100)
-    assert plan.network_seconds(gather, chip, 4) == 0  # within a slice
     assert plan.link_seconds(Collective("reduce-scatter", 100, 1, 4), chip, 4) == pytest.approx(400 * 3 / 4 / 100)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from dino_jax import whole
 from dino_jax.convert import torch_file
 from dino_jax.convert.torch_file import Unreadable
 from dino_jax.errors import UserError
@@ -85,17 +86,14 @@ def write(path: str | Path, tree: Mapping, metadata: Mapping[str, str] | None = 
         raise UserError(f"can't write {path}: name it .safetensors, or .pth for torch.save's format")
     if not path.parent.is_dir():
         raise UserError(f"can't write {path}: {path.parent} is no folder")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.touch()
-        mode = temporary.stat().st_mode  # of the user's umask; safetensors lets nobody else read its files
-        WRITERS[path.suffix](temporary, tree, metadata or {})
-        temporary.chmod(mode)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch raises the last for a full disk
-        raise UserError(f"can't write {path} ({error})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole.file(path) as unfinished:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # of the user's umask; safetensors lets nobody else read its files
+        try:
+            WRITERS[path.suffix](unfinished, tree, metadata or {})
+        except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a full disk
+            raise UserError(f"can't write {path} ({error}): {whole.WAY_OUT}") from error
+        unfinished.chmod(mode)
 
 
 def _read_safetensors(path: Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:

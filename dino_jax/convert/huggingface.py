@@ -11,7 +11,6 @@ side to 224, centre 224: the same view of a square image. Set the resize to 256 
 
 import json
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from dino_jax import whole
 from dino_jax.convert import files
 from dino_jax.convert.official import renamed
 from dino_jax.errors import UserError
@@ -94,13 +94,11 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Ma
     architecture, folder = card["architecture"], Path(folder)
     if architecture["arch"] not in VITS:
         raise UserError(f"the Hugging Face form is for ViTs, and this is a {architecture['arch']}: use --to=timm")
-    unfinished = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
-    files.write(unfinished / "model.safetensors", from_official(tensors))
-    _write_json(unfinished / "config.json", _config(architecture))
-    _write_json(unfinished / "preprocessor_config.json", _processor(card["preprocessing"], architecture["in_channels"]))
-    unfinished.replace(folder)
+    processor = _processor(card["preprocessing"], architecture["in_channels"])
+    with whole.folder(folder) as unfinished:
+        files.write(unfinished / "model.safetensors", from_official(tensors))
+        _write_json(unfinished / "config.json", _config(architecture))
+        _write_json(unfinished / "preprocessor_config.json", processor)
 
 
 def read_folder_settings(folder: str | Path) -> dict[str, Any]:

@@ -25,11 +25,12 @@ import ml_collections
 import numpy as np
 from ml_collections.config_dict import placeholder
 
+from dino_jax import whole
 from dino_jax.backbone import Backbone
 from dino_jax.data.sources import Source, Subset, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals.features import FeatureTable, image_size, keep_in, tabulate_backbone, undecodable
-from dino_jax.evals.kept import write_whole
+from dino_jax.evals.kept import WAY_OUT
 from dino_jax.evals.linear_heads import Kind, probe_features
 from dino_jax.models.vit import ViT
 from dino_jax.sharding import make_mesh
@@ -152,7 +153,8 @@ def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
 
 def write_npy(features: np.ndarray, path: Path) -> Path:
     """float32 [N, D], whole or not at all."""
-    write_whole(path, lambda file: np.save(file, features))
+    with whole.file(path, WAY_OUT) as unfinished, unfinished.open("wb") as file:
+        np.save(file, features)
     return path
 
 

@@ -5,16 +5,17 @@ import json
 import sys
 import zipfile
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import jax
 import numpy as np
 
 from dino_jax import whole
 from dino_jax.backbone import Backbone
+
+WAY_OUT = "make room, or set --out to another folder"
 
 
 @dataclass
@@ -49,13 +50,8 @@ class Kept:
         """Keeps the arrays of a part, whole or not at all. Process 0 writes; UserError where it can't."""
         if jax.process_index() > 0:
             return
-        write_whole(self.path(names), lambda file: np.savez(file, **arrays))  # type: ignore[arg-type]
-
-
-def write_whole(path: Path, write: Callable[[BinaryIO], None]) -> None:
-    """Calls write(file) so that `path` holds all of it or is left as it was. UserError where it can't be written."""
-    with whole.file(path, "make room, or set --out to another folder") as unfinished, unfinished.open("wb") as file:
-        write(file)
+        with whole.file(self.path(names), WAY_OUT) as unfinished, unfinished.open("wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def fingerprint(backbone: Backbone, *settings) -> str:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,9 +10,11 @@ import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from dino_jax import whole
 from dino_jax.checkpoints import plain
 from dino_jax.data.sources import Source
 from dino_jax.errors import UserError
+from dino_jax.evals.kept import WAY_OUT
 from dino_jax.evals.linear_heads import Probe, ProbeState
 
 FREE = ("workers", "val_every")  # settings that may change between a run and its continuation
@@ -45,13 +46,8 @@ def save_state(file: Path, settings: dict, state: ProbeState, history: list[Reco
     arrays = flatten_dict({"step": state.step, "heads": state.heads, "momentum": state.momentum}, sep="/")
     columns = zip(*history, strict=True)
     measured: dict[str, Any] = {f"history/{key}": np.stack(x) for key, x in zip(Record._fields, columns, strict=False)}
-    unfinished = file.with_name(f"{file.name}.tmp")
-    try:
-        with open(unfinished, "wb") as stream:
-            np.savez(stream, settings=json.dumps(settings), **(measured | jax.device_get(arrays)))
-        os.replace(unfinished, file)
-    except OSError as error:
-        raise UserError(f"can't write {file} ({error.strerror}): make room, or set --out to another folder") from error
+    with whole.file(file, WAY_OUT) as unfinished, unfinished.open("wb") as stream:
+        np.savez(stream, settings=json.dumps(settings), **(measured | jax.device_get(arrays)))
 
 
 def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:

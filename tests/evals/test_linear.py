@@ -329,5 +329,6 @@ def test_images_without_a_class_are_named(label):
 
 def test_what_cannot_be_written_is_named(tmp_path):
     state = linear_heads.ProbeState(np.int32(0), {}, {}, {})
+    (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"can't write .*--out"):
-        linear.save_state(tmp_path / "absent" / linear.STATE_FILE, {}, state, [])
+        linear.save_state(tmp_path / "file" / linear.STATE_FILE, {}, state, [])
