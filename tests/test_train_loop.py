@@ -119,8 +119,9 @@ def start_two(workdir, *flags, own=([], [])):
     return [start(workdir, *shared, f"--config.distributed.process_id={i}", *own[i], devices=2) for i in range(2)]
 
 
-def test_same_losses_in_2_processes(one_device, tmp_path):
-    for process in start_two(tmp_path, *KNN):
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_same_losses_in_2_processes(one_device, tmp_path, fsdp):
+    for process in start_two(tmp_path, *KNN, f"--config.fsdp={fsdp}"):
         finish(process)
     assert losses(tmp_path) == pytest.approx(losses(one_device[0]), rel=1e-5)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
