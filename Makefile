@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev install-peers demo test check format bench clean
+.PHONY: install install-dev install-peers demo test check format bench chaos clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
@@ -41,6 +41,9 @@ bench: install-dev  ## speed of the train step, the input pipeline and the linea
 	$(BIN)/python -m benchmarks.step
 	$(BIN)/python -m benchmarks.input
 	$(BIN)/python -m benchmarks.linear
+
+chaos: install  ## the demo killed at 20 random moments: the same bits at the end
+	$(BIN)/python -m benchmarks.chaos --kills=20
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

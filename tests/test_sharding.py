@@ -21,6 +21,8 @@ DEVICES = 8
 # (fsdp, changes of the config): the first is what the others must agree with.
 RUNS = {
     "replicated": (1, {}),
+    "accumulated": (1, {"accum_steps": 2}),
+    "more_crops": (1, {"crops__local_number": 6}),
     "fsdp": (4, {}),
     "fsdp_remat": (2, {"model__remat": True}),
     "fsdp_accum": (4, {"accum_steps": 2}),
@@ -129,11 +131,12 @@ def test_a_checkpoint_in_parts_restores_on_any_mesh(followed, mesh):
     assert found["losses"] == pytest.approx(followed["restored"]["8x4"]["losses"], rel=1e-5)
 
 
-def test_gradients_cross_devices_once(followed):
-    """4 bytes a parameter in few operations, and nothing of the size of batch x K."""
+@pytest.mark.parametrize("name", ["replicated", "accumulated", "more_crops"])
+def test_gradients_cross_devices_once(followed, name):
+    """4 bytes a parameter in few operations, and nothing of the size of batch x K; whatever the parts and the crops."""
     recipe, _, state = setup()
     gradient = 4 * sum(x.size for x in jax.tree.leaves(state.student))
-    moved = followed["replicated"]["collectives"]
+    moved = followed[name]["collectives"]
     assert {operation for operation, _ in moved} == {"all-reduce"}
     means = 4 * (2 * recipe.config.head.out_dim + 2)  # of targets and logits, loss and entropy
     assert gradient <= sum(size for _, size in moved) <= 1.02 * (gradient + means)
