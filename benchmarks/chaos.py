@@ -113,6 +113,7 @@ def left_over(workdir: Path) -> list[str]:
 
 def run(kills: int, seed: int, folder: Path, arguments: list[str]) -> Report:
     """Trains `folder`/reference in one go and `folder`/killed in kills + 1 lives."""
+    folder = folder.resolve()  # as Orbax wants it
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     reference, killed = folder / "reference", folder / "killed"
