@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 
 from dino_jax import checkpoints, sharding
-from dino_jax.data.sources import Source
+from dino_jax.data.sources import Source, names_digest
 from dino_jax.errors import UserError
 
 # Of the config: what is each host's own business, and paths. What lies there is compared where it is read.
@@ -79,10 +79,7 @@ def settings(config: Any) -> dict[str, Any]:
 
 def data(source: Source) -> dict[str, Any]:
     """The number of images and a hash of their names, in order."""
-    names = hashlib.sha256()
-    for record in range(len(source)):
-        names.update(source.name(record).encode() + b"\0")
-    return {"images of data.source": len(source), "names of images of data.source": names.hexdigest()[:16]}
+    return {"images of data.source": len(source), "names of images of data.source": names_digest(source)}
 
 
 def program(step: Callable, *args: Any) -> dict[str, str]:

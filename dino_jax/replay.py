@@ -52,13 +52,13 @@ def replay(file: str | Path) -> Report:
     with train_loop.batches_from(start, source, config) as batches:
         for before in progress(range(start + 1, step), step - start - 1, "steps before", unit="steps"):
             limit = np.float32(-1 if before in told["skipped"] else np.inf)  # a spike is skipped here, too
-            state, _ = train_step(state, _on_devices(next(batches), mesh), limit)
+            state, _ = train_step(state, train_loop.on_devices(next(batches), mesh), limit)
         batch = next(batches)
     names = [source.name(int(record)) for record in batch.index]
     if names != [image["name"] for image in told["images"]]:
         raise UserError(f"{config.data.source} no longer gives the images of step {step:,}: put the same data there")
 
-    arrays = _on_devices(batch, mesh)
+    arrays = train_loop.on_devices(batch, mesh)
     grads, *_ = jax.jit(partial(dino.gradients, recipe, mesh))(state, arrays)
     broken = jax.device_get(jax.jit(partial(not_finite, recipe, mesh))(state, arrays))
     _, metrics = train_step(state, arrays, np.float32(np.inf))
@@ -119,10 +119,6 @@ def module_norms(grads: Any) -> dict[str, float]:
 
 def _norms(modules: dict[str, list]) -> dict[str, jax.Array]:
     return {name: optax.tree.norm(gradients) for name, gradients in modules.items()}
-
-
-def _on_devices(batch, mesh: Mesh) -> train_loop.DeviceBatch:
-    return sharding.shard_batch(train_loop.DeviceBatch(batch.canvas, batch.size, batch.position), mesh)
 
 
 def main(argv: list[str]) -> None:

@@ -137,7 +137,7 @@ class Run:
         self._watchdog.beat("step", done)
         self._note_bad(batch)
         with readable_out_of_memory():
-            arrays = sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), self._mesh)
+            arrays = on_devices(batch, self._mesh)
             if not self._compiled:
                 agreement.require(lambda: agreement.program(self._train_step, state, arrays, np.float32(np.inf)))
             state, scalars = self._train_step(state, arrays, self._skipped.max_grad_norm())
@@ -188,6 +188,11 @@ class Run:
                 f"{len(self._bad)} of {len(self._source):,} images cannot be decoded, more than data.max_bad_fraction="
                 f"{limit} allows: mend or remove them, or raise --config.data.max_bad_fraction; the first: {names}"
             )
+
+
+def on_devices(batch, mesh: jax.sharding.Mesh) -> DeviceBatch:
+    """This process's `Batch` -> what the devices need of the global one, split over them."""
+    return sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), mesh)
 
 
 @contextmanager

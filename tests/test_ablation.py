@@ -10,22 +10,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image, ImageColor
-from tiny import tiny_config
+from tiny import SHORT, tiny_config
 
 from dino_jax import ablation, train_loop
 
 ROOT = Path(__file__).parent.parent
 LN_K = math.log(256)
 KNN = {"eval__train": "demo:train:3", "eval__test": "demo:test:3", "eval__k": 5}
-SHORT = [
-    "--config.epochs=2",
-    "--config.batch_size=16",
-    "--config.log_every=1",
-    "--config.data.source=demo:train:8",
-    "--config.eval.train=demo:train:3",
-    "--config.eval.test=demo:test:3",
-    "--config.eval.k=5",
-]
 
 
 def run(*arguments):

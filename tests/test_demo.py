@@ -6,17 +6,9 @@ import sys
 from pathlib import Path
 
 from PIL import Image
+from tiny import SHORT
 
 ROOT = Path(__file__).parent.parent
-SHORT = [
-    "--config.epochs=2",
-    "--config.batch_size=16",
-    "--config.log_every=1",
-    "--config.data.source=demo:train:8",
-    "--config.eval.train=demo:train:3",
-    "--config.eval.test=demo:test:3",
-    "--config.eval.k=5",
-]
 
 
 def test_report_and_picture(tmp_path):

@@ -2,6 +2,17 @@
 
 from configs import demo
 
+# The demo and the ablation as commands, a few steps long.
+SHORT = [
+    "--config.epochs=2",
+    "--config.batch_size=16",
+    "--config.log_every=1",
+    "--config.data.source=demo:train:8",
+    "--config.eval.train=demo:train:3",
+    "--config.eval.test=demo:test:3",
+    "--config.eval.k=5",
+]
+
 
 def tiny_config(**changes):
     """The demo's, with a smaller head, few images and no evaluation; changes by dotted name with `__` for the dot."""

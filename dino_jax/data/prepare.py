@@ -7,7 +7,6 @@ images in the same order, hence the same batches. Images are stored as they are,
 command goes on where it was cut off. OUT/manifest.json says what was made of what.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -23,7 +22,7 @@ from PIL import Image
 
 from dino_jax import cli, whole
 from dino_jax.data.pipeline import DecodeError, decode
-from dino_jax.data.sources import Example, Source, open_source, write_examples
+from dino_jax.data.sources import Example, Source, names_digest, open_source, write_examples
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
 from dino_jax.progress import progress
@@ -87,7 +86,7 @@ def prepare(
     source, out = open_source(spec), Path(out)
     plan = {
         "source": spec,
-        "names": _names_digest(source),
+        "names": names_digest(source),
         "images": len(source),
         "classes": source.num_classes,
         "canvas_size": canvas_size,
@@ -198,13 +197,6 @@ def _write_manifest(out: Path, plan: dict, done: dict[str, Written]) -> None:
     shards = [done[name]._asdict() for name in sorted(done)]
     with whole.file(out / MANIFEST) as path:
         path.write_text(json.dumps({**plan, "shards": shards}, indent=1) + "\n")
-
-
-def _names_digest(source: Source) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for i in range(len(source)):
-        digest.update(f"{source.name(i)}\n".encode())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ because grain's workers are spawned.
 """
 
 import glob
+import hashlib
 import io
 import os
 import re
@@ -263,6 +264,14 @@ def _split_record(record: bytes) -> tuple[int, int, bytes]:
         return -1, 0, record
     _, label, num_classes = RECORD_HEADER.unpack_from(record)
     return label, num_classes, record[RECORD_HEADER.size :]
+
+
+def names_digest(source: Source) -> str:
+    """A hash of the names of all records, in order."""
+    digest = hashlib.sha256()
+    for record in range(len(source)):
+        digest.update(source.name(record).encode() + b"\0")
+    return digest.hexdigest()[:32]
 
 
 def write_array_record(source: Source, path: str) -> None:
