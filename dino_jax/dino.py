@@ -9,7 +9,7 @@ Shapes: `B` images of this device's share, `G` = 2 global crops, `L` local crops
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -50,24 +50,48 @@ def targets(teacher_logits: jax.Array, center: jax.Array, temp: jax.Array) -> ja
     return jax.lax.stop_gradient(jax.nn.softmax((teacher_logits - center) / temp))
 
 
-def cross_entropy(target: jax.Array, student_logits: jax.Array, temp: float) -> jax.Array:
-    """-sum(target * log softmax(student_logits / temp)) over K, [..., K] -> [...]; targets may sum to any number."""
-    logits = student_logits / temp
+def cross_entropy(target: jax.Array, logits: jax.Array, temp: float) -> jax.Array:
+    """-sum(target * log softmax(logits / temp)) over K, [..., K] -> [...]; targets may sum to any number."""
+    logits = logits / temp
     return target.sum(-1) * jax.nn.logsumexp(logits, axis=-1) - (target * logits).sum(-1)
 
 
-def pair_loss(q: jax.Array, global_logits: jax.Array, local_logits: jax.Array | None, temp: float) -> jax.Array:
+def pair_loss(q: jax.Array, logits: jax.Array, temp: float) -> jax.Array:
     """Mean cross-entropy over the pairs (teacher's global crop g, student's view v != g); q [B, G, K] -> scalar.
 
-    Cross-entropy is linear in its target, so each view meets the *sum* of its targets once: both globals for a local
-    view, the other one for a global view.
+    Student's logits [B, V, K], its global crops first. Cross-entropy is linear in its target, so each view meets the
+    *sum* of its targets once: both globals for a local view, the other one for a global view.
     """
-    total = cross_entropy(q[:, ::-1], global_logits, temp).mean(0).sum()
-    pairs = 2
-    if local_logits is not None:
-        total += cross_entropy(q.sum(1, keepdims=True), local_logits, temp).mean(0).sum()
-        pairs += 2 * local_logits.shape[1]
-    return total / pairs
+    G, V = q.shape[1], logits.shape[1]
+    total = cross_entropy(q[:, ::-1], logits[:, :G], temp).mean(0).sum()
+    if V > G:
+        total += cross_entropy(q.sum(1, keepdims=True), logits[:, G:], temp).mean(0).sum()
+    return total / (G * (V - 1))
+
+
+def head_loss(q: jax.Array, z: jax.Array, prototypes: Callable[[jax.Array], jax.Array], temp: float) -> jax.Array:
+    """`pair_loss` of logits = prototypes(z), z [B, V, bottleneck], made for a part of the images at a time.
+
+    All of them, [B, V, K], would be the largest array of the step, several times over with what their gradient needs.
+    The backward pass makes a part again when its turn comes, which costs far less than a hundredth of the step.
+    """
+    images, views = z.shape[:2]
+    at_a_time = _images_at_a_time(images, views, q.shape[-1])
+    if at_a_time == images:
+        return pair_loss(q, prototypes(z), temp)
+
+    @jax.checkpoint
+    def add(total, part):
+        return total + pair_loss(part[0], prototypes(part[1]), temp), None
+
+    parts = jax.tree.map(lambda x: x.reshape(-1, at_a_time, *x.shape[1:]), (q, z))
+    return jax.lax.scan(add, jnp.float32(0), parts)[0] * at_a_time / images
+
+
+def _images_at_a_time(images: int, views: int, prototypes: int) -> int:
+    """A divisor of `images`: about an eighth of them, but no fewer than 16 MiB of logits."""
+    least = max(images / 8, 2**22 / (views * prototypes))
+    return next((n for n in range(1, images) if images % n == 0 and n >= least), images)
 
 
 def update_teacher(teacher: dict, student: dict, momentum: jax.Array) -> dict:
@@ -80,11 +104,11 @@ def update_center(center: jax.Array, batch_mean: jax.Array, momentum: float) -> 
     return momentum * center + (1 - momentum) * batch_mean
 
 
-def forward(network: Network, params: dict, stats: dict, crop_groups: list, drop_paths: list) -> tuple[list, dict]:
-    """Groups of equally large crops [B, V_i, H, W, C] -> their logits float32 [B, V_i, K] and the new statistics.
+def forward(network: Network, params: dict, stats: dict, crop_groups: list, drop_paths: list) -> tuple[Any, dict]:
+    """Groups of equally large crops [B, V_i, H, W, C] -> unit vectors float32 [B, V, bottleneck], new statistics.
 
     One backbone call a group, as batch norm there is per crop size; the head's MLP sees all views together, as its
-    batch norm must; logits, the largest arrays of the step, are made group by group.
+    batch norm must. What is left is the prototypes (`logits`).
     """
     features, backbone_stats = [], stats["backbone"]
     for crops, drop_path in zip(crop_groups, drop_paths, strict=True):
@@ -96,12 +120,13 @@ def forward(network: Network, params: dict, stats: dict, crop_groups: list, drop
     z, head_stats = _apply(
         network.head, params["head"], stats["head"], jnp.concatenate(features, axis=1), method="bottleneck"
     )
-    logits, first = [], 0
-    for x in features:
-        view = z[:, first : first + x.shape[1]]
-        logits.append(network.head.apply({"params": params["head"]}, view, method="prototypes"))
-        first += x.shape[1]
-    return logits, {"backbone": backbone_stats, "head": head_stats}
+    return z, {"backbone": backbone_stats, "head": head_stats}
+
+
+def logits(network: Network, params: dict, z: jax.Array) -> jax.Array:
+    """Unit vectors [..., bottleneck] -> similarity to each prototype, float32 [..., K]."""
+    scores: Any = network.head.apply({"params": params["head"]}, z, method="prototypes")
+    return scores
 
 
 def _apply(module: nn.Module, params: dict, stats: dict, x: jax.Array, *args, method: str = "__call__"):
@@ -172,8 +197,8 @@ def share_of_gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, 
     gather = partial(sharding.gather, dtype=network.backbone.dtype)
     teacher = gather(state.teacher)
 
-    def microbatch(carry, batch):
-        sums, student_stats, teacher_stats = carry
+    def part(stats, batch):
+        student_stats, teacher_stats = stats
         keys = image_keys(config.seed, state.step, batch.position)
         crops = augment(keys[:, 0], batch)
         groups = [crops.global_crops] + ([crops.local_crops] if crops.local_crops.shape[1] else [])
@@ -182,39 +207,40 @@ def share_of_gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, 
             for i, group in enumerate(groups)
         ]
 
-        [teacher_logits], teacher_stats = forward(network, teacher, teacher_stats, groups[:1], [None])
+        z, teacher_stats = forward(network, teacher, teacher_stats, groups[:1], [None])
+        teacher_logits = logits(network, teacher, z)
         q = targets(teacher_logits, state.center, teacher_temp)
 
         def loss_fn(student):
-            logits, stats = forward(network, gather(student), student_stats, groups, drop_paths)
-            return pair_loss(q, logits[0], logits[1] if len(logits) > 1 else None, config.dino.student_temp), stats
+            student = gather(student)
+            z, stats = forward(network, student, student_stats, groups, drop_paths)
+            return head_loss(q, z, partial(logits, network, student), config.dino.student_temp), stats
 
         (loss, student_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
-        new = {
+        means = {
             "grads": grads,
             "loss": loss,
             "teacher_entropy": entropy(q).mean(),
             "teacher_logits": teacher_logits.mean((0, 1)),
             "targets": q.mean((0, 1)),
         }
-        return (jax.tree.map(jnp.add, sums, new), student_stats, teacher_stats), None
+        return (student_stats, teacher_stats), means
 
-    zeros = {
-        "grads": jax.tree.map(jnp.zeros_like, state.student),
-        "loss": jnp.float32(0),
-        "teacher_entropy": jnp.float32(0),
-        "teacher_logits": jnp.zeros_like(state.center),
-        "targets": jnp.zeros_like(state.center),
-    }
-    start = zeros, state.student_stats, state.teacher_stats
+    stats = state.student_stats, state.teacher_stats
     if config.accum_steps == 1:  # XLA keeps a loop of one turn, which costs a fifth of the step on a CPU
-        carry, _ = microbatch(start, batch)
+        stats, sums = part(stats, batch)
     else:
         parts = jax.tree.map(lambda x: x.reshape(config.accum_steps, -1, *x.shape[1:]), batch)
-        carry, _ = jax.lax.scan(microbatch, start, parts)
-    sums, student_stats, teacher_stats = carry
+        first = jax.tree.map(lambda x: x[0], parts)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(part, stats, first)[1])
+
+        def add(carry, batch):
+            stats, new = part(carry[0], batch)
+            return (stats, jax.tree.map(jnp.add, carry[1], new)), None
+
+        (stats, sums), _ = jax.lax.scan(add, (stats, zeros), parts)
     means = sharding.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # all that crosses devices
-    return means.pop("grads"), means, student_stats, teacher_stats
+    return means.pop("grads"), means, *stats
 
 
 def train_step(

@@ -95,13 +95,18 @@ def not_finite(recipe: dino.Recipe, mesh: Mesh, state: dino.TrainState, batch) -
         groups = [crops.global_crops] + ([crops.local_crops] if crops.local_crops.shape[1] else [])
         gather = partial(sharding.gather, dtype=network.backbone.dtype)
         nothing = [None] * len(groups)
-        student, _ = dino.forward(network, gather(state.student), state.student_stats, groups, nothing)
-        teacher, _ = dino.forward(network, gather(state.teacher), state.teacher_stats, groups[:1], [None])
+        student, teacher = gather(state.student), gather(state.teacher)
+        student_z, _ = dino.forward(network, student, state.student_stats, groups, nothing)
+        teacher_z, _ = dino.forward(network, teacher, state.teacher_stats, groups[:1], [None])
 
         def broken(arrays):
             return ~jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in arrays]).all(0)
 
-        return {"pixels": broken(groups), "teacher": broken(teacher), "student": broken(student)}
+        return {
+            "pixels": broken(groups),
+            "teacher": broken([dino.logits(network, teacher, teacher_z)]),
+            "student": broken([dino.logits(network, student, student_z)]),
+        }
 
     return jax.shard_map(
         own, mesh=mesh, in_specs=(sharding.specs(state), sharding.BATCH), out_specs=sharding.BATCH, check_vma=False

@@ -41,7 +41,7 @@ def test_loss_gradient_and_center(golden):
 
         def loss_fn(student, teacher=teacher, center=center, epoch=epoch):
             q = dino.targets(teacher, center, temp(epoch))
-            return dino.pair_loss(q, student[:, :2], student[:, 2:], meta["student_temp"])
+            return dino.pair_loss(q, student, meta["student_temp"])
 
         loss, grad = jax.value_and_grad(loss_fn)(student)
         np.testing.assert_allclose(loss, arrays[f"loss{i}"], rtol=1e-5)
@@ -56,13 +56,42 @@ def test_loss_without_local_crops(golden):
     student, teacher = by_image(arrays["in/student_2crops"], 2), by_image(arrays["in/teacher_2crops"], 2)
     temp = schedules.temperature(c["wt"], c["tt"], c["wte"], steps_per_epoch=1)(0)
     q = dino.targets(teacher, jnp.zeros(c["out_dim"]), temp)  # the reference computed it first: epoch 0, no centre
-    np.testing.assert_allclose(dino.pair_loss(q, student, None, meta["student_temp"]), arrays["loss_2crops"], rtol=1e-5)
+    np.testing.assert_allclose(dino.pair_loss(q, student, meta["student_temp"]), arrays["loss_2crops"], rtol=1e-5)
 
 
 def test_targets_pass_no_gradient():
     logits = jnp.arange(6.0).reshape(1, 2, 3)
-    grad = jax.grad(lambda t: dino.pair_loss(dino.targets(t, jnp.zeros(3), 0.1), logits, None, 0.1))(logits)
+    grad = jax.grad(lambda t: dino.pair_loss(dino.targets(t, jnp.zeros(3), 0.1), logits, 0.1))(logits)
     np.testing.assert_array_equal(grad, 0)
+
+
+def test_loss_in_parts_is_the_loss():
+    images, views, K, D = 16, 10, 2**17, 4
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.dirichlet(np.full(8, 0.1), (images, 2)), jnp.float32).repeat(K // 8, -1) / (K // 8)
+    z, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((images, views, D), (K, D)))
+    assert dino._images_at_a_time(images, views, K) == 4
+
+    def in_parts(z, weights):
+        return dino.head_loss(q, z, lambda z: z @ weights.T, 0.1)
+
+    def at_once(z, weights):
+        return dino.pair_loss(q, z @ weights.T, 0.1)
+
+    (ours, grads), (expected, expected_grads) = (
+        jax.jit(jax.value_and_grad(loss, (0, 1)))(z, weights) for loss in (in_parts, at_once)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    for ours, expected in zip(grads, expected_grads, strict=True):  # sums over K and over images in another order
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("images", "views", "K", "expected"),
+    [(64, 10, 65_536, 8), (4, 10, 65_536, 4), (61, 10, 65_536, 61), (16, 6, 256, 16), (1, 12, 262_144, 1)],
+)
+def test_images_at_a_time(images, views, K, expected):
+    assert dino._images_at_a_time(images, views, K) == expected
 
 
 class Run(NamedTuple):
@@ -208,6 +237,6 @@ def test_outputs_at_step_0(golden, rule_weights):
     arrays, meta, recipe, state = load_run(golden, rule_weights, "adamw")
     crops = meta["batches"][0].crops
     for key, groups in [("teacher", [crops.global_crops]), ("student", [crops.global_crops, crops.local_crops])]:
-        logits, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))
-        rows = np.concatenate([group.swapaxes(0, 1).reshape(-1, group.shape[-1]) for group in logits])
+        z, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))
+        rows = dino.logits(recipe.network, state.student, z).swapaxes(0, 1).reshape(-1, recipe.network.head.out_dim)
         np.testing.assert_allclose(rows, arrays[f"{key}_out_step0"], rtol=1e-4, atol=1e-5)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dino_jax.models.batch_norm import BatchNorm
+from dino_jax.models.gelu import gelu
 from dino_jax.models.initializers import torch_uniform
 
 
@@ -59,7 +60,7 @@ class DINOHead(nn.Module):
             x = dense(x)
             if i < self.layers - 1:
                 x = self.bn[i](x, train) if self.use_bn else x
-                x = jax.nn.gelu(x, approximate=False)
+                x = gelu(x)
         return l2_normalize(x.astype(jnp.float32))
 
     def prototypes(self, z: jax.Array) -> jax.Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dino_jax.models.gelu import gelu
 from dino_jax.models.initializers import torch_uniform
 
 normal_init = nn.initializers.normal(0.02)
@@ -76,7 +77,7 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, N, D] -> [B, N, D]."""
         y = nn.Dense(self.hidden_dim, kernel_init=normal_init, dtype=self.dtype, name="fc1")(x)
-        y = jax.nn.gelu(y, approximate=False)
+        y = gelu(y)
         return nn.Dense(x.shape[-1], kernel_init=normal_init, dtype=self.dtype, name="fc2")(y)
 
 
@@ -145,17 +146,17 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
 
     def _block(self):
-        """`Block`, with what the backward pass is to compute again rather than to keep."""
-        remat = partial(nn.remat, prevent_cse=False, static_argnums=(3,))
-        gather = self.gather
-        if gather is None:
-            return remat(Block) if self.remat else Block
-        whole = partial(gather, dtype=self.dtype)
-        block = nn.map_variables(Block, "params", trans_in_fn=whole, init=self.is_initializing())
-        # What is gathered (by a custom_vjp, the only one in a block) is never kept for the backward pass: all blocks'
-        # whole parameters would be there at once.
-        keep = None if self.remat else lambda primitive, *_, **__: primitive.name != "custom_vjp_call"
-        return remat(block, policy=keep)
+        """`Block`, with what the backward pass is to compute again rather than to keep.
+
+        The results of the products with weights are kept, all else (norms, attention, GELU, gathered parameters) is
+        cheaper to compute again than to write for each block and to read back. With `remat` only a block's input is.
+        """
+        block = Block
+        if self.gather is not None:
+            whole = partial(self.gather, dtype=self.dtype)
+            block = nn.map_variables(Block, "params", trans_in_fn=whole, init=self.is_initializing())
+        keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return nn.remat(block, prevent_cse=False, static_argnums=(3,), policy=keep)
 
     def tokens(self, images: jax.Array) -> jax.Array:
         """[B, H, W, C] -> [B, 1+N, D]: CLS and patch tokens with their positions, before the first block.
