@@ -1,16 +1,19 @@
-"""What an image costs on its way in: decode on the host, all crops on the device.
+"""What an image costs on its way in: decode on the host, all crops on the device; and whether steps wait for it.
 
-    python -m benchmarks.input [--repeats=20]
+    python -m benchmarks.input [--repeats=20] [--seconds=60]
 
 One 500 x 375 JPEG of a photograph (scikit-image's), made into a 256 px canvas on one core; then 2 x 224 and 8 x 96
 crops of a batch of 8 canvases on the device. In the same run: the same ten crops, photometric operations included, by
-Pillow on one core, the way the reference makes them on the host.
+Pillow on one core, the way the reference makes them on the host. Then the trainer's stream of batches from a folder of
+such files, read by one process, against a step that takes 20 ms an image.
 """
 
 import io
 import resource
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -21,10 +24,13 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from benchmarks import environment
 from configs import vits16
 from dino_jax.data.multicrop import multicrop
-from dino_jax.data.pipeline import to_canvas
+from dino_jax.data.pipeline import to_canvas, train_batches
+from dino_jax.data.sources import open_source
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs; the median counts")
+SECONDS = flags.DEFINE_float("seconds", 60, "how long steps are watched waiting for data")
 BATCH = 8
+STEP_PER_IMAGE = 0.02  # seconds
 
 
 def photograph() -> bytes:
@@ -80,6 +86,24 @@ def pillow_crops(jpeg: bytes, rng: np.random.Generator) -> list[np.ndarray]:
     return out
 
 
+def data_wait(jpeg: bytes, seconds: float) -> float:
+    """Share of the time that steps of STEP_PER_IMAGE spend waiting for their batch."""
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(256):
+            Path(folder, f"{number}.jpg").write_bytes(jpeg)
+        source, canvas_size = open_source(f"folder:{folder}"), vits16.get_config().data.canvas_size
+        settings = {"canvas_size": canvas_size, "channels": 3, "seed": 0, "start_step": 0, "workers": 1}
+        with train_batches(source, batch_size=BATCH, **settings, process_index=0, process_count=1) as batches:
+            next(batches)  # the reader has started
+            start, waited = time.perf_counter(), 0.0
+            while time.perf_counter() - start < seconds:
+                asked = time.perf_counter()
+                next(batches)
+                waited += time.perf_counter() - asked
+                time.sleep(BATCH * STEP_PER_IMAGE)
+            return waited / (time.perf_counter() - start)
+
+
 def main(argv: list[str]) -> None:
     """Prints the table."""
     config, jpeg, repeats = vits16.get_config(), photograph(), REPEATS.value
@@ -103,9 +127,11 @@ def main(argv: list[str]) -> None:
     print("| stage | ms per image |\n|---|---|")
     print(f"| ours, host: JPEG -> canvas {config.data.canvas_size}, one core | {host:.2f} |")
     print(f"| ours, device: 10 crops of a canvas, batch {BATCH}, wall | {wall:.2f} |")
-    if jax.default_backend() == "cpu":
+    if environment.on_cpu():
         print(f"| ours, device: the same, processor time of all cores | {cpu:.2f} |")
     print(f"| Pillow, host: decode and the same 10 crops, one core | {pillow:.2f} |")
+    wait, step = data_wait(jpeg, SECONDS.value), 1e3 * STEP_PER_IMAGE
+    print(f"\nwaiting for data, in {SECONDS.value:.0f} s of steps of {step:.0f} ms an image: {wait:.1%}")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Images per second of the whole train step and of feature extraction.
+"""Images per second and memory of the train step and of feature extraction, beside PyTorch's.
 
-    python -m benchmarks.step [--batch=4] [--arch=vit_small,vit_tiny] [--repeats=7]
+    python -m benchmarks.step [--arch=vit_small,vit_tiny] [--batch=4,8] [--repeats=9] [--peers=eager,compiled]
 
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
-loss with K = 65,536, gradients, clip, AdamW, teacher and centre. float32 on a CPU, bfloat16 elsewhere.
+loss with K = 65,536, gradients, clip, AdamW, teacher and centre. float32 on a CPU, bfloat16 elsewhere. The peer is
+`benchmarks/torch_peer.py`. Without PyTorch and timm the peers' columns stay empty. `--batch=64,largest` also looks
+for the largest power of two that fits, for each by itself.
 """
 
+import json
 import resource
+import statistics
+import time
 from functools import partial
 
 import jax
@@ -15,64 +20,132 @@ from absl import app, flags
 
 from benchmarks import environment
 from configs import vits16
-from dino_jax import dino, sharding, train_loop
+from dino_jax import dino, sharding
+from dino_jax.flops import peak_flops
+from dino_jax.recipe import DeviceBatch, build_recipe, flops_per_image, init_state
 
-BATCH = flags.DEFINE_integer("batch", 4, "images a step")
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_tiny"], "architectures, patch 16")
-REPEATS = flags.DEFINE_integer("repeats", 7, "timed runs; the median counts")
+BATCH = flags.DEFINE_list("batch", ["4", "8"], "images a step; 'largest' that fits")
+PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "eager, compiled or neither")
+REPEATS = flags.DEFINE_integer("repeats", 9, "timed runs; the median counts")
+ROW = flags.DEFINE_string("row", "", "one cell, as JSON: what the command runs in processes of their own")
 FEATURE_BATCH = 16
 
 
-def train_images_per_second(arch: str, batch: int, repeats: int) -> float:
-    """Of the full step on all devices."""
+def ours_train(arch: str, batch: int):
+    """A call that does one full step on all devices."""
     config = vits16.get_config()
     config.model.arch, config.batch_size = arch, batch
     mesh = sharding.make_mesh()
-    recipe = train_loop.build_recipe(config, steps_per_epoch=1_000)
-    state = train_loop.init_state(recipe, mesh)
+    recipe = build_recipe(config, steps_per_epoch=1_000)
+    state = init_state(recipe, mesh)
     step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
     rng = np.random.default_rng(0)
     side = config.data.canvas_size
     canvas = rng.integers(0, 256, (batch, side, side, 3), np.uint8)
     size = np.full((batch, 2), (375, 500), np.float32)
-    arrays = train_loop.DeviceBatch(canvas, size, np.arange(batch, dtype=np.int32))
-    inputs = sharding.shard_batch(arrays, mesh)
+    inputs = sharding.shard_batch(DeviceBatch(canvas, size, np.arange(batch, dtype=np.int32)), mesh)
 
     def run():
         nonlocal state
         state, metrics = step(state, inputs)
-        return metrics
+        jax.block_until_ready((state, metrics))
 
-    return batch / environment.median_seconds(run, repeats)
-
-
-def feature_images_per_second(arch: str, repeats: int) -> float:
-    """Of the backbone at 224 x 224, batch 16."""
-    backbone = train_loop.build_recipe(_config(arch), steps_per_epoch=1).network.backbone
-    images = jax.random.normal(jax.random.key(0), (FEATURE_BATCH, 224, 224, 3))
-    variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
-    apply = jax.jit(backbone.apply)
-    return FEATURE_BATCH / environment.median_seconds(lambda: apply(variables, images), repeats)
+    return run, flops_per_image(recipe)
 
 
-def _config(arch: str):
+def ours_features(arch: str, batch: int):
+    """A call that takes a batch of 224 x 224 images through the backbone."""
     config = vits16.get_config()
     config.model.arch = arch
-    return config
+    backbone = build_recipe(config, steps_per_epoch=1).network.backbone
+    images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
+    variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
+    apply = jax.jit(backbone.apply)
+    return lambda: jax.block_until_ready(apply(variables, images)), None
+
+
+def theirs(stage: str, arch: str, batch: int, compiled: bool):
+    """The same of the PyTorch peer."""
+    environment.import_torchvision()
+    from benchmarks import torch_peer
+
+    if stage == "features":
+        return torch_peer.feature_extraction(arch, batch, compiled), None
+    return torch_peer.Trainer(arch, batch, out_dim=65_536, compiled=compiled).step, None
+
+
+def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
+    """One cell: images_per_second, seconds to the first result, peak GiB, and ours' share of the device's peak."""
+    start = time.perf_counter()
+    if who == "ours":
+        run, work = (ours_train if stage == "train" else ours_features)(arch, batch)
+    else:
+        run, work = theirs(stage, arch, batch, compiled=who == "compiled")
+    built = time.perf_counter()
+    run()
+    first = time.perf_counter() - built
+    run()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    rate = batch / statistics.median(times)
+    cell = {"images_per_second": rate, "build": built - start, "first": first, "gib": peak_gib(who)}
+    peak = peak_flops(jax.devices()[0]) if who == "ours" else None
+    if peak and work:
+        cell["mfu"] = rate * work / peak / jax.device_count()
+    return cell
+
+
+def peak_gib(who: str) -> float:
+    """Of the device's memory, of the process on a CPU."""
+    if who == "ours":
+        stats = jax.devices()[0].memory_stats()
+        used = stats and stats["peak_bytes_in_use"]
+    else:
+        import torch
+
+        used = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+    return (used or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2**30
+
+
+def cell(who: str, stage: str, arch: str, batch: str) -> dict:
+    """`measure` in a process of its own; for 'largest' by doubling from 64 until it no longer fits."""
+    ask = partial(environment.in_own_process, "benchmarks.step", who=who, stage=stage, arch=arch, repeats=REPEATS.value)
+    if batch != "largest":
+        return ask(batch=int(batch)) | {"batch": int(batch)}
+    best, size = {"error": "64 does not fit"}, 64
+    while "error" not in (found := ask(batch=size)):
+        best, size = found | {"batch": size}, 2 * size
+    return best
+
+
+def show(found: dict, asked: str) -> str:
+    """A cell in words."""
+    if "error" in found:
+        return found["error"]
+    batch = f"{found['batch']}: " if asked == "largest" else ""
+    mfu = f", MFU {found['mfu']:.0%}" if "mfu" in found else ""
+    return f"{batch}{found['images_per_second']:.2f} ({found['gib']:.2f} GiB, first {found['first']:.1f} s{mfu})"
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table."""
-    print(f"{environment.describe()}; batch {BATCH.value}, median of {REPEATS.value}\n")
-    print("| stage | images/s |\n|---|---|")
-    for arch in ARCH.value:
-        rate = train_images_per_second(arch, BATCH.value, REPEATS.value)
-        print(f"| train step {arch}/16, 2x224 + 8x96, K 65,536 | {rate:.2f} |", flush=True)
-    for arch in ARCH.value:
-        rate = feature_images_per_second(arch, REPEATS.value)
-        print(f"| features {arch}/16, 224, batch {FEATURE_BATCH} | {rate:.1f} |", flush=True)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"\npeak resident memory of the process, all rows: {peak:.1f} GiB")
+    """Prints the table, or with --row a cell."""
+    if ROW.value:
+        print(json.dumps(measure(**json.loads(ROW.value))))
+        return
+    print(f"{environment.describe()}; images/s (peak memory, first call), median of {REPEATS.value}\n")
+    columns = ["ours", *PEERS.value]
+    print(f"| stage | batch | {' | '.join(columns)} | ours / best peer |\n|---|---|{'---|' * len(columns)}---|")
+    stages = [("train", arch, batch) for arch in ARCH.value for batch in BATCH.value]
+    for stage, arch, batch in stages + [("features", arch, str(FEATURE_BATCH)) for arch in ARCH.value]:
+        found = [cell(who, stage, arch, batch) for who in columns]
+        ours, *rates = [f.get("images_per_second", 0) for f in found]
+        ratio = f"{ours / max(rates):.2f}" if any(rates) else ""
+        shown = " | ".join(show(f, batch) for f in found)
+        print(f"| {stage} {arch}/16 | {batch} | {shown} | {ratio} |", flush=True)
 
 
 if __name__ == "__main__":

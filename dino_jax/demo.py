@@ -25,6 +25,7 @@ from dino_jax.evals.attention import evaluate_masks
 from dino_jax.evals.features import raw_pixels
 from dino_jax.evals.knn import knn_accuracy
 from dino_jax.models import build_backbone
+from dino_jax.recipe import build_recipe, init_state
 from dino_jax.sharding import make_mesh, one_device_a_core
 
 ATTENTION_IMAGES = 500  # of the test split
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> None:
 
 def untrained(config) -> Backbone:
     """The network of a config as it is before the first step."""
-    state = train_loop.init_state(train_loop.build_recipe(config, steps_per_epoch=1), make_mesh())
+    state = init_state(build_recipe(config, steps_per_epoch=1), make_mesh())
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
     model = build_backbone(config.model.arch, patch_size=config.model.patch_size, image_size=config.crops.global_size)
     return Backbone(model, variables, model_card(config, 0))

@@ -24,10 +24,11 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dino_jax import cli, dino, sharding, train_loop
+from dino_jax import cli, dino, sharding
 from dino_jax.checks import check_config
 from dino_jax.errors import UserError
-from dino_jax.metrics import peak_flops
+from dino_jax.flops import peak_flops
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image
 
 
 class Chip(NamedTuple):
@@ -98,9 +99,9 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
         half = compile_step(config, mesh, smaller * chips).memory_analysis().peak_memory_in_bytes
         per_image = (peak - half) / (share - smaller)
         steady = peak - per_image * share
-    recipe = train_loop.build_recipe(config, steps_per_epoch=1_000)
-    flops = train_loop.flops_per_image(recipe) * share
-    parameters = sum(x.size for x in jax.tree.leaves(train_loop.abstract_state(recipe, mesh).student))
+    recipe = build_recipe(config, steps_per_epoch=1_000)
+    flops = flops_per_image(recipe) * share
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_state(recipe, mesh).student))
     rate = peak_flops(mesh.devices.flat[0])
     found = list(collectives(program.as_text(), chips))
     seconds = {
@@ -131,11 +132,11 @@ def compile_step(config: ConfigDict, mesh: Mesh, batch_size: int | None = None):
     """The train step of a config as the compiler makes it for these devices."""
     B, side = batch_size or config.batch_size, config.data.canvas_size
     print(f"compiling for {mesh.size} chips, batch {B:,} (a few minutes)", file=sys.stderr, flush=True)
-    recipe = train_loop.build_recipe(config, steps_per_epoch=1_000)
-    state = train_loop.abstract_state(recipe, mesh)
+    recipe = build_recipe(config, steps_per_epoch=1_000)
+    state = abstract_state(recipe, mesh)
     sharding.check_divides(state, config.fsdp)
     rows: Any = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, sharding.BATCH))
-    batch = train_loop.DeviceBatch(
+    batch = DeviceBatch(
         canvas=rows((B, side, side, config.model.in_channels), np.uint8),
         size=rows((B, 2), np.float32),
         position=rows((B,), np.int32),

@@ -22,6 +22,7 @@ from dino_jax.checks import check_config
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.progress import progress
+from dino_jax.recipe import abstract_state, build_recipe
 
 LISTED = 20  # modules and images that the report names
 
@@ -44,7 +45,7 @@ def replay(file: str | Path) -> Report:
     config, step, start = ConfigDict(told["config"]), told["step"], told["checkpoint"]
     check_config(config, jax.device_count())
     source = open_source(config.data.source)
-    recipe = train_loop.build_recipe(config, train_loop.check_enough_images(source, config))
+    recipe = build_recipe(config, train_loop.check_enough_images(source, config))
     mesh = sharding.make_mesh(fsdp=config.fsdp)
     state = state_after(start, Path(file).parent, recipe, mesh)
 
@@ -78,7 +79,7 @@ def state_after(step: int, workdir: Path, recipe: dino.Recipe, mesh: Mesh) -> di
     if not folder.is_dir() or (problem := checkpoints.damage(folder)):
         what = f"damaged ({problem})" if folder.is_dir() else "gone"
         raise UserError(f"checkpoint {folder}, from which to replay, is {what}: put a copy back")
-    target = train_loop.abstract_state(recipe, mesh)
+    target = abstract_state(recipe, mesh)
     return sharding.place(checkpoints.restore_arrays(folder / "state", target), mesh)
 
 

@@ -5,34 +5,25 @@ import time
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import agreement, checkpoints, dino, metrics, schedules, sharding
+from dino_jax import agreement, checkpoints, dino, metrics, sharding
 from dino_jax.checks import check_config
-from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import Stopped, UserError
 from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
+from dino_jax.flops import peak_flops
 from dino_jax.initialization import start_from
-from dino_jax.models import DINOHead, build_backbone
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image, init_state
 from dino_jax.skipped import Skipped
 from dino_jax.stopping import Interrupted, StopSignal
 from dino_jax.watchdog import Watchdog
-
-
-class DeviceBatch(NamedTuple):
-    """What of a `Batch` the devices need."""
-
-    canvas: jax.Array  # uint8 [B, S, S, C]
-    size: jax.Array  # float32 [B, 2]
-    position: jax.Array  # int32 [B]
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
@@ -126,7 +117,7 @@ class Run:
         self._config, self._mesh, self._source, self._logger = recipe.config, mesh, source, logger
         self._train_step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
         self._flops_per_image = flops_per_image(recipe)
-        self._peak = metrics.peak_flops(jax.devices()[0])
+        self._peak = peak_flops(jax.devices()[0])
         self._bad: set[int] = set()
         self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not looked at
         self._started = time.perf_counter()
@@ -219,42 +210,6 @@ def check_enough_images(source: Source, config: ConfigDict) -> int:
     return len(source) // config.batch_size
 
 
-def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
-    """Modules, schedules and augmentation of a config."""
-    dtype = compute_dtype(config.dtype)
-    backbone = build_backbone(
-        config.model.arch,
-        patch_size=config.model.patch_size,
-        image_size=config.crops.global_size,
-        remat=config.model.remat,
-        dtype=dtype,
-        axis_name=sharding.AXES,
-        gather=sharding.gather if config.fsdp > 1 else None,
-    )
-    head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
-
-    def augment(keys, batch):
-        return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
-
-    return dino.Recipe(config, dino.Network(backbone, head), schedules.from_config(config, steps_per_epoch), augment)
-
-
-def compute_dtype(name: str) -> jnp.dtype:
-    """`auto` is bfloat16 where matrix units want it, float32 on a CPU, which only emulates it."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
-def init_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
-    """A fresh state on the devices, a function of config.seed."""
-    config = recipe.config
-    shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
-    init = partial(dino.init_state, network=recipe.network, optim=config.optim, image_shape=shape)
-    key = jax.random.key(config.seed)
-    return jax.jit(init, out_shardings=sharding.shardings(jax.eval_shape(init, key), mesh))(key)
-
-
 def first_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> tuple[tuple[dino.TrainState, int], str]:
     """The state before step 1, random or from config.init_from, with the step, 0; and a line on where it is from."""
     state = init_state(recipe, mesh)
@@ -262,16 +217,6 @@ def first_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> tuple[tuple[din
         return (state, 0), ""
     state, origin = start_from(state, recipe.config, mesh)
     return (state, 0), f"\n{origin}"
-
-
-def abstract_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainState:
-    """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
-    shapes = jax.eval_shape(lambda: init_state(recipe, mesh))
-    return jax.tree.map(
-        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-        shapes,
-        sharding.shardings(shapes, mesh),
-    )
 
 
 def batches_from(step: int, source: Source, config: ConfigDict):
@@ -371,22 +316,3 @@ def describe(recipe: dino.Recipe, state: dino.TrainState, source: Source, steps_
         f"{len(source):,} images, batch {config.batch_size}: {config.epochs} epochs of {steps_per_epoch:,} steps; "
         f"a loss that stays at ln K = {uniform:.2f} is collapse to uniform outputs{resumed}"
     )
-
-
-def flops_per_image(recipe: dino.Recipe) -> float:
-    """Model FLOPs of a step for one image: student forward and backward (3 x forward), teacher forward."""
-    crops, network = recipe.config.crops, recipe.network
-    channels = recipe.config.model.in_channels
-
-    def forward(size):
-        images = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
-        backbone = jax.eval_shape(network.backbone.init, jax.random.key(0), images)
-        features = jax.eval_shape(network.backbone.apply, backbone, images)
-        head = jax.eval_shape(network.head.init, jax.random.key(0), features)
-        return sum(
-            metrics.count_flops(module.apply, variables, x)
-            for module, variables, x in ((network.backbone, backbone, images), (network.head, head, features))
-        )
-
-    teacher = 2 * forward(crops.global_size)
-    return 3 * (teacher + crops.local_number * forward(crops.local_size)) + teacher

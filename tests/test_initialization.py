@@ -12,13 +12,14 @@ from dino_jax.convert import __main__ as convert
 from dino_jax.convert import files
 from dino_jax.errors import UserError
 from dino_jax.initialization import start_from
+from dino_jax.recipe import build_recipe, init_state
 from dino_jax.sharding import make_mesh
 
 KNN = {"eval__knn_every_epochs": 1, "eval__train": "demo:train:4", "eval__test": "demo:test:4", "eval__k": 5}
 
 
 def fresh(config):
-    return train_loop.init_state(train_loop.build_recipe(config, steps_per_epoch=5), make_mesh())
+    return init_state(build_recipe(config, steps_per_epoch=5), make_mesh())
 
 
 def begin(**changes):

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 from tiny import tiny_config
 
-from dino_jax import checkpoints, dino, sharding, train_loop
+from dino_jax import checkpoints, dino, sharding
 from dino_jax.errors import UserError
 from dino_jax.plan import collectives
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, init_state
 
 DEVICES = 8
 # (fsdp, changes of the config): the first is what the others must agree with.
@@ -36,14 +37,14 @@ def setup(fsdp=1, devices=None, **changes):
     """Recipe, mesh and fresh state of a tiny run."""
     config = tiny_config(fsdp=fsdp, model__drop_path_rate=0.2, optim__clip_grad=0.3, optim__warmup_epochs=0, **changes)
     mesh = sharding.make_mesh(jax.devices()[:devices], fsdp)
-    recipe = train_loop.build_recipe(config, steps_per_epoch=2)
-    return recipe, mesh, train_loop.init_state(recipe, mesh)
+    recipe = build_recipe(config, steps_per_epoch=2)
+    return recipe, mesh, init_state(recipe, mesh)
 
 
 def random_batch(recipe, mesh):
     rng, B, side = np.random.default_rng(0), recipe.config.batch_size, recipe.config.data.canvas_size
     canvas = rng.integers(0, 256, (B, side, side, 1), np.uint8)
-    rows = train_loop.DeviceBatch(canvas, np.full((B, 2), (30, 50), np.float32), np.arange(B, dtype=np.int32))
+    rows = DeviceBatch(canvas, np.full((B, 2), (30, 50), np.float32), np.arange(B, dtype=np.int32))
     return sharding.shard_batch(rows, mesh)
 
 
@@ -73,7 +74,7 @@ def restored(saved, devices, fsdp, steps=50):
     """Whether the state saved by 8 devices in groups of 4 comes back bit for bit on others, and the losses after it."""
     recipe, mesh, _ = setup(fsdp, devices)
     with checkpoints.open_manager(saved["folder"], recipe.config.checkpoint) as manager:
-        state, _ = checkpoints.restore(manager, train_loop.abstract_state(recipe, mesh), recipe.config)
+        state, _ = checkpoints.restore(manager, abstract_state(recipe, mesh), recipe.config)
     same = jax.tree.map(np.array_equal, jax.device_get(state), saved["state"])
     step, batch = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0), random_batch(recipe, mesh)
     losses = []
@@ -171,7 +172,7 @@ def test_parts_are_gathered_and_gradients_scattered(followed, name, fsdp):
 
 def test_a_number_that_does_not_divide_is_named():
     recipe, mesh, _ = setup()
-    shapes = train_loop.abstract_state(recipe, mesh)
+    shapes = abstract_state(recipe, mesh)
     with pytest.raises(UserError, match=r"does not divide over fsdp=3 .*--config.fsdp"):
         sharding.check_divides(shapes, 3)
 
