@@ -29,6 +29,7 @@ WORKER_DIED = "Worker process was terminated"  # grain's RuntimeError
 STATES = {"T": "stopped", "t": "stopped", "R": "running", "S": "asleep", "D": "waiting for a disk", "Z": "dead"}
 
 T = TypeVar("T")
+Answer = queue.SimpleQueue[tuple[Any, Exception | None]]
 
 
 class Batches(Generic[T]):
@@ -44,14 +45,13 @@ class Batches(Generic[T]):
         self._batches: Iterator[T] = iter(batches)
         self._count = workers
         self._stall_timeout = stall_timeout
+        self._asked: Answer | None = None  # where the batch after this one will be
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        # Grain's next() can't be interrupted, so that it is left to a thread.
-        answer: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
-        threading.Thread(target=_fetch, args=(self._batches, answer), daemon=True).start()
+        answer, self._asked = self._asked or self._ask(), None
         batch, error, stalled = None, None, False
         try:
             batch, error = answer.get(timeout=self._stall_timeout or None)
@@ -69,10 +69,21 @@ class Batches(Generic[T]):
             raise UserError(message) from error
         if error is not None:
             raise error
+        self._asked = self._ask()  # for the next call: what it takes from there to here is then behind the step
         return cast(T, batch)
+
+    def _ask(self) -> Answer:
+        # Grain's next() can't be interrupted, so that it is left to a thread.
+        answer: Answer = queue.SimpleQueue()
+        threading.Thread(target=_fetch, args=(self._batches, answer), daemon=True).start()
+        return answer
 
     def close(self) -> None:
         """Stop the workers; nothing comes after."""
+        if self._asked is not None:
+            with contextlib.suppress(queue.Empty):
+                self._asked.get(timeout=GRACE)  # grain is not closed under a next() that is about to return
+            self._asked = None
         if isinstance(self._batches, grain.DatasetIterator):
             self._batches.close()
         self._batches = iter(())  # one of grain's that lives until the interpreter's exit complains then
@@ -99,7 +110,7 @@ class Batches(Generic[T]):
             "data.workers helps; start again"
         )
 
-    def _give_up(self, answer: queue.SimpleQueue) -> None:
+    def _give_up(self, answer: Answer) -> None:
         """Close without waiting for what does not answer; grain would give each worker 25 s."""
         for worker in self._workers:
             worker.kill()  # what is stopped takes no other signal
@@ -110,7 +121,8 @@ class Batches(Generic[T]):
         self._batches = iter(())
 
 
-def _fetch(batches: Iterator[T], answer: queue.SimpleQueue) -> None:
+def _fetch(batches: Iterator[T], answer: Answer) -> None:
+    time.sleep(0)  # whoever asked goes on first: with the step of the batch it has
     try:
         answer.put((next(batches), None))
     except Exception as error:
