@@ -1,6 +1,8 @@
 """The house's arrows point down only (docs/design.md): who may import whom inside the package."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "dino_jax"
@@ -92,3 +94,15 @@ def test_imports_go_down_only():
 def test_configs_import_nothing_of_the_package():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
         assert not set(imported_rooms(path)), path
+
+
+def test_the_step_needs_nothing_that_reads_images():
+    # A bare machine with a GPU runs the benchmarks of the step with no more than these.
+    heavy = ("grain", "PIL", "array_record", "tensorflow_datasets", "tensorboardX", "scipy", "safetensors")
+    code = (
+        "import sys, benchmarks.step, dino_jax\n"
+        f"print([m for m in {heavy} if m in sys.modules])\n"
+        "assert dino_jax.load_backbone and 'grain' in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    assert done.stdout.strip() == "[]"
