@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import signal
 import statistics
 import subprocess
 import sys
@@ -12,10 +14,18 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Rows run in processes of their own: the one that prints the table must leave them the device's memory.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+import jax
 
-import jax  # noqa: E402
+# For the rows: nearly all of a GPU's memory, as PyTorch takes it; errors without JAX's footer; no compiler cache of
+# PyTorch's, as ours is off. For the process that prints the table: no more memory than it needs.
+ROW = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "true",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93",
+    "JAX_TRACEBACK_FILTERING": "off",
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+}
+TABLE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+LONGEST_ROW = 900  # seconds
 
 # PyTorch's half is what its users install; both are said in the table's head.
 PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "torchvision", "kornia")
@@ -23,6 +33,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "torch", "timm", "torchvision", "kornia")
 
 def describe() -> str:
     """Date, devices, cores and versions in one line."""
+    os.environ.update(TABLE)
     device = jax.devices()[0]
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
@@ -45,6 +56,7 @@ def _versions():
 
 def on_cpu() -> bool:
     """Whether JAX has no accelerator."""
+    os.environ.update(TABLE)
     return jax.default_backend() == "cpu"
 
 
@@ -59,17 +71,24 @@ def median_seconds(run: Callable[[], object], repeats: int, warmup: int = 1) -> 
 
 
 def in_own_process(module: str, **row) -> dict:
-    """What `python -m module --row=JSON` prints on its last line, as JSON; {"error": its last words} if it fails.
+    """What `python -m module --row=JSON` prints on its last line, as JSON; {"error": why} if it fails.
 
     One process a row: peak memory is the row's own, PyTorch and JAX never share one, and running out of memory ends
-    the row alone.
+    the row alone: its error begins with "out of memory".
     """
     command = [sys.executable, "-m", module, f"--row={json.dumps(row)}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        return {"error": words[-1][:200]}
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env=os.environ | ROW, timeout=LONGEST_ROW
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"more than {LONGEST_ROW} s"}
+    if not done.returncode:
+        return json.loads(done.stdout.strip().splitlines()[-1])
+    if done.returncode == -signal.SIGKILL or re.search("RESOURCE_EXHAUSTED|OutOfMemoryError", done.stderr):
+        return {"error": "out of memory"}
+    named = [line for line in done.stderr.splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return {"error": (named or [f"exit code {done.returncode}"])[-1][:200].replace("|", "/")}
 
 
 def import_torchvision():

@@ -46,7 +46,7 @@ def straightforward(head: DINOHead, params: dict, features: jax.Array) -> jax.Ar
 def main(argv: list[str]) -> None:
     """Prints the table."""
     print(f"{environment.describe()}; batch {BATCH.value}, {VIEWS} views, median of {REPEATS.value}\n")
-    print("| K | implementation | MiB | of one [B, V, K] | seconds |\n|---|---|---|---|---|")
+    print("| K | implementation | MiB | of one [B, V, K] | ms |\n|---|---|---|---|---|")
     features = jax.random.normal(jax.random.key(0), (BATCH.value, VIEWS, EMBED_DIM))
     for K in map(int, OUT_DIM.value):
         head = DINOHead(out_dim=K)
@@ -56,7 +56,8 @@ def main(argv: list[str]) -> None:
             used = compiled.memory_analysis().temp_size_in_bytes
             seconds = environment.median_seconds(partial(compiled, params, features), REPEATS.value)
             multiple = used / (4 * BATCH.value * VIEWS * K)
-            print(f"| {K:,} | {loss.__name__} | {used / 2**20:,.0f} | {multiple:.2f} | {seconds:.2f} |", flush=True)
+            row = f"{used / 2**20:,.0f} | {multiple:.2f} | {1e3 * seconds:.1f}"
+            print(f"| {K:,} | {loss.__name__} | {row} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,12 @@
 
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
 loss with K = 65,536, gradients, clip, AdamW, teacher and centre. float32 on a CPU, bfloat16 elsewhere. The peer is
-`benchmarks/torch_peer.py`. Without PyTorch and timm the peers' columns stay empty. `--batch=64,largest` also looks
-for the largest power of two that fits, for each by itself.
+`benchmarks/torch_peer.py`. Both run on one device (of a CPU all cores). `--batch=largest` looks for the largest power
+of two from 64 on that fits, for each by itself. First: seconds of the first call, which compiles.
 """
 
 import json
 import resource
-import statistics
 import time
 from functools import partial
 
@@ -33,10 +32,10 @@ FEATURE_BATCH = 16
 
 
 def ours_train(arch: str, batch: int):
-    """A call that does one full step on all devices."""
+    """A call that does one full step on one device, and the model FLOPs of an image."""
     config = vits16.get_config()
     config.model.arch, config.batch_size = arch, batch
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(jax.devices()[:1])
     recipe = build_recipe(config, steps_per_epoch=1_000)
     state = init_state(recipe, mesh)
     step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
@@ -76,26 +75,19 @@ def theirs(stage: str, arch: str, batch: int, compiled: bool):
 
 
 def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
-    """One cell: images_per_second, seconds to the first result, peak GiB, and ours' share of the device's peak."""
-    start = time.perf_counter()
+    """One cell: images_per_second, seconds of the first call, peak GiB, and ours' share of the device's peak."""
     if who == "ours":
         run, work = (ours_train if stage == "train" else ours_features)(arch, batch)
     else:
         run, work = theirs(stage, arch, batch, compiled=who == "compiled")
-    built = time.perf_counter()
+    start = time.perf_counter()
     run()
-    first = time.perf_counter() - built
-    run()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - begin)
-    rate = batch / statistics.median(times)
-    cell = {"images_per_second": rate, "build": built - start, "first": first, "gib": peak_gib(who)}
+    first = time.perf_counter() - start
+    rate = batch / environment.median_seconds(run, repeats)
+    cell = {"images_per_second": rate, "first": first, "gib": peak_gib(who)}
     peak = peak_flops(jax.devices()[0]) if who == "ours" else None
     if peak and work:
-        cell["mfu"] = rate * work / peak / jax.device_count()
+        cell["mfu"] = rate * work / peak
     return cell
 
 
@@ -119,7 +111,7 @@ def cell(who: str, stage: str, arch: str, batch: str) -> dict:
     best, size = {"error": "64 does not fit"}, 64
     while "error" not in (found := ask(batch=size)):
         best, size = found | {"batch": size}, 2 * size
-    return best
+    return best if found["error"] == "out of memory" else found
 
 
 def show(found: dict, asked: str) -> str:

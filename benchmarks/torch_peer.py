@@ -1,9 +1,9 @@
 """The peer: DINO in plain PyTorch with timm's ViT, as fast as its own means make it.
 
 As the official code does the step: one backbone call a crop size, the head over all views, every pair of views its own
-cross-entropy, a clip for each tensor, AdamW, the teacher's average. Unlike it, whatever PyTorch has for speed is on:
-fused attention and AdamW, foreach for clip and average, `torch.compile` on demand; on a GPU bfloat16 autocast. Crops
-come ready-made, which ours have still to make in their step.
+cross-entropy, a clip for each tensor, AdamW, the teacher's average. Unlike it: fused attention and AdamW, foreach for
+clip and average, `torch.compile` (default mode) on demand; on a GPU bfloat16 autocast. Crops come ready-made, which
+ours have still to make in their step.
 """
 
 from collections.abc import Callable
@@ -49,14 +49,9 @@ class Network(nn.Module):
 
 def dino_loss(student: torch.Tensor, teacher: torch.Tensor, center: torch.Tensor) -> torch.Tensor:
     """Mean cross-entropy over pairs of a teacher's and another student's view (the official DINOLoss)."""
-    views = (student.float() / STUDENT_TEMP).chunk(2 + LOCALS)
+    views = (student.float() / STUDENT_TEMP).log_softmax(-1).chunk(2 + LOCALS)
     targets = ((teacher.float() - center) / TEACHER_TEMP).softmax(-1).detach().chunk(2)
-    pairs = [
-        (-q * view.log_softmax(-1)).sum(-1).mean()
-        for i, q in enumerate(targets)
-        for v, view in enumerate(views)
-        if v != i
-    ]
+    pairs = [(-q * view).sum(-1).mean() for i, q in enumerate(targets) for v, view in enumerate(views) if v != i]
     return torch.stack(pairs).mean()
 
 
@@ -95,7 +90,10 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         grads = [p.grad for p in self.trained]
-        factors = [(CLIP / (n + 1e-6)).clamp(max=1.0) for n in torch._foreach_norm(grads)]
+        factors = torch._foreach_add(torch._foreach_norm(grads), 1e-6)
+        torch._foreach_reciprocal_(factors)
+        torch._foreach_mul_(factors, CLIP)
+        torch._foreach_clamp_max_(factors, 1.0)
         torch._foreach_mul_(grads, factors)
         self.optimizer.step()
         with torch.no_grad():

@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
     config.model.patch_size = 16  # pixels; ViTs only
     config.model.in_channels = 3
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
-    config.model.remat = False  # recompute blocks in the backward pass: less memory, about a third more time
+    config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
 
     config.head = ConfigDict()
     config.head.out_dim = 65_536  # K, prototypes

@@ -55,7 +55,7 @@ def count_flops(fn: Callable, *args: Any) -> int:
 def count_product_bytes(fn: Callable, *args: Any) -> int:
     """Bytes that the matrix products and convolutions of `fn(*args)` read and write, counted as `count_flops` does.
 
-    What a program would move to and from memory if all else were fused into its products: the least to expect of it.
+    What a program would move to and from memory if all else were fused into its products, but no two of these.
     """
     return _total(jax.make_jaxpr(fn)(*args), _product_bytes)
 

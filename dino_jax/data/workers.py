@@ -20,10 +20,10 @@ from absl import flags
 
 from dino_jax.errors import UserError
 
-READER_THREADS = 2  # without workers: each makes whole batches, at most as many ahead
+READER_THREADS = 2  # without workers: each makes whole batches, at most as many ahead and the one asked for
 STALL_TIMEOUT = 600.0  # seconds; shorter than a job waits in vain, longer than a network disk is away
 PARENT_CHECK = 1.0  # seconds between a worker's looks at whether the trainer is still there
-GRACE = 5.0  # seconds for grain to notice that its workers are gone
+GRACE = 5.0  # seconds for grain's next() to return: with a batch, or since its workers are gone
 PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
 WORKER_DIED = "Worker process was terminated"  # grain's RuntimeError
 STATES = {"T": "stopped", "t": "stopped", "R": "running", "S": "asleep", "D": "waiting for a disk", "Z": "dead"}
@@ -51,12 +51,13 @@ class Batches(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        answer, self._asked = self._asked or self._ask(), None
+        answer = self._asked = self._asked or self._ask()  # kept until it is there: a signal may end the wait
         batch, error, stalled = None, None, False
         try:
             batch, error = answer.get(timeout=self._stall_timeout or None)
         except queue.Empty:
             stalled = True
+        self._asked = None
         if len(self._workers) < self._count:  # grain starts them with the first batches, and keeps them to itself
             self._workers |= set(multiprocessing.active_children()) - self._others
         if stalled:
@@ -79,7 +80,7 @@ class Batches(Generic[T]):
         return answer
 
     def close(self) -> None:
-        """Stop the workers; nothing comes after."""
+        """Stop the workers; nothing comes after. Waits up to GRACE for a batch that is on its way."""
         if self._asked is not None:
             with contextlib.suppress(queue.Empty):
                 self._asked.get(timeout=GRACE)  # grain is not closed under a next() that is about to return

@@ -33,8 +33,8 @@ class PrototypeLayer(nn.Module):
 class DINOHead(nn.Module):
     """`layers`-layer MLP to a normalised bottleneck, then the prototypes.
 
-    The two halves are separate methods, because batch norm must see all crops together while logits are best made a
-    crop group at a time (`[B, V, K]` at K = 65,536 is the largest array of the whole step).
+    The two halves are separate methods, because batch norm must see all crops together while logits are best made
+    for a part of the images at a time (`[B, V, K]` at K = 65,536 is the largest array of the whole step).
     """
 
     out_dim: int = 65_536
