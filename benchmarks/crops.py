@@ -18,19 +18,18 @@ from absl import app, flags
 from benchmarks import environment
 from configs import vits16
 from dino_jax.data.multicrop import multicrop
+from dino_jax.recipe import compute_dtype
 
 BATCH = flags.DEFINE_integer("batch", 8, "canvases")
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed runs; the median counts")
 ROW = flags.DEFINE_string("row", "", "one row, as JSON: what the command runs in processes of their own")
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SIDE = 256
 
 
 def ours(batch: int):
     """The trainer's, one program for the batch."""
     config = vits16.get_config()
-    dtype = np.float32 if environment.on_cpu() else jax.numpy.bfloat16
-    crop = jax.jit(partial(multicrop, crops=config.crops, mean=MEAN, std=STD, dtype=dtype))
+    settings = {"crops": config.crops, "mean": config.data.mean, "std": config.data.std}
+    crop = jax.jit(partial(multicrop, **settings, dtype=compute_dtype("auto")))
     canvases = jax.device_put(_canvases(batch))
     keys, sizes = jax.random.split(jax.random.key(0), batch), np.full((batch, 2), (375, 500), np.float32)
     return lambda: jax.block_until_ready(crop(keys, canvases, sizes))
@@ -42,8 +41,7 @@ def torchvision(batch: int):
     import torch
     from torchvision.transforms import v2
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    canvases = torch.from_numpy(_canvases(batch).transpose(0, 3, 1, 2).copy()).to(device)
+    canvases, normalization = _tensors(batch), vits16.get_config().data
 
     def view(size, scale, blur, solarize):
         return v2.Compose(
@@ -55,7 +53,7 @@ def torchvision(batch: int):
                 v2.RandomApply([v2.GaussianBlur(9 if size == 224 else 5, (0.1, 2.0))], blur),
                 v2.RandomSolarize(128, solarize),
                 v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(MEAN, STD),
+                v2.Normalize(normalization.mean, normalization.std),
             ]
         )
 
@@ -65,7 +63,7 @@ def torchvision(batch: int):
         for image in canvases:
             for transform in views:
                 transform(image)
-        _wait(torch)
+        environment.wait_for_torch()
 
     return run
 
@@ -75,8 +73,7 @@ def kornia(batch: int):
     import torch
     from kornia import augmentation as K
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    canvases = torch.from_numpy(_canvases(batch).transpose(0, 3, 1, 2).copy()).to(device)
+    canvases, normalization = _tensors(batch), vits16.get_config().data
 
     def view(size, scale, blur, solarize):
         kernel = (9, 9) if size == 224 else (5, 5)
@@ -87,7 +84,7 @@ def kornia(batch: int):
             K.RandomGrayscale(p=0.2),
             K.RandomGaussianBlur(kernel, (0.1, 2.0), p=blur),
             K.RandomSolarize(0.0, 0.0, p=solarize),
-            K.Normalize(MEAN, STD),
+            K.Normalize(normalization.mean, normalization.std),
         )
 
     views = _views(view)
@@ -97,7 +94,7 @@ def kornia(batch: int):
             images = canvases.float() / 255
             for transform in views:
                 transform(images)
-        _wait(torch)
+        environment.wait_for_torch()
 
     return run
 
@@ -108,12 +105,16 @@ def _views(view) -> list:
 
 
 def _canvases(batch: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (batch, SIDE, SIDE, 3), np.uint8)
+    side = vits16.get_config().data.canvas_size
+    return np.random.default_rng(0).integers(0, 256, (batch, side, side, 3), np.uint8)
 
 
-def _wait(torch) -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def _tensors(batch: int):
+    """The canvases, uint8 [B, 3, S, S], where PyTorch computes."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.from_numpy(_canvases(batch).transpose(0, 3, 1, 2).copy()).to(device)
 
 
 def measure(who: str, batch: int, repeats: int) -> dict:

@@ -91,6 +91,14 @@ def in_own_process(module: str, **row) -> dict:
     return {"error": (named or [f"exit code {done.returncode}"])[-1][:200].replace("|", "/")}
 
 
+def wait_for_torch() -> None:
+    """Until all that was asked of its device is done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def import_torchvision():
     """The module, also where its compiled operators do not load.
 

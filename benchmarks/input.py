@@ -1,21 +1,18 @@
-"""What an image costs on its way in: decode on the host, all crops on the device; and whether steps wait for it.
+"""What an image costs on its way in: decoding on the host; and whether steps wait for it.
 
     python -m benchmarks.input [--repeats=20] [--seconds=60]
 
-One 500 x 375 JPEG of a photograph (scikit-image's), made into a 256 px canvas on one core; then 2 x 224 and 8 x 96
-crops of a batch of 8 canvases on the device. In the same run: the same ten crops, photometric operations included, by
-Pillow on one core, the way the reference makes them on the host. Then the trainer's stream of batches from a folder of
+One 500 x 375 JPEG of a photograph (scikit-image's), made into a 256 px canvas on one core; the crops are the device's
+(`benchmarks.crops`). In the same run: decoding and the ten crops, photometric operations included, by Pillow on one
+core, the way the reference makes them on the host. Then the trainer's stream of batches from a folder of
 such files, read by one process, against a step that takes 20 ms an image.
 """
 
 import io
-import resource
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
-import jax
 import numpy as np
 import skimage.data
 from absl import app, flags
@@ -23,7 +20,6 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks import environment
 from configs import vits16
-from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import to_canvas, train_batches
 from dino_jax.data.sources import open_source
 
@@ -112,23 +108,9 @@ def main(argv: list[str]) -> None:
     rng = np.random.default_rng(0)
     pillow = cpu_milliseconds(lambda: pillow_crops(jpeg, rng), repeats)
 
-    arguments = {"crops": config.crops, "mean": config.data.mean, "std": config.data.std, "dtype": np.float32}
-    crop = jax.jit(partial(multicrop, **arguments))
-    keys = jax.random.split(jax.random.key(0), BATCH)
-    batch, sizes = np.stack([canvas] * BATCH), np.array([size] * BATCH, np.float32)
-    wall = 1e3 * environment.median_seconds(lambda: crop(keys, batch, sizes), repeats) / BATCH
-    before = resource.getrusage(resource.RUSAGE_SELF)
-    for _ in range(repeats):
-        jax.block_until_ready(crop(keys, batch, sizes))
-    after = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = 1e3 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / repeats / BATCH
-
     print(f"{environment.describe()}; median of {repeats}\n")
     print("| stage | ms per image |\n|---|---|")
     print(f"| ours, host: JPEG -> canvas {config.data.canvas_size}, one core | {host:.2f} |")
-    print(f"| ours, device: 10 crops of a canvas, batch {BATCH}, wall | {wall:.2f} |")
-    if environment.on_cpu():
-        print(f"| ours, device: the same, processor time of all cores | {cpu:.2f} |")
     print(f"| Pillow, host: decode and the same 10 crops, one core | {pillow:.2f} |")
     wait, step = data_wait(jpeg, SECONDS.value), 1e3 * STEP_PER_IMAGE
     print(f"\nwaiting for data, in {SECONDS.value:.0f} s of steps of {step:.0f} ms an image: {wait:.1%}")

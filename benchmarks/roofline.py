@@ -16,9 +16,8 @@ from absl import app, flags
 
 from configs import vits16
 from dino_jax import dino, optimizers, sharding
-from dino_jax.data.multicrop import multicrop
 from dino_jax.flops import PEAK_FLOPS, count_flops, count_product_bytes
-from dino_jax.recipe import abstract_state, build_recipe
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_base"], "architectures, patch 16")
 BATCH = flags.DEFINE_integer("batch", 64, "images on the device")
@@ -41,12 +40,8 @@ def stages(arch: str, batch: int) -> dict[str, tuple[int, int]]:
     struct = jax.ShapeDtypeStruct
     canvas = struct((batch, config.data.canvas_size, config.data.canvas_size, 3), jnp.uint8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-
-    def crops(keys, canvas, sizes):
-        return multicrop(keys, canvas, sizes, config.crops, config.data.mean, config.data.std, jnp.bfloat16)
-
-    inputs = keys, canvas, struct((batch, 2), jnp.float32)
-    groups = list(jax.eval_shape(crops, *inputs))
+    inputs = keys, DeviceBatch(canvas, struct((batch, 2), jnp.float32), struct((batch,), jnp.int32))
+    groups = list(jax.eval_shape(recipe.augment, *inputs))
 
     def teacher(params, stats, groups):
         z, _ = dino.forward(network, params, stats, groups[:1], [None])
@@ -61,7 +56,7 @@ def stages(arch: str, batch: int) -> dict[str, tuple[int, int]]:
 
     q = struct((batch, 2, K), jnp.float32)
     programs = {
-        "crops": (crops, inputs),
+        "crops": (recipe.augment, inputs),
         "teacher": (teacher, (state.teacher, state.teacher_stats, groups)),
         "student, loss, backward": (student, (state.student, state.student_stats, groups, q)),
     }

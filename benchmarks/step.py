@@ -84,11 +84,11 @@ def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
     run()
     first = time.perf_counter() - start
     rate = batch / environment.median_seconds(run, repeats)
-    cell = {"images_per_second": rate, "first": first, "gib": peak_gib(who)}
+    found = {"images_per_second": rate, "first": first, "gib": peak_gib(who)}
     peak = peak_flops(jax.devices()[0]) if who == "ours" else None
     if peak and work:
-        cell["mfu"] = rate * work / peak
-    return cell
+        found["mfu"] = rate * work / peak
+    return found
 
 
 def peak_gib(who: str) -> float:

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks import environment
+
 GLOBAL, LOCAL, LOCALS = 224, 96, 8
 STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM, TEACHER_MOMENTUM, CLIP = 0.1, 0.04, 0.9, 0.996, 3.0
 
@@ -99,7 +101,7 @@ class Trainer:
         with torch.no_grad():
             torch._foreach_lerp_(self.averaged, self.trained, 1 - TEACHER_MOMENTUM)
             self.center.lerp_(mean, 1 - CENTER_MOMENTUM)
-        wait(self.device)
+        environment.wait_for_torch()
 
 
 def feature_extraction(arch: str, batch: int, compiled: bool) -> Callable[[], None]:
@@ -112,12 +114,6 @@ def feature_extraction(arch: str, batch: int, compiled: bool) -> Callable[[], No
     def run():
         with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             apply(images)
-        wait(device)
+        environment.wait_for_torch()
 
     return run
-
-
-def wait(device: torch.device) -> None:
-    """Until all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
