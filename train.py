@@ -7,7 +7,7 @@ The same command with the same workdir resumes.
 
 from absl import flags
 
-from dino_jax import cli, sharding, train_loop
+from dino_jax import cli, sharding
 
 CONFIG = cli.config_file_flag("configs/default.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
@@ -15,6 +15,8 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics 
 
 def main(argv: list[str]) -> None:
     """Flags in, training out."""
+    from dino_jax import train_loop  # not above: processes that read images start with this file, too
+
     cli.require_no_arguments(argv)
     config, workdir = CONFIG.value, cli.required("workdir", WORKDIR.value)
     sharding.one_device_a_core(config.batch_size, config.accum_steps * config.distributed.num_processes)

@@ -15,7 +15,7 @@ GPU = (
     ("crops", "--batch=64", "--repeats=20"),
     ("loss", "--repeats=10"),
 )
-CPU = (("step",), ("crops",), ("loss",), ("input",), ("linear",))
+CPU = (("step",), ("crops",), ("loss",), ("input",), ("startup",), ("linear",))
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ The values are the official repository's defaults ([C] = facebookresearch/dino a
 deltas beside this file. Override any of them: `python train.py --config=configs/vits16.py --config.optim.lr=1e-3`.
 """
 
+import os
+
 from ml_collections import ConfigDict
 
 
@@ -90,7 +92,8 @@ def get_config() -> ConfigDict:
     config.data = ConfigDict()
     config.data.source = ""  # folder:PATH | tfds:NAME[:SPLIT] | array_record:GLOB | demo
     config.data.canvas_size = 256  # pixels; each image is squeezed to a square of this side before it is cropped
-    config.data.workers = 8  # processes on each host that read and decode; 0: threads of the trainer
+    # Processes on each host that read and decode, by default a core each, but for one; 0: threads of the trainer.
+    config.data.workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     config.data.stall_timeout = 600.0  # seconds without a batch, after which the run ends, naming the workers; 0: any
     config.data.max_bad_fraction = 0.01  # of images that cannot be decoded, before the run stops
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel (ImageNet)

@@ -13,22 +13,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dino_jax import cli, dino, sharding
+from dino_jax import cli, sharding
 from dino_jax.checks import check_config
 from dino_jax.errors import UserError
 from dino_jax.flops import peak_flops
-from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image
+from dino_jax.recipe import abstract_state, build_recipe, flops_per_image, lower_step
 
 
 class Chip(NamedTuple):
@@ -96,8 +95,9 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
     steady, per_image = peak, None
     smaller = share // 2 // config.accum_steps * config.accum_steps
     if smaller:
-        half = compile_step(config, mesh, smaller * chips).memory_analysis().peak_memory_in_bytes
-        per_image = (peak - half) / (share - smaller)
+        half = config.copy_and_resolve_references()
+        half.batch_size = smaller * chips
+        per_image = (peak - compile_step(half, mesh).memory_analysis().peak_memory_in_bytes) / (share - smaller)
         steady = peak - per_image * share
     recipe = build_recipe(config, steps_per_epoch=1_000)
     flops = flops_per_image(recipe) * share
@@ -128,29 +128,22 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
     }
 
 
-def compile_step(config: ConfigDict, mesh: Mesh, batch_size: int | None = None):
+def compile_step(config: ConfigDict, mesh: Mesh):
     """The train step of a config as the compiler makes it for these devices."""
-    B, side = batch_size or config.batch_size, config.data.canvas_size
-    print(f"compiling for {mesh.size} chips, batch {B:,} (a few minutes)", file=sys.stderr, flush=True)
+    print(f"compiling for {mesh.size} chips, batch {config.batch_size:,} (a few minutes)", file=sys.stderr, flush=True)
     recipe = build_recipe(config, steps_per_epoch=1_000)
     state = abstract_state(recipe, mesh)
     sharding.check_divides(state, config.fsdp)
-    rows: Any = partial(jax.ShapeDtypeStruct, sharding=NamedSharding(mesh, sharding.BATCH))
-    batch = DeviceBatch(
-        canvas=rows((B, side, side, config.model.in_channels), np.uint8),
-        size=rows((B, 2), np.float32),
-        position=rows((B,), np.int32),
-    )
     try:
-        return jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0).lower(state, batch).compile()
+        return lower_step(recipe, mesh, state).compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
         said = f"{needs[1]} of {needs[2]}" if needs else "more than the chip has"
         raise UserError(
-            f"batch {B:,} on {mesh.size} chips needs {said}: set a smaller --config.batch_size, --config.accum_steps, "
-            "--config.model.remat=True or --config.fsdp"
+            f"batch {config.batch_size:,} on {mesh.size} chips needs {said}: set a smaller --config.batch_size, "
+            "--config.accum_steps, --config.model.remat=True or --config.fsdp"
         ) from error
 
 

@@ -1,7 +1,7 @@
 """From a config to what the train step needs: modules, schedules, crops, a state, and the shape of a batch."""
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,26 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
         return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
     return dino.Recipe(config, dino.Network(backbone, head), schedules.from_config(config, steps_per_epoch), augment)
+
+
+def lower_step(recipe: dino.Recipe, mesh: jax.sharding.Mesh, state: dino.TrainState) -> jax.stages.Lowered:
+    """`dino.train_step` for the recipe's batches, ready to be compiled; it gives up the state that it is called with.
+
+    state: arrays, or `abstract_state`.
+    """
+    step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
+    return step.lower(state, abstract_batch(recipe.config, mesh), np.float32(np.inf))
+
+
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
+    """Shapes, dtypes and shardings of a global batch."""
+    B, side = config.batch_size, config.data.canvas_size
+    rows: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    return DeviceBatch(
+        canvas=rows((B, side, side, config.model.in_channels), np.uint8),
+        size=rows((B, 2), np.float32),
+        position=rows((B,), np.int32),
+    )
 
 
 def compute_dtype(name: str) -> jnp.dtype:

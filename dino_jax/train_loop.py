@@ -2,8 +2,8 @@
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -20,7 +20,7 @@ from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
 from dino_jax.flops import peak_flops
 from dino_jax.initialization import start_from
-from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image, init_state
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image, init_state, lower_step
 from dino_jax.skipped import Skipped
 from dino_jax.stopping import Interrupted, StopSignal
 from dino_jax.watchdog import Watchdog
@@ -65,6 +65,9 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
 
         with batches_from(start, source, config) as batches:
             try:
+                if start < total_steps:
+                    watchdog.beat("compile", start + 1)
+                    run.compile(state)  # while the readers start
                 if start == 0:
                     watchdog.beat("evaluation", 0)
                     with stop.interruptible():
@@ -114,27 +117,32 @@ class Run:
     ):
         self.rate = metrics.Rate()
         self._watchdog, self._skipped = watchdog, skipped
-        self._config, self._mesh, self._source, self._logger = recipe.config, mesh, source, logger
-        self._train_step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0)
-        self._flops_per_image = flops_per_image(recipe)
-        self._peak = peak_flops(jax.devices()[0])
+        self._recipe, self._mesh, self._source, self._logger = recipe, mesh, source, logger
+        self._config = recipe.config
+        peak = peak_flops(jax.devices()[0])
+        self._utilisation = peak and flops_per_image(recipe) / (peak * jax.device_count())  # at one image a second
         self._bad: set[int] = set()
         self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not looked at
         self._started = time.perf_counter()
-        self._compiled = False
+        self._first = True
+
+    def compile(self, state: dino.TrainState) -> None:
+        """Makes the program of the step. Raises UserError if processes make different ones, or it needs too much."""
+        lowered = lower_step(self._recipe, self._mesh, state)
+        agreement.require(lambda: agreement.program(lowered))
+        with readable_out_of_memory():
+            self._train_step: Callable = lowered.compile()
+        self._compiled = time.perf_counter()
 
     def step(self, state: dino.TrainState, batch, done: int) -> dino.TrainState:
         """Trains on a batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
         self._watchdog.beat("step", done)
         self._note_bad(batch)
         with readable_out_of_memory():
-            arrays = on_devices(batch, self._mesh)
-            if not self._compiled:
-                agreement.require(lambda: agreement.program(self._train_step, state, arrays, np.float32(np.inf)))
-            state, scalars = self._train_step(state, arrays, self._skipped.max_grad_norm())
+            state, scalars = self._train_step(state, on_devices(batch, self._mesh), self._skipped.max_grad_norm())
             self.settle()
             self._running = done, scalars, batch.index
-            if not self._compiled:
+            if self._first:
                 self.settle()
         if self._config.verify_every and done % self._config.verify_every == 0:
             agreement.require_same_state(state, self._mesh)
@@ -152,17 +160,17 @@ class Run:
         values |= self._skipped.look(done, values, index)
         self.rate.add(self._config.batch_size)
         if done % self._config.log_every == 0:
-            self._logger.log(done, values | (self._speed() if self._compiled else {}))
-        if not self._compiled:
-            self._compiled = True
-            self._logger.info(f"first step, with compilation: {time.perf_counter() - self._started:.1f} s")
+            self._logger.log(done, values | ({} if self._first else self._speed()))
+        if self._first:
+            self._first = False
+            seconds = [moment - self._started for moment in (time.perf_counter(), self._compiled)]
+            self._logger.info("first step after {:.1f} s, of which compilation {:.1f} s".format(*seconds))
             self.rate.reset()
 
     def _speed(self) -> dict[str, float]:
         speed = self.rate.read()
-        if self._peak:
-            work = self._flops_per_image * speed["images_per_second"]
-            speed["model_flop_utilisation"] = work / (self._peak * jax.device_count())
+        if self._utilisation:
+            speed["model_flop_utilisation"] = self._utilisation * speed["images_per_second"]
         return speed
 
     def _note_bad(self, batch: Batch) -> None:

@@ -46,8 +46,8 @@ outcome("other config", lambda: agreement.require(lambda: agreement.settings(oth
 outcome("same data", lambda: agreement.require(lambda: agreement.data(open_source("demo:train:2"))))
 split = ("train", "test")[me]
 outcome("other data", lambda: agreement.require(lambda: agreement.data(open_source(f"demo:{split}:2"))))
-outcome("same program", lambda: agreement.require(lambda: agreement.program(scaled(2), shape)))
-outcome("other program", lambda: agreement.require(lambda: agreement.program(scaled(2 + me), shape)))
+outcome("same program", lambda: agreement.require(lambda: agreement.program(scaled(2).lower(shape))))
+outcome("other program", lambda: agreement.require(lambda: agreement.program(scaled(2 + me).lower(shape))))
 
 mesh = sharding.make_mesh()
 state = {"center": np.arange(5, dtype=np.float32), "step": np.int32(3)}

@@ -16,7 +16,7 @@ from tiny import tiny_config
 from dino_jax import checkpoints, dino, sharding
 from dino_jax.errors import UserError
 from dino_jax.plan import collectives
-from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, init_state
+from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, init_state, lower_step
 
 DEVICES = 8
 # (fsdp, changes of the config): the first is what the others must agree with.
@@ -52,14 +52,14 @@ def follow(fsdp, changes, steps=5):
     """What a short run gives, as plain numbers, and what its program says between devices."""
     recipe, mesh, state = setup(fsdp, **changes)
     batch = random_batch(recipe, mesh)
-    step = jax.jit(partial(dino.train_step, recipe, mesh), donate_argnums=0).lower(state, batch).compile()
+    step = lower_step(recipe, mesh, state).compile()
     kernel = state.student["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
     moments = [x for path, x in jax.tree.leaves_with_path(state.opt_state) if "kernel" in jax.tree_util.keystr(path)]
     held = [kernel, state.teacher["head"]["last_layer"]["weight_v"], *moments]
     parts = [x.addressable_shards[0].data.size / x.size for x in held]
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, np.float32(np.inf))
         losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm", "teacher_entropy")])
     sums = {name: float(np.abs(x).sum()) for name, x in named(jax.device_get((state.student, state.teacher)))}
     return {

@@ -33,7 +33,7 @@ Answer = queue.SimpleQueue[tuple[Any, Exception | None]]
 
 
 class Batches(Generic[T]):
-    """An iterator of batches that owns workers: close it, or use it in a `with`.
+    """An iterator of batches that owns workers, who start at once: close it, or use it in a `with`.
 
     Raises: UserError while iterating, when a worker was killed or no batch came for `stall_timeout` seconds (0: waits
         for ever); it names the workers, and those still there are ended.
@@ -45,7 +45,7 @@ class Batches(Generic[T]):
         self._batches: Iterator[T] = iter(batches)
         self._count = workers
         self._stall_timeout = stall_timeout
-        self._asked: Answer | None = None  # where the batch after this one will be
+        self._asked: Answer | None = self._ask()  # where the next batch will be
 
     def __iter__(self) -> Iterator[T]:
         return self
