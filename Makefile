@@ -43,8 +43,9 @@ format: install-dev
 bench: install-peers  ## speed of every stage on this machine, beside PyTorch's
 	$(BIN)/python -m benchmarks
 
-chaos: install  ## the demo killed at 20 random moments: the same bits at the end
+chaos: install  ## the demo killed at 20 random moments, and stopped at 10: the same bits at the end
 	$(BIN)/python -m benchmarks.chaos --kills=20
+	$(BIN)/python -m benchmarks.chaos --kills=10 --signal=SIGTERM --config.epochs=12
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache

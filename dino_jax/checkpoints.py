@@ -34,6 +34,7 @@ MANIFEST = "manifest.json"
 STATE_SECTIONS = ("model", "head")
 # The size of global crops sets the grid of learnt positions; batch size, seed and init_from say what step N means.
 STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
+NAMED = 5  # differences that a message lists
 FREE_KEYS = ("model.drop_path_rate", "model.remat")
 
 MAKE_ROOM = "the checkpoints before are intact; make room there, and the same command resumes"
@@ -99,13 +100,15 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
 
     state_target: the state's tree of jax.ShapeDtypeStruct with the shardings wanted, on any mesh. Damaged newer
     checkpoints are renamed to `STEP.damaged`, with one line on stderr. Raises UserError if `config` differs from the
-    checkpoint's in what shapes the state, or if every checkpoint is damaged.
+    checkpoint's in what shapes the state, if its arrays are others all the same, or if every checkpoint is damaged.
     """
     step = newest_intact(manager.directory)
     if step is None:
         return None
     folder = Path(manager.directory) / str(step)
-    _require_same_state(read_metadata(folder)["config"], plain(config), folder)
+    metadata = read_metadata(folder)
+    _require_same_settings(metadata["config"], plain(config), folder)
+    _require_same_arrays(folder, state_target, metadata["versions"])
     _set_aside(manager, [damaged for damaged in manager.all_steps() if damaged > step])
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state_target)))
     return restored["state"], step
@@ -303,7 +306,7 @@ def _state_settings(config: Mapping) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE_KEYS}
 
 
-def _require_same_state(saved: Mapping, current: Mapping, folder: Any) -> None:
+def _require_same_settings(saved: Mapping, current: Mapping, folder: Any) -> None:
     saved, current = _state_settings(saved), _state_settings(current)
     different = [name for name in current if name in saved and saved[name] != current[name]]
     if different:
@@ -311,6 +314,28 @@ def _require_same_state(saved: Mapping, current: Mapping, folder: Any) -> None:
         raise UserError(
             f"checkpoint {folder} is of another run: {changes}; use another --workdir or the checkpoint's settings"
         )
+
+
+def _require_same_arrays(folder: Path, target: Any, written_by: Mapping[str, str]) -> None:
+    """With the same settings, code or libraries of another version can still mean other arrays."""
+    saved, current = _arrays(tree_of(folder / "state")), _arrays(ocp.tree.serialize_tree(target, keep_empty_nodes=True))
+    different = [
+        f"{name} is {current.get(name, 'not in it')}, there {saved.get(name, 'missing')}"
+        for name in sorted(saved | current)
+        if saved.get(name) != current.get(name)
+    ]
+    if different:
+        more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
+        raise UserError(
+            f"checkpoint {folder} holds another state than this code's: {'; '.join(different[:NAMED])}{more}; use "
+            f"another --workdir or what wrote it ({', '.join(' '.join(one) for one in written_by.items())})"
+        )
+
+
+def _arrays(tree: Any) -> dict[str, str]:
+    """Type and shape of each array by its name on disk."""
+    leaves = ocp.tree.to_flat_dict(tree, sep=".")
+    return {name: f"{np.dtype(x.dtype)} {list(x.shape)}" for name, x in leaves.items() if hasattr(x, "shape")}
 
 
 def _set_aside(manager: Manager, steps: list[int]) -> None:

@@ -115,9 +115,9 @@ def _drop_after(path: Path, last_step: int) -> None:
 
 
 class Rate:
-    """Images, seconds and seconds spent waiting for data between two readings.
+    """Images, seconds and seconds lost waiting for data between two readings.
 
-        with rate.waiting():
+        with rate.waiting(busy):
             batch = next(batches)
         rate.add(batch_size)
         ...
@@ -135,13 +135,14 @@ class Rate:
         self._start, self._waited, self._images = self._clock(), 0.0, 0
 
     @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Counts the time of its block as time spent waiting for data."""
+    def waiting(self, busy: Callable[[], bool]) -> Iterator[None]:
+        """Counts the time of its block as lost, unless at its end the devices are busy() still with the step before."""
         start = self._clock()
         try:
             yield
         finally:
-            self._waited += self._clock() - start
+            if not busy():
+                self._waited += self._clock() - start
 
     def add(self, images: int) -> None:
         """Counts the images of one step (of the global batch)."""

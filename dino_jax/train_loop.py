@@ -74,7 +74,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
                         evaluate(state)
                 while done < total_steps:
                     watchdog.beat("data", done + 1)
-                    with run.rate.waiting(), stop.interruptible():
+                    with run.rate.waiting(run.busy), stop.interruptible():
                         batch = next(batches)
                     state, done = run.step(state, batch, done + 1), done + 1
                     if stop.requested(done % config.log_every == 0):
@@ -147,6 +147,10 @@ class Run:
         if self._config.verify_every and done % self._config.verify_every == 0:
             agreement.require_same_state(state, self._mesh)
         return state
+
+    def busy(self) -> bool:
+        """Whether the devices still work on the last dispatched step."""
+        return self._running is not None and not self._running[1]["loss"].is_ready()
 
     def settle(self) -> None:
         """Waits for the last dispatched step, checks it and logs it if due.

@@ -36,6 +36,7 @@ def test_a_run_that_is_killed_3_times_ends_with_the_same_bits(tmp_path):
     assert {"student", "teacher", "center", "opt_state"} <= set(report.digests)
     assert report.digests == report.reference_digests
     assert not report.left_over
+    assert report.good
 
 
 def start(workdir, *flags, program="train.py", **env):
