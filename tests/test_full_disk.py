@@ -25,17 +25,21 @@ def noise(step):
     return {"step": jnp.int32(step), "bits": jnp.asarray(bits)}
 
 
+def save_and_wait(manager, step, c):
+    """Either half may tell of a full disk."""
+    checkpoints.save(manager, step, noise(step), c)
+    manager.wait_until_finished()
+
+
 def save_into_a_full_disk(workdir, refuse, spare):
     """Two steps are saved, refuse() leaves no room for a third, spare() makes some again, and the same run goes on."""
     c = tiny_config()
     with checkpoints.open_manager(workdir, c.checkpoint) as manager:
         for step in (1, 2):
-            checkpoints.save(manager, step, noise(step), c)
-        manager.wait_until_finished()
+            save_and_wait(manager, step, c)
         refuse()
-        checkpoints.save(manager, 3, noise(3), c)
         with pytest.raises(UserError) as error:
-            manager.wait_until_finished()
+            save_and_wait(manager, 3, c)
     spare()
     assert str(workdir / "checkpoints") in str(error.value)
     assert "make room" in str(error.value)
