@@ -92,13 +92,13 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
     share = batch // chips
     program = compile_step(config, mesh)
     peak = program.memory_analysis().peak_memory_in_bytes
-    steady, per_image = peak, None
+    fits = None
     smaller = share // 2 // config.accum_steps * config.accum_steps
     if smaller:
         half = config.copy_and_resolve_references()
         half.batch_size = smaller * chips
-        per_image = (peak - compile_step(half, mesh).memory_analysis().peak_memory_in_bytes) / (share - smaller)
-        steady = peak - per_image * share
+        peaks = {share: peak, smaller: compile_step(half, mesh).memory_analysis().peak_memory_in_bytes}
+        fits = images_that_fit(peaks, chip.memory * (1 - RESERVED), config.accum_steps)
     recipe = build_recipe(config, steps_per_epoch=1_000)
     flops = flops_per_image(recipe) * share
     parameters = sum(x.size for x in jax.tree.leaves(abstract_state(recipe, mesh).student))
@@ -109,8 +109,6 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
         "links": sum(link_seconds(one, chip, chips // slices) for one in found),
         "network": network_seconds(4 * parameters, chip, slices, chips // slices),
     }
-    limit = chip.memory * (1 - RESERVED)
-    fits = int((limit - steady) / per_image) // config.accum_steps * config.accum_steps if per_image else None
     return {
         "chips": chips,
         "slices": slices,
@@ -120,12 +118,23 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
         "accum_steps": config.accum_steps,
         "peak_bytes": peak,
         "chip_bytes": chip.memory,
-        "largest_batch": fits * chips if fits is not None else None,
+        "largest_batch": fits and fits * chips,
         "flops_per_chip": flops,
         "collectives": [one._asdict() for one in found],
         "seconds": seconds,
         "utilisation": utilisation,
     }
+
+
+def images_that_fit(peaks: dict[int, float], memory: float, multiple: int) -> int | None:
+    """The most images of a chip, off a line through its `peaks` with two numbers of them; a multiple of `multiple`.
+
+    None where the line does not rise: with a few images, what does not depend on them takes most.
+    """
+    (few, low), (many, high) = sorted(peaks.items())
+    if high <= low:
+        return None
+    return int(few + (memory - low) * (many - few) / (high - low)) // multiple * multiple
 
 
 def compile_step(config: ConfigDict, mesh: Mesh):
@@ -224,13 +233,15 @@ def table(plan: dict) -> str:
         moved[one["operation"]] = [count + one["times"], size + one["times"] * one["size"]]
     exchanged = ", ".join(f"{count} {name} of {size / 1e6:,.1f} MB" for name, (count, size) in moved.items())
     fits = (
-        f"{plan['largest_batch']:,} images" if plan["largest_batch"] is not None else "not known from one image a chip"
+        "not known from so few images a chip: give a larger --config.batch_size"
+        if plan["largest_batch"] is None
+        else f"{plan['largest_batch']:,} images (a line through two batches)"
     )
     rows = {
         "run": f"{plan['arch']} on {plan['chips']} chips in {plan['slices']} slice(s), batch {plan['batch']:,}, "
         f"fsdp {plan['fsdp']}, accum_steps {plan['accum_steps']}",
         "peak memory": f"{plan['peak_bytes'] / gb:.2f} of {plan['chip_bytes'] / gb:.0f} GB a chip",
-        "largest batch": f"{fits} (a line through two batches)",
+        "largest batch": fits,
         "FLOPs": f"{plan['flops_per_chip'] / 1e12:.2f} T a chip and step",
         "between chips": f"{exchanged or 'nothing'} a step",
     }

@@ -59,6 +59,12 @@ def test_times_are_those_of_rings():
     assert plan.link_seconds(Collective("reduce-scatter", 100, 1, 4), chip, 4) == pytest.approx(400 * 3 / 4 / 100)
 
 
+def test_images_that_fit_are_read_off_a_line_that_rises():
+    assert plan.images_that_fit({8: 5.0, 4: 3.0}, memory=10.2, multiple=1) == 18
+    assert plan.images_that_fit({8: 5.0, 4: 3.0}, memory=10.2, multiple=4) == 16
+    assert plan.images_that_fit({8: 5.0, 4: 5.1}, memory=10.2, multiple=1) is None
+
+
 def test_an_unknown_chip_is_named():
     with pytest.raises(UserError, match="v9:4x4: give CHIP:SHAPE with CHIP one of v5e"):
         plan.topology_mesh("v9:4x4", 1, 1)
