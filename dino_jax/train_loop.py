@@ -20,7 +20,15 @@ from dino_jax.evals import knn
 from dino_jax.evals.features import FeatureTable, tabulate
 from dino_jax.flops import peak_flops
 from dino_jax.initialization import start_from
-from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe, flops_per_image, init_state, lower_step
+from dino_jax.recipe import (
+    DeviceBatch,
+    abstract_state,
+    build_recipe,
+    compile_lowered,
+    flops_per_image,
+    init_state,
+    lower_step,
+)
 from dino_jax.skipped import Skipped
 from dino_jax.stopping import Interrupted, StopSignal
 from dino_jax.watchdog import Watchdog
@@ -131,7 +139,7 @@ class Run:
         lowered = lower_step(self._recipe, self._mesh, state)
         agreement.require(lambda: agreement.program(lowered))
         with readable_out_of_memory():
-            self._train_step: Callable = lowered.compile()
+            self._train_step: Callable = compile_lowered(lowered)
         self._compiled = time.perf_counter()
 
     def step(self, state: dino.TrainState, batch, done: int) -> dino.TrainState:
