@@ -116,6 +116,7 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilisati
         "batch": batch,
         "fsdp": config.fsdp,
         "accum_steps": config.accum_steps,
+        "parameters": parameters,
         "peak_bytes": peak,
         "chip_bytes": chip.memory,
         "largest_batch": fits and fits * chips,
@@ -253,7 +254,7 @@ def table(plan: dict) -> str:
         )
         rows["images/s, modelled"] = f"{plan['batch'] / total:,.0f}"
         rows["scaling, modelled"] = (
-            f"{seconds['compute'] / total:.3f} of chips that do not talk, {alone / total:.3f} of one slice's rate"
+            f"{seconds['compute'] / total:.3f} of chips that do not talk, {alone / total:.3f} of slices that do not"
         )
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())

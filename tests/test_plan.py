@@ -1,3 +1,7 @@
+import json
+import subprocess
+import sys
+
 import pytest
 
 from dino_jax import plan
@@ -63,6 +67,27 @@ def test_images_that_fit_are_read_off_a_line_that_rises():
     assert plan.images_that_fit({8: 5.0, 4: 3.0}, memory=10.2, multiple=1) == 18
     assert plan.images_that_fit({8: 5.0, 4: 3.0}, memory=10.2, multiple=4) == 16
     assert plan.images_that_fit({8: 5.0, 4: 5.1}, memory=10.2, multiple=1) is None
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--config.batch_size=8"],
+        ["--config.batch_size=16", "--config.accum_steps=2", "--config.crops.local_number=2"],
+    ],
+)
+def test_in_a_tpu_program_the_gradient_crosses_once(tmp_path, settings):
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed: pip install libtpu")
+    command = [sys.executable, "-m", "dino_jax.plan", "--config=configs/vits16.py", "--topology=v5e:2x4", *settings]
+    command += ["--config.model.arch=vit_nano", "--config.head.out_dim=4096"]
+    done = subprocess.run([*command, f"--output={tmp_path / 'plan.json'}"], capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    found = json.loads((tmp_path / "plan.json").read_text())
+    sums = found["collectives"]
+    assert {one["operation"] for one in sums} == {"all-reduce"}
+    assert sum(one["times"] for one in sums) <= 8
+    # What is not gradient: the centre, the mean of the targets, and three numbers.
+    assert 4 * found["parameters"] <= sum(one["times"] * one["size"] for one in sums) <= 1.02 * 4 * found["parameters"]
 
 
 def test_an_unknown_chip_is_named():
