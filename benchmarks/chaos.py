@@ -150,7 +150,7 @@ def run(kills: int, seed: int, folder: Path, arguments: list[str], number: signa
     for life in range(kills):
         # A fifth of the kills come while the run starts, the others by a step that leaves the later ones theirs.
         saved = last_saved(killed)
-        moment = rng.uniform(-0.5, 2)
+        moment = rng.uniform(-0.4, 1.6)
         until = saved + moment * (report.steps - saved) / (kills - life + 1)
         latest = (1 + 2 * moment) * startup if moment < 0 else float("inf")
         since = log.stat().st_size if (log := Path(f"{killed}.log")).exists() else 0

@@ -20,6 +20,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks import environment
 from configs import vits16
+from dino_jax import metrics
 from dino_jax.data.pipeline import to_canvas, train_batches
 from dino_jax.data.sources import open_source
 
@@ -83,7 +84,7 @@ def pillow_crops(jpeg: bytes, rng: np.random.Generator) -> list[np.ndarray]:
 
 
 def data_wait(jpeg: bytes, seconds: float) -> float:
-    """Share of the time that steps of STEP_PER_IMAGE spend waiting for their batch."""
+    """Share of the time that a device with steps of STEP_PER_IMAGE waits for a batch, fed as by `train_loop.Run`."""
     with tempfile.TemporaryDirectory() as folder:
         for number in range(256):
             Path(folder, f"{number}.jpg").write_bytes(jpeg)
@@ -91,13 +92,14 @@ def data_wait(jpeg: bytes, seconds: float) -> float:
         settings = {"canvas_size": canvas_size, "channels": 3, "seed": 0, "start_step": 0, "workers": 1}
         with train_batches(source, batch_size=BATCH, **settings, process_index=0, process_count=1) as batches:
             next(batches)  # the reader has started
-            start, waited = time.perf_counter(), 0.0
+            rate, start = metrics.Rate(), time.perf_counter()
+            done = start  # when the device will have nothing left to do
             while time.perf_counter() - start < seconds:
-                asked = time.perf_counter()
-                next(batches)
-                waited += time.perf_counter() - asked
-                time.sleep(BATCH * STEP_PER_IMAGE)
-            return waited / (time.perf_counter() - start)
+                with rate.waiting(busy=lambda until=done: time.perf_counter() < until):
+                    next(batches)
+                before, done = done, max(done, time.perf_counter()) + BATCH * STEP_PER_IMAGE
+                time.sleep(max(0.0, before - time.perf_counter()))  # the step before is looked at behind this one
+            return rate.read()["data_wait"]
 
 
 def main(argv: list[str]) -> None:
