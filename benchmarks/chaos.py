@@ -36,7 +36,7 @@ SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 FOLDER = flags.DEFINE_string("folder", "runs/chaos", "where both runs go; what is there is removed")
 POLL = 0.02  # seconds
 ROOT = Path(__file__).parent.parent
-LONGEST = 30  # seconds from SIGTERM to the end
+LONGEST = 30  # seconds from SIGTERM to the end that a scheduler gives
 UNFINISHED = ("tmp", "unfinished", "previous", "partial", "damaged")  # what no finished run has in a name
 
 

@@ -105,7 +105,6 @@ def data_wait(jpeg: bytes, seconds: float) -> float:
 def main(argv: list[str]) -> None:
     """Prints the table."""
     config, jpeg, repeats = vits16.get_config(), photograph(), REPEATS.value
-    canvas, size = to_canvas(jpeg, config.data.canvas_size, 3)
     host = cpu_milliseconds(lambda: to_canvas(jpeg, config.data.canvas_size, 3), repeats)
     rng = np.random.default_rng(0)
     pillow = cpu_milliseconds(lambda: pillow_crops(jpeg, rng), repeats)

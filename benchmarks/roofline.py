@@ -17,7 +17,7 @@ from absl import app, flags
 from configs import vits16
 from dino_jax import dino, optimizers, sharding
 from dino_jax.flops import PEAK_FLOPS, count_flops, count_product_bytes
-from dino_jax.recipe import DeviceBatch, abstract_state, build_recipe
+from dino_jax.recipe import abstract_batch, abstract_state, build_recipe
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_base"], "architectures, patch 16")
 BATCH = flags.DEFINE_integer("batch", 64, "images on the device")
@@ -35,12 +35,12 @@ def stages(arch: str, batch: int) -> dict[str, tuple[int, int]]:
     config = vits16.get_config()
     config.model.arch, config.batch_size, config.dtype = arch, batch, "bfloat16"
     recipe = build_recipe(config, steps_per_epoch=1_000)
-    state = abstract_state(recipe, sharding.make_mesh(jax.devices()[:1]))
+    mesh = sharding.make_mesh(jax.devices()[:1])
+    state = abstract_state(recipe, mesh)
     network, K = recipe.network, config.head.out_dim
     struct = jax.ShapeDtypeStruct
-    canvas = struct((batch, config.data.canvas_size, config.data.canvas_size, 3), jnp.uint8)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), batch))
-    inputs = keys, DeviceBatch(canvas, struct((batch, 2), jnp.float32), struct((batch,), jnp.int32))
+    inputs = keys, abstract_batch(config, mesh)
     groups = list(jax.eval_shape(recipe.augment, *inputs))
 
     def teacher(params, stats, groups):

@@ -22,11 +22,10 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dino_jax import checkpoints, sharding
 from dino_jax.data.sources import Source, names_digest
-from dino_jax.errors import UserError
+from dino_jax.errors import NAMED, UserError, listed
 
 # Of the config: what is each host's own business, and paths. What lies there is compared where it is read.
 OWN = ("distributed.", "data.workers", "data.source", "init_from", "eval.train", "eval.test")
-NAMED = 5  # differences that a message lists
 
 
 def require(describe: Callable[[], Mapping[str, Any]]) -> None:
@@ -43,10 +42,8 @@ def require(describe: Callable[[], Mapping[str, Any]]) -> None:
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     padded = np.frombuffer(text.ljust(sizes.max()), np.uint8)
     told = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
-    different = differences(told)
-    more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
     raise UserError(
-        f"the processes do not agree: {'; '.join(different[:NAMED])}{more}: start the same command with the same code, "
+        f"the processes do not agree: {listed(differences(told))}: start the same command with the same code, "
         "libraries and data on every host"
     )
 

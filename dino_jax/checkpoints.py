@@ -25,7 +25,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dino_jax import whole
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, listed
 from dino_jax.models import VITS, build_backbone
 
 MANIFEST = "manifest.json"
@@ -34,7 +34,6 @@ MANIFEST = "manifest.json"
 STATE_SECTIONS = ("model", "head")
 # The size of global crops sets the grid of learnt positions; batch size, seed and init_from say what step N means.
 STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
-NAMED = 5  # differences that a message lists
 FREE_KEYS = ("model.drop_path_rate", "model.remat")
 
 MAKE_ROOM = "the checkpoints before are intact; make room there, and the same command resumes"
@@ -325,9 +324,8 @@ def _require_same_arrays(folder: Path, target: Any, written_by: Mapping[str, str
         if saved.get(name) != current.get(name)
     ]
     if different:
-        more = f" and {len(different) - NAMED} more" if len(different) > NAMED else ""
         raise UserError(
-            f"checkpoint {folder} holds another state than this code's: {'; '.join(different[:NAMED])}{more}; use "
+            f"checkpoint {folder} holds another state than this code's: {listed(different)}; use "
             f"another --workdir or what wrote it ({', '.join(' '.join(one) for one in written_by.items())})"
         )
 

@@ -1,5 +1,7 @@
 """A user's mistake is one clear line, never a traceback."""
 
+NAMED = 5  # differences that a message lists
+
 
 class UserError(Exception):
     """A mistake that the user can mend: the message is one line that names the knob and the way out.
@@ -16,3 +18,9 @@ class Stopped(Exception):
 
 class NotFiniteError(UserError):
     """The loss, the gradient or the parameters of a step are not finite: this run cannot go on, others can."""
+
+
+def listed(differences: list[str]) -> str:
+    """The first `NAMED` of them, and how many more there are, for a message."""
+    more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
+    return "; ".join(differences[:NAMED]) + more

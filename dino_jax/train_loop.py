@@ -49,14 +49,15 @@ def train(config: ConfigDict, workdir: str | Path) -> dino.TrainState:
     total_steps = config.epochs * steps_per_epoch
     mesh = sharding.make_mesh(fsdp=config.fsdp)
     recipe = build_recipe(config, steps_per_epoch)
-    sharding.check_divides(abstract_state(recipe, mesh), config.fsdp)
+    shapes = abstract_state(recipe, mesh)
+    sharding.check_divides(shapes, config.fsdp)
 
     with (
         Watchdog(config.watchdog, config.distributed.heartbeat) as watchdog,
         checkpoints.open_manager(workdir, config.checkpoint) as manager,
         StopSignal(config.checkpoint.stop_within) as stop,
     ):
-        restored = checkpoints.restore(manager, abstract_state(recipe, mesh), config)
+        restored = checkpoints.restore(manager, shapes, config)
         (state, start), origin = (restored, "") if restored else first_state(recipe, mesh)
         checkpoints.write_config(workdir, config)
         logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)

@@ -15,7 +15,6 @@ from dino_jax import checkpoints
 from dino_jax.errors import Stopped
 
 ROOT = Path(__file__).parent.parent
-LONGEST = 30  # seconds from a signal to the end that a scheduler gives
 TINY = [  # tiny_config() as flags, but longer
     "--config.batch_size=16",
     "--config.epochs=12",  # of 5 steps
@@ -81,7 +80,7 @@ def test_sigterm_saves_and_exits_with_75_in_any_phase(tmp_path, phase):
     wait_until(process, said, words.replace("/60", "/60,000"))
     time.sleep(seconds)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=LONGEST) == Stopped.exit_code, said.read_text()
+    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
     text = said.read_text()
     saved = checkpoints.newest_intact(tmp_path / "run" / "checkpoints") or 0
     assert f"stopped by a signal after step {saved}: the same command resumes here" in text
@@ -93,7 +92,7 @@ def test_sigterm_while_the_compiler_works_does_not_wait_for_it(tmp_path):
     wait_until(process, said, "no k-NN")
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=LONGEST) == Stopped.exit_code, said.read_text()
+    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
     assert "stopped by a signal" in said.read_text()
 
 
@@ -130,6 +129,6 @@ def test_sigterm_while_no_image_comes(tmp_path, workers):
         time.sleep(1)
         before, after = after, last_step(said.read_text())
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=LONGEST) == Stopped.exit_code, said.read_text()
+    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
     saved = checkpoints.newest_intact(tmp_path / "run" / "checkpoints")
     assert f"stopped by a signal after step {saved}" in said.read_text()
