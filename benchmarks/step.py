@@ -1,6 +1,7 @@
 """Images per second and memory of the train step and of feature extraction, beside PyTorch's.
 
-    python -m benchmarks.step [--arch=vit_small,vit_tiny] [--batch=4,8] [--repeats=9] [--peers=eager,compiled]
+    python -m benchmarks.step [--arch=vit_small,vit_tiny] [--batch=4,8] [--repeats=9] [--ours=xla,cudnn]
+        [--peers=eager,compiled]
 
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
 loss with K = 65,536, gradients, clip, AdamW, teacher and centre. float32 on a CPU, bfloat16 elsewhere. The peer is
@@ -25,16 +26,17 @@ from dino_jax.recipe import DeviceBatch, build_recipe, compile_lowered, flops_pe
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_tiny"], "architectures, patch 16")
 BATCH = flags.DEFINE_list("batch", ["4", "8"], "images a step; 'largest' that fits")
+OURS = flags.DEFINE_list("ours", ["xla"], "values of config.model.attention; cudnn is for NVIDIA GPUs")
 PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "eager, compiled or neither")
 REPEATS = flags.DEFINE_integer("repeats", 9, "timed runs; the median counts")
 ROW = flags.DEFINE_string("row", "", "one cell, as JSON: what the command runs in processes of their own")
 FEATURE_BATCH = 16
 
 
-def ours_train(arch: str, batch: int):
+def ours_train(arch: str, batch: int, attention: str):
     """A call that does one full step on one device, and the model FLOPs of an image."""
     config = vits16.get_config()
-    config.model.arch, config.batch_size = arch, batch
+    config.model.arch, config.batch_size, config.model.attention = arch, batch, attention
     mesh = sharding.make_mesh(jax.devices()[:1])
     recipe = build_recipe(config, steps_per_epoch=1_000)
     state = init_state(recipe, mesh)
@@ -54,10 +56,10 @@ def ours_train(arch: str, batch: int):
     return run, flops_per_image(recipe)
 
 
-def ours_features(arch: str, batch: int):
+def ours_features(arch: str, batch: int, attention: str):
     """A call that takes a batch of 224 x 224 images through the backbone."""
     config = vits16.get_config()
-    config.model.arch = arch
+    config.model.arch, config.model.attention = arch, attention
     backbone = build_recipe(config, steps_per_epoch=1).network.backbone
     images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
     variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
@@ -77,24 +79,25 @@ def theirs(stage: str, arch: str, batch: int, compiled: bool):
 
 def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
     """One cell: images_per_second, seconds of the first call, peak GiB, and ours' share of the device's peak."""
-    if who == "ours":
-        run, work = (ours_train if stage == "train" else ours_features)(arch, batch)
+    ours = who not in ("eager", "compiled")
+    if ours:
+        run, work = (ours_train if stage == "train" else ours_features)(arch, batch, attention=who)
     else:
         run, work = theirs(stage, arch, batch, compiled=who == "compiled")
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start
     rate = batch / environment.median_seconds(run, repeats)
-    found = {"images_per_second": rate, "first": first, "gib": peak_gib(who)}
-    peak = peak_flops(jax.devices()[0]) if who == "ours" else None
+    found = {"images_per_second": rate, "first": first, "gib": peak_gib(ours)}
+    peak = peak_flops(jax.devices()[0]) if ours else None
     if peak and work:
         found["mfu"] = rate * work / peak
     return found
 
 
-def peak_gib(who: str) -> float:
+def peak_gib(ours: bool) -> float:
     """Of the device's memory, of the process on a CPU."""
-    if who == "ours":
+    if ours:
         stats = jax.devices()[0].memory_stats()
         used = stats and stats["peak_bytes_in_use"]
     else:
@@ -130,13 +133,15 @@ def main(argv: list[str]) -> None:
         print(json.dumps(measure(**json.loads(ROW.value))))
         return
     print(f"{environment.describe()}; images/s (peak memory, first call), median of {REPEATS.value}\n")
-    columns = ["ours", *PEERS.value]
-    print(f"| stage | batch | {' | '.join(columns)} | ours / best peer |\n|---|---|{'---|' * len(columns)}---|")
+    columns = [*OURS.value, *PEERS.value]
+    names = [f"ours, {attention} attention" for attention in OURS.value] + [f"PyTorch {peer}" for peer in PEERS.value]
+    print(f"| stage | batch | {' | '.join(names)} | ours / best peer |\n|---|---|{'---|' * len(columns)}---|")
     stages = [("train", arch, batch) for arch in ARCH.value for batch in BATCH.value]
     for stage, arch, batch in stages + [("features", arch, str(FEATURE_BATCH)) for arch in ARCH.value]:
         found = [cell(who, stage, arch, batch) for who in columns]
-        ours, *rates = [f.get("images_per_second", 0) for f in found]
-        ratio = f"{ours / max(rates):.2f}" if any(rates) else ""
+        rates = [f.get("images_per_second", 0) for f in found]
+        ours, peer = max(rates[: len(OURS.value)]), max(rates[len(OURS.value) :], default=0)
+        ratio = f"{ours / peer:.2f}" if peer else ""
         shown = " | ".join(show(f, batch) for f in found)
         print(f"| {stage} {arch}/16 | {batch} | {shown} | {ratio} |", flush=True)
 

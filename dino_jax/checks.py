@@ -1,5 +1,7 @@
 """What is wrong with a config, found before anything is read or compiled: one line with the knob and the way out."""
 
+import jax
+
 from dino_jax.errors import UserError
 from dino_jax.initialization import ADAPTATIONS
 from dino_jax.models import RESNETS, VITS
@@ -11,6 +13,7 @@ CHOICES = {
     "optim.name": OPTIMIZERS,
     "dino.teacher_update": TEACHER_UPDATES,
     "dtype": ("auto", "float32", "bfloat16"),
+    "model.attention": ("xla", "cudnn"),
 }
 AT_LEAST = {
     "seed": 0,
@@ -137,7 +140,11 @@ def _check_model(config) -> None:
             raise UserError(f"{model.arch} has no drop path: set --config.model.drop_path_rate=0")
         if model.remat:
             raise UserError(f"{model.arch} has no rematerialisation: set --config.model.remat=False")
+        if model.attention == "cudnn":
+            raise UserError(f"{model.arch} has no attention: set --config.model.attention=xla")
         return
+    if model.attention == "cudnn":
+        _check_cudnn(config.dtype)
     sizes = {"crops.global_size": crops.global_size, "eval.crop": config.eval.crop}
     if crops.local_number:
         sizes["crops.local_size"] = crops.local_size
@@ -149,6 +156,21 @@ def _check_model(config) -> None:
                 f"{name} {size} is not a multiple of the patch size {patch}: "
                 f"set --config.{name} to {below} or {below + patch}"
             )
+
+
+def _check_cudnn(dtype: str) -> None:
+    device = jax.devices()[0]
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" on a Hopper; AMD's have names
+    if not (capability[:1].isdigit() and float(capability) >= 8):
+        raise UserError(
+            f"model.attention=cudnn is for NVIDIA GPUs from Ampere on, not {device.device_kind}: "
+            "set --config.model.attention=xla"
+        )
+    if dtype == "float32":
+        raise UserError(
+            "model.attention=cudnn computes in bfloat16, and dtype is float32: "
+            "set --config.dtype=bfloat16 or --config.model.attention=xla"
+        )
 
 
 def _check_batch(config, devices: int) -> None:

@@ -32,6 +32,7 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
         patch_size=config.model.patch_size,
         image_size=config.crops.global_size,
         remat=config.model.remat,
+        attention=config.model.attention,
         dtype=dtype,
         axis_name=sharding.AXES,
         gather=sharding.gather if config.fsdp > 1 else None,
@@ -100,7 +101,9 @@ def abstract_state(recipe: dino.Recipe, mesh: jax.sharding.Mesh) -> dino.TrainSt
 
 def flops_per_image(recipe: dino.Recipe) -> float:
     """Model FLOPs of a step for one image: student forward and backward (3 x forward), teacher forward."""
-    crops, network = recipe.config.crops, recipe.network
+    countable = recipe.config.copy_and_resolve_references()
+    countable.model.attention = "xla"  # a fused kernel shows no products
+    crops, network = recipe.config.crops, build_recipe(countable, steps_per_epoch=1).network
     channels = recipe.config.model.in_channels
 
     def forward(size):

@@ -28,20 +28,23 @@ def build_backbone(
     patch_size: int = 16,
     image_size: int = 224,
     remat: bool = False,
+    attention: str = "xla",
     dtype: jnp.dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
     gather: Callable | None = None,
 ) -> nn.Module:
     """The backbone named `arch`: `apply(variables, images [B, H, W, C], train) -> [B, embed_dim]`.
 
-    Channels follow the images that it is initialised with. patch_size, image_size (the grid of learnt positions) and
-    remat are the ViTs', as is gather, for parameters that devices hold in parts (`sharding.gather`); axis_name is the
-    convnets', for batch norm over devices.
+    Channels follow the images that it is initialised with. patch_size, image_size (the grid of learnt positions), remat
+    and attention are the ViTs', as is gather, for parameters that devices hold in parts (`sharding.gather`); axis_name
+    is the convnets', for batch norm over devices.
 
     Raises UserError for an unknown name.
     """
     if arch in VITS:
-        return VITS[arch](patch_size=patch_size, image_size=image_size, remat=remat, dtype=dtype, gather=gather)
+        return VITS[arch](
+            patch_size=patch_size, image_size=image_size, remat=remat, attention=attention, dtype=dtype, gather=gather
+        )
     if arch in RESNETS:
         return RESNETS[arch](axis_name=axis_name, dtype=dtype)
     raise UserError(f"unknown architecture {arch!r}: set --config.model.arch to one of {', '.join([*VITS, *RESNETS])}")

@@ -58,14 +58,35 @@ def test_position_embeddings_of_real_grids(golden):
             assert_close(pos, arrays, key, meta)
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_gradients(reference, remat):
+@pytest.mark.parametrize(("remat", "attention"), [(False, "xla"), (True, "xla"), (False, "cudnn")])
+def test_gradients(reference, remat, attention, monkeypatch):
+    # XLA computes in cuDNN's place: what is tested is our call, which takes the same arguments there.
+    attend = jax.nn.dot_product_attention
+    by_xla = lambda *args, implementation, **lengths: attend(*args, implementation="xla", **lengths)  # noqa: E731
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     arrays, meta, module, variables = reference
     x, r = images(arrays, *re.search(r"x_(\d+)x(\d+)", meta["grad"]).groups()), arrays["in/r"]
-    module = module.copy(remat=remat)
+    module = module.copy(remat=remat, attention=attention)
     grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
     for name, grad in to_official(grads).items():
         assert_close(grad, arrays, f"grad/{name}", meta)
+
+
+def test_cudnn_takes_any_number_of_tokens(monkeypatch):
+    # A program for a GPU, made without one: JAX's own checks of what cuDNN supports run, above all on odd numbers.
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    monkeypatch.setattr(fused, "check_cudnn_version", lambda: 91300)
+    monkeypatch.setattr(fused, "check_compute_capability", lambda capability: float(capability) <= 8)
+    module = ViT(32, 2, 2, patch_size=8, image_size=16, attention="cudnn", dtype=jnp.bfloat16)
+    plain = module.copy(attention="xla")
+    for size, tokens in ((16, 5), (24, 10), (8, 2)):
+        x = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
+        variables = jax.eval_shape(plain.init, jax.random.key(0), x)
+        gradient = jax.jit(jax.grad(lambda variables, x: module.apply(variables, x).sum().astype(jnp.float32)))
+        program = gradient.trace(variables, x).lower(lowering_platforms=("cuda",)).as_text()
+        assert "__cudnn$fmhaSoftmaxBackward" in program
+        assert f"tensor<3x2x{tokens}x{tokens}x" not in program  # no attention matrix
 
 
 def test_any_number_of_channels():
