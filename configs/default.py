@@ -35,6 +35,7 @@ def get_config() -> ConfigDict:
     config.model.in_channels = 3
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
+    config.model.unroll = False  # no loop over the blocks: less time, more memory, longer compilation
     # xla | cudnn (fused; NVIDIA GPUs from Ampere on, in bfloat16). Not measured yet, so that xla is the default.
     config.model.attention = "xla"
 

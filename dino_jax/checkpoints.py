@@ -34,7 +34,7 @@ MANIFEST = "manifest.json"
 STATE_SECTIONS = ("model", "head")
 # The size of global crops sets the grid of learnt positions; batch size, seed and init_from say what step N means.
 STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
-FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.attention")
+FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.unroll", "model.attention")
 
 MAKE_ROOM = "the checkpoints before are intact; make room there, and the same command resumes"
 UNFINISHED = "*.orbax-checkpoint-tmp"

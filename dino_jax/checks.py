@@ -140,9 +140,15 @@ def _check_model(config) -> None:
             raise UserError(f"{model.arch} has no drop path: set --config.model.drop_path_rate=0")
         if model.remat:
             raise UserError(f"{model.arch} has no rematerialisation: set --config.model.remat=False")
+        if model.unroll:
+            raise UserError(f"{model.arch} has no loop over its blocks: set --config.model.unroll=False")
         if model.attention == "cudnn":
             raise UserError(f"{model.arch} has no attention: set --config.model.attention=xla")
         return
+    if model.remat and model.unroll:
+        raise UserError(
+            "model.remat needs the loop over the blocks: set --config.model.unroll=False or --config.model.remat=False"
+        )
     if model.attention == "cudnn":
         _check_cudnn(config.dtype)
     sizes = {"crops.global_size": crops.global_size, "eval.crop": config.eval.crop}

@@ -32,6 +32,7 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
         patch_size=config.model.patch_size,
         image_size=config.crops.global_size,
         remat=config.model.remat,
+        unroll=config.model.unroll,
         attention=config.model.attention,
         dtype=dtype,
         axis_name=sharding.AXES,

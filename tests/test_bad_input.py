@@ -47,6 +47,8 @@ ROOT = Path(__file__).parent.parent
         ({"model__drop_path_rate": 1.0}, r"model.drop_path_rate is 1.0.*below 1"),
         ({"eval__crop": 48}, r"eval.crop 48 is larger than eval.resize 32: set --config.eval.resize to 48 or more"),
         ({"model__arch": "resnet18", "model__remat": True}, r"resnet18 has no rematerialisation"),
+        ({"model__arch": "resnet18", "model__unroll": True}, r"resnet18 has no loop"),
+        ({"model__remat": True, "model__unroll": True}, r"model.remat needs the loop"),
         ({"model__attention": "flash"}, r"model.attention 'flash' is unknown.*xla, cudnn"),
         ({"model__attention": "cudnn"}, r"from Ampere on, not cpu: set --config.model.attention=xla"),
         ({"model__arch": "resnet18", "model__attention": "cudnn"}, r"resnet18 has no attention"),

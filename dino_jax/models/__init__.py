@@ -28,6 +28,7 @@ def build_backbone(
     patch_size: int = 16,
     image_size: int = 224,
     remat: bool = False,
+    unroll: bool = False,
     attention: str = "xla",
     dtype: jnp.dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
@@ -35,15 +36,21 @@ def build_backbone(
 ) -> nn.Module:
     """The backbone named `arch`: `apply(variables, images [B, H, W, C], train) -> [B, embed_dim]`.
 
-    Channels follow the images that it is initialised with. patch_size, image_size (the grid of learnt positions), remat
-    and attention are the ViTs', as is gather, for parameters that devices hold in parts (`sharding.gather`); axis_name
-    is the convnets', for batch norm over devices.
+    Channels follow the images that it is initialised with. axis_name is the convnets', for batch norm over devices; all
+    else is the ViTs': image_size is the grid of learnt positions, gather is for parameters that devices hold in parts
+    (`sharding.gather`).
 
     Raises UserError for an unknown name.
     """
     if arch in VITS:
         return VITS[arch](
-            patch_size=patch_size, image_size=image_size, remat=remat, attention=attention, dtype=dtype, gather=gather
+            patch_size=patch_size,
+            image_size=image_size,
+            remat=remat,
+            unroll=unroll,
+            attention=attention,
+            dtype=dtype,
+            gather=gather,
         )
     if arch in RESNETS:
         return RESNETS[arch](axis_name=axis_name, dtype=dtype)

@@ -2,7 +2,7 @@
 
 Pre-norm blocks, LayerNorm eps 1e-6, exact GELU, qkv bias, a learnt position for each patch. Shapes: `B` images,
 `N` patches, `D` embedding, `h` heads. The blocks are scanned: their parameters carry a leading `depth` axis, which
-makes tracing and compilation as fast for 24 blocks as for one.
+makes tracing and compilation as fast for 24 blocks as for one, unless `unroll` asks for a faster and larger program.
 """
 
 from collections.abc import Callable
@@ -139,6 +139,7 @@ class ViT(nn.Module):
     image_size: int = 224
     mlp_ratio: int = 4
     remat: bool = False
+    unroll: bool = False
     attention: str = "xla"  # or cudnn: one fused kernel, of NVIDIA GPUs from Ampere on, in bfloat16 or float16
     dtype: jnp.dtype = jnp.float32
     # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`sharding.gather`).
@@ -164,6 +165,7 @@ class ViT(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, nn.broadcast),
             length=self.depth,
+            unroll=self.depth if self.unroll else 1,
         )
         self.blocks = scanned(self.num_heads, self.mlp_ratio * self.embed_dim, self.dtype, self.attention)
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
@@ -173,6 +175,7 @@ class ViT(nn.Module):
 
         The results of the products with weights are kept, all else (norms, attention, GELU, gathered parameters) is
         cheaper to compute again than to write for each block and to read back. With `remat` only a block's input is.
+        Without a loop around the blocks (`unroll`) XLA sees both computations and may keep what it likes.
         """
         block = Block
         if self.gather is not None:

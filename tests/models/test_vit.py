@@ -58,15 +58,15 @@ def test_position_embeddings_of_real_grids(golden):
             assert_close(pos, arrays, key, meta)
 
 
-@pytest.mark.parametrize(("remat", "attention"), [(False, "xla"), (True, "xla"), (False, "cudnn")])
-def test_gradients(reference, remat, attention, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"remat": True}, {"unroll": True}, {"attention": "cudnn"}])
+def test_gradients(reference, changes, monkeypatch):
     # XLA computes in cuDNN's place: what is tested is our call, which takes the same arguments there.
     attend = jax.nn.dot_product_attention
     by_xla = lambda *args, implementation, **lengths: attend(*args, implementation="xla", **lengths)  # noqa: E731
     monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
     arrays, meta, module, variables = reference
     x, r = images(arrays, *re.search(r"x_(\d+)x(\d+)", meta["grad"]).groups()), arrays["in/r"]
-    module = module.copy(remat=remat, attention=attention)
+    module = module.copy(**changes)
     grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
     for name, grad in to_official(grads).items():
         assert_close(grad, arrays, f"grad/{name}", meta)
