@@ -49,15 +49,7 @@ def count_flops(fn: Callable, *args: Any) -> int:
     of a `cond` the dearest branch. Elementwise work and hand-written kernels are left out, as is usual for the
     utilisation that PaLM defines (Chowdhery et al., 2022, appendix B).
     """
-    return _total(jax.make_jaxpr(fn)(*args), _product_flops)
-
-
-def count_product_bytes(fn: Callable, *args: Any) -> int:
-    """Bytes that the matrix products and convolutions of `fn(*args)` read and write, counted as `count_flops` does.
-
-    What a program would move to and from memory if all else were fused into its products, but no two of these.
-    """
-    return _total(jax.make_jaxpr(fn)(*args), _product_bytes)
+    return _total(jax.make_jaxpr(fn)(*args))
 
 
 def _product_flops(equation: Any) -> int:
@@ -72,19 +64,15 @@ def _product_flops(equation: Any) -> int:
     return 2 * out.size * taps // math.prod(params["lhs_dilation"])
 
 
-def _product_bytes(equation: Any) -> int:
-    return sum(x.aval.size * x.aval.dtype.itemsize for x in (*equation.invars, *equation.outvars))
+def _total(jaxpr: Any) -> int:
+    return sum(_of_equation(equation) for equation in jaxpr.eqns)
 
 
-def _total(jaxpr: Any, of_product: Callable[[Any], int]) -> int:
-    return sum(_of_equation(equation, of_product) for equation in jaxpr.eqns)
-
-
-def _of_equation(equation: Any, of_product: Callable[[Any], int]) -> int:
+def _of_equation(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
-        return of_product(equation)
-    inner = [_total(jaxpr, of_product) for jaxpr in _inner_jaxprs(params)]
+        return _product_flops(equation)
+    inner = [_total(jaxpr) for jaxpr in _inner_jaxprs(params)]
     if name == "cond":
         return max(inner)
     if name == "scan":

@@ -41,7 +41,8 @@ def build_recipe(config: ConfigDict, steps_per_epoch: int) -> dino.Recipe:
     head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
 
     def augment(keys, batch):
-        return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
+        with jax.named_scope("crops"):
+            return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
     return dino.Recipe(config, dino.Network(backbone, head), schedules.from_config(config, steps_per_epoch), augment)
 

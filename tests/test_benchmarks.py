@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import peers
 
-from benchmarks import loss
+from benchmarks import hlo, loss
 from dino_jax import dino
 from dino_jax.models import DINOHead
 
@@ -30,3 +30,50 @@ def test_the_straightforward_loss_is_ours():
     params = head.init(jax.random.key(0), features[:1, :1])["params"]
     ours, expected = (implementation(head, params, features) for implementation in (loss.ours, loss.straightforward))
     np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+def test_kernels_of_a_gpu_program():
+    # A loop of three turns takes a row of a stack, multiplies it by cuBLAS and puts the doubled result into a stack.
+    program = """HloModule jit_step
+%take (stack: f32[3,4,8], turn: s32[]) -> f32[4,8] {
+  %stack = f32[3,4,8]{2,1,0} parameter(0)
+  %turn = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %row = f32[1,4,8]{2,1,0} dynamic-slice(%stack, %turn, %zero, %zero), dynamic_slice_sizes={1,4,8}
+  ROOT %bitcast = f32[4,8]{1,0} bitcast(%row)
+}
+%put (into: f32[3,4,16], result: f32[4,16], turn: s32[]) -> f32[3,4,16] {
+  %into = f32[3,4,16]{2,1,0} parameter(0)
+  %result = f32[4,16]{1,0} parameter(1)
+  %turn = s32[] parameter(2)
+  %doubled = f32[4,16]{1,0} add(%result, %result)
+  %as_row = f32[1,4,16]{2,1,0} bitcast(%doubled)
+  %zero = s32[] constant(0)
+  ROOT %stacked = f32[3,4,16]{2,1,0} dynamic-update-slice(%into, %as_row, %turn, %zero, %zero)
+}
+%body (state: (s32[], f32[3,4,8], f32[8,16], f32[3,4,16])) -> (s32[], f32[3,4,8], f32[8,16], f32[3,4,16]) {
+  %state = (s32[], f32[3,4,8]{2,1,0}, f32[8,16]{1,0}, f32[3,4,16]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %rows = f32[3,4,8]{2,1,0} get-tuple-element(%state), index=1
+  %weights = f32[8,16]{1,0} get-tuple-element(%state), index=2
+  %results = f32[3,4,16]{2,1,0} get-tuple-element(%state), index=3
+  %one = f32[4,8]{1,0} fusion(%rows, %i), kind=kLoop, calls=%take, metadata={op_name="jit(step)/jvp(ViT)/while/x"}
+  %call = (f32[4,16]{1,0}, s8[1024]{0}) custom-call(%one, %weights), custom_call_target="__cublas$gemm", backend_config={"lhs_contracting_dimensions":["1"]}, metadata={op_name="jit(step)/transpose(jvp(ViT))/y"}
+  %product = f32[4,16]{1,0} get-tuple-element(%call), index=0
+  %done = f32[3,4,16]{2,1,0} fusion(%results, %product, %i), kind=kLoop, calls=%put, metadata={op_name="jit(step)/jit(f)/ViT/z"}
+  ROOT %next = (s32[], f32[3,4,8]{2,1,0}, f32[8,16]{1,0}, f32[3,4,16]{2,1,0}) tuple(%i, %rows, %weights, %done)
+}
+ENTRY %main (p: (s32[], f32[3,4,8], f32[8,16], f32[3,4,16])) -> f32[3,4,16] {
+  %p = (s32[], f32[3,4,8]{2,1,0}, f32[8,16]{1,0}, f32[3,4,16]{2,1,0}) parameter(0)
+  %loop = (s32[], f32[3,4,8]{2,1,0}, f32[8,16]{1,0}, f32[3,4,16]{2,1,0}) while(%p), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  ROOT %out = f32[3,4,16]{2,1,0} get-tuple-element(%loop), index=3
+}
+"""  # noqa: E501
+    found = list(hlo.kernels(*hlo.parse(program)))
+    row, weights, result, turn = 4 * 4 * 8, 4 * 8 * 16, 4 * 4 * 16, 4
+    assert [(k.times, k.stage, k.moved) for k in found] == [
+        (3, "student, loss", 2 * row + turn),
+        (3, "backward", row + weights + result),
+        (3, "teacher", 2 * result + turn),
+    ]
+    assert found[1].seconds == max(found[1].moved / hlo.BANDWIDTH, 2 * 4 * 8 * 16 / hlo.PEAK["f32"])
