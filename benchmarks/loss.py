@@ -31,8 +31,8 @@ def targets(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:
 def ours(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:
     """The trainer's."""
     z = head.apply({"params": params}, features, method="bottleneck")
-    prototypes = partial(head.apply, {"params": params}, method="prototypes")
-    return dino.head_loss(targets(head, params, features), z, prototypes, STUDENT_TEMP)
+    prototypes = partial(dino.logits, dino.Network(None, head))
+    return dino.head_loss(targets(head, params, features), z, params["last_layer"], prototypes, STUDENT_TEMP)
 
 
 def straightforward(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:

@@ -50,52 +50,61 @@ def targets(teacher_logits: jax.Array, center: jax.Array, temp: jax.Array) -> ja
     return jax.lax.stop_gradient(jax.nn.softmax((teacher_logits - center) / temp))
 
 
-def cross_entropy(target: jax.Array, logits: jax.Array, temp: float) -> jax.Array:
-    """-sum(target * log softmax(logits / temp)) over K, [..., K] -> [...]; targets may sum to any number."""
-    logits = logits / temp
-    return target.sum(-1) * jax.nn.logsumexp(logits, axis=-1) - (target * logits).sum(-1)
+def view_terms(q: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What the loss takes of each student view: logsumexp of its logits, and their mean under its targets; both [B, V].
+
+    q [B, G, K] are the teacher's; logits [B, V, K], over the student's temperature, have the global crops first.
+    Cross-entropy is linear in its target, so each view meets the *sum* of its targets once: a global crop that of the
+    other one, a local crop both. K may be a part of the prototypes.
+    """
+    G = q.shape[1]
+    by_other = (q[:, ::-1] * logits[:, :G]).sum(-1)
+    by_both = (q.sum(1, keepdims=True) * logits[:, G:]).sum(-1)
+    return jax.nn.logsumexp(logits, axis=-1), jnp.concatenate([by_other, by_both], axis=1)
+
+
+def mean_over_pairs(G: int, log_sums: jax.Array, means: jax.Array) -> jax.Array:
+    """Mean cross-entropy over the pairs (global crop g of the teacher, view v != g) from `view_terms`; a scalar."""
+    V = log_sums.shape[1]
+    targets_met = jnp.where(jnp.arange(V) < G, 1, G)  # each of them sums to 1
+    return (targets_met * log_sums - means).sum(1).mean() / (G * (V - 1))
 
 
 def pair_loss(q: jax.Array, logits: jax.Array, temp: float) -> jax.Array:
-    """Mean cross-entropy over the pairs (teacher's global crop g, student's view v != g); q [B, G, K] -> scalar.
-
-    Student's logits [B, V, K], its global crops first. Cross-entropy is linear in its target, so each view meets the
-    *sum* of its targets once: both globals for a local view, the other one for a global view.
-    """
-    G, V = q.shape[1], logits.shape[1]
-    total = cross_entropy(q[:, ::-1], logits[:, :G], temp).mean(0).sum()
-    if V > G:
-        total += cross_entropy(q.sum(1, keepdims=True), logits[:, G:], temp).mean(0).sum()
-    return total / (G * (V - 1))
+    """The loss (equation 3 of the paper) of targets q [B, G, K] and the student's logits [B, V, K]."""
+    return mean_over_pairs(q.shape[1], *view_terms(q, logits / temp))
 
 
-def head_loss(q: jax.Array, z: jax.Array, prototypes: Callable[[jax.Array], jax.Array], temp: float) -> jax.Array:
-    """`pair_loss` of logits = prototypes(z), z [B, V, bottleneck], made for a part of the images at a time.
+def head_loss(q: jax.Array, z: jax.Array, last_layer: dict, prototypes: Callable, temp: float) -> jax.Array:
+    """`pair_loss` of logits = prototypes(last_layer, z), z [B, V, bottleneck], made for some prototypes at a time.
 
     All of them, [B, V, K], would be the largest array of the step, several times over with what their gradient needs.
     The backward pass makes a part again when its turn comes: one product more, at K = 65,536 a three-hundredth of a
-    ViT-S step's.
+    ViT-S step's. All parameters of `last_layer` have an axis of K first.
     """
-    images, views = z.shape[:2]
-    at_a_time = _images_at_a_time(images, views, q.shape[-1])
-    if at_a_time == images:
-        return pair_loss(q, prototypes(z), temp)
+    G, K = q.shape[1:]
+    size = _prototypes_at_a_time(z.shape[0] * z.shape[1], K)
+    if size == K:
+        return pair_loss(q, prototypes(last_layer, z), temp)
 
-    @partial(jax.checkpoint, prevent_cse=False)  # within a scan there is nothing to prevent
-    def add(total, part):
-        return total + pair_loss(part[0], prototypes(part[1]), temp), None
+    @partial(jax.checkpoint, prevent_cse=False)  # within a loop there is nothing to prevent
+    def terms(part):
+        start, layer = part
+        return view_terms(jax.lax.dynamic_slice_in_dim(q, start, size, axis=2), prototypes(layer, z) / temp)
 
-    parts = jax.tree.map(lambda x: x.reshape(-1, at_a_time, *x.shape[1:]), (q, z))
-    return jax.lax.scan(add, jnp.float32(0), parts)[0] * at_a_time / images
+    layers = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), last_layer)
+    log_sums, means = jax.lax.map(terms, (jnp.arange(0, K, size), layers))
+    return mean_over_pairs(G, jax.nn.logsumexp(log_sums, axis=0), means.sum(0))
 
 
-def _images_at_a_time(images: int, views: int, prototypes: int) -> int:
-    """A divisor of `images`: an eighth of them or the next larger, but no fewer than 16 MiB of logits.
+def _prototypes_at_a_time(views: int, K: int) -> int:
+    """A divisor of K, up to 1,024 or 8 times the `views` of all images; all K where its divisors are much smaller.
 
-    Powers of two are best served: a prime number of images has no parts.
+    On a CPU a small part stays in its cache; the more rows, the more columns a product wants to be worth a kernel.
     """
-    least = max(images / 8, 2**22 / (views * prototypes))
-    return next((n for n in range(1, images) if images % n == 0 and n >= least), images)
+    most = max(1_024, 8 * views)
+    largest = max(size for size in range(1, min(most, K) + 1) if K % size == 0)
+    return largest if 8 * largest >= most else K
 
 
 def update_teacher(teacher: dict, student: dict, momentum: jax.Array) -> dict:
@@ -127,9 +136,10 @@ def forward(network: Network, params: dict, stats: dict, crop_groups: list, drop
     return z, {"backbone": backbone_stats, "head": head_stats}
 
 
-def logits(network: Network, params: dict, z: jax.Array) -> jax.Array:
-    """Unit vectors [..., bottleneck] -> similarity to each prototype, float32 [..., K]."""
-    scores: Any = network.head.apply({"params": params["head"]}, z, method="prototypes")
+def logits(network: Network, last_layer: dict, z: jax.Array) -> jax.Array:
+    """Unit vectors [..., bottleneck] -> similarity to each prototype of last_layer, all or some, float32 [..., K]."""
+    head = network.head.clone(out_dim=last_layer["weight_v"].shape[0])
+    scores: Any = head.apply({"params": {"last_layer": last_layer}}, z, method="prototypes")
     return scores
 
 
@@ -212,13 +222,14 @@ def share_of_gradients(recipe: Recipe, state: TrainState, batch) -> tuple[dict, 
         ]
 
         z, teacher_stats = forward(network, teacher, teacher_stats, groups[:1], [None])
-        teacher_logits = logits(network, teacher, z)
+        teacher_logits = logits(network, teacher["head"]["last_layer"], z)
         q = targets(teacher_logits, state.center, teacher_temp)
 
         def loss_fn(student):
             student = gather(student)
             z, stats = forward(network, student, student_stats, groups, drop_paths)
-            return head_loss(q, z, partial(logits, network, student), config.dino.student_temp), stats
+            last_layer = student["head"]["last_layer"]
+            return head_loss(q, z, last_layer, partial(logits, network), config.dino.student_temp), stats
 
         (loss, student_stats), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.student)
         means = {

@@ -105,8 +105,8 @@ def not_finite(recipe: dino.Recipe, mesh: Mesh, state: dino.TrainState, batch) -
 
         return {
             "pixels": broken(groups),
-            "teacher": broken([dino.logits(network, teacher, teacher_z)]),
-            "student": broken([dino.logits(network, student, student_z)]),
+            "teacher": broken([dino.logits(network, teacher["head"]["last_layer"], teacher_z)]),
+            "student": broken([dino.logits(network, student["head"]["last_layer"], student_z)]),
         }
 
     return jax.shard_map(

@@ -66,14 +66,14 @@ def test_targets_pass_no_gradient():
 
 
 def test_loss_in_parts_is_the_loss():
-    images, views, K, D = 16, 10, 2**17, 4
+    images, views, K, D = 4, 10, 2**13, 4
     rng = np.random.default_rng(0)
     q = jnp.asarray(rng.dirichlet(np.full(8, 0.1), (images, 2)), jnp.float32).repeat(K // 8, -1) / (K // 8)
     z, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((images, views, D), (K, D)))
-    assert dino._images_at_a_time(images, views, K) == 4
+    assert dino._prototypes_at_a_time(images * views, K) == 1_024
 
     def in_parts(z, weights):
-        return dino.head_loss(q, z, lambda z: z @ weights.T, 0.1)
+        return dino.head_loss(q, z, weights, lambda part, z: z @ part.T, 0.1)
 
     def at_once(z, weights):
         return dino.pair_loss(q, z @ weights.T, 0.1)
@@ -87,11 +87,11 @@ def test_loss_in_parts_is_the_loss():
 
 
 @pytest.mark.parametrize(
-    ("images", "views", "K", "expected"),
-    [(64, 10, 65_536, 8), (4, 10, 65_536, 4), (61, 10, 65_536, 61), (16, 6, 256, 16), (1, 12, 262_144, 1)],
+    ("views", "K", "expected"),
+    [(640, 65_536, 4_096), (40, 65_536, 1_024), (40, 60_000, 1_000), (96, 256, 256), (12, 65_537, 65_537)],
 )
-def test_images_at_a_time(images, views, K, expected):
-    assert dino._images_at_a_time(images, views, K) == expected
+def test_prototypes_at_a_time(views, K, expected):
+    assert dino._prototypes_at_a_time(views, K) == expected
 
 
 class Run(NamedTuple):
@@ -239,7 +239,7 @@ def test_trajectory_with_logits_in_parts(golden, rule_weights, monkeypatch, kind
     mesh = sharding.make_mesh(jax.devices()[:1])
     batch = jax.tree.map(lambda *parts: np.concatenate(parts), *meta["batches"][:2])
     expected, means, _, _ = jax.jit(partial(dino.gradients, recipe, mesh))(state, batch)
-    monkeypatch.setattr(dino, "_images_at_a_time", lambda images, views, prototypes: 1)
+    monkeypatch.setattr(dino, "_prototypes_at_a_time", lambda views, K: K // 4)
     ours, parts_means, _, _ = jax.jit(partial(dino.gradients, recipe, mesh))(state, batch)
     np.testing.assert_allclose(parts_means["loss"], means["loss"], rtol=1e-6)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
@@ -252,5 +252,6 @@ def test_outputs_at_step_0(golden, rule_weights):
     crops = meta["batches"][0].crops
     for key, groups in [("teacher", [crops.global_crops]), ("student", [crops.global_crops, crops.local_crops])]:
         z, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))
-        rows = dino.logits(recipe.network, state.student, z).swapaxes(0, 1).reshape(-1, recipe.network.head.out_dim)
+        rows = dino.logits(recipe.network, state.student["head"]["last_layer"], z)
+        rows = rows.swapaxes(0, 1).reshape(-1, recipe.network.head.out_dim)
         np.testing.assert_allclose(rows, arrays[f"{key}_out_step0"], rtol=1e-4, atol=1e-5)
