@@ -1,9 +1,9 @@
 """Every table that this machine can give: `python -m benchmarks`.
 
-On a GPU: ViT-S/16 and ViT-B/16 at batch 64 and at the largest that fits, with XLA's and with cuDNN's attention, crops,
-loss. It takes jax, flax, optax, numpy
-and ml_collections, and for the peers torch, timm, torchvision and kornia. On a CPU: the small models, crops, loss, and
-what the host does, for which all of requirements.txt is needed.
+On a GPU: ViT-S/16 and ViT-B/16 at batch 64 and at the largest that fits, with XLA's and with cuDNN's attention, with
+and without a loop over the blocks; crops, loss. It takes jax, flax, optax, numpy and ml_collections, and for the peers
+torch, timm, torchvision and kornia. On a CPU: the small models, crops, loss, and what the host does, for which all of
+requirements.txt is needed.
 """
 
 import subprocess
@@ -12,7 +12,13 @@ import sys
 from benchmarks import environment
 
 GPU = (
-    ("step", "--arch=vit_small,vit_base", "--batch=64,largest", "--repeats=20", "--ours=xla,cudnn"),
+    (
+        "step",
+        "--arch=vit_small,vit_base",
+        "--batch=64,largest",
+        "--repeats=20",
+        "--ours=xla,cudnn,xla+unroll,cudnn+unroll",
+    ),
     ("crops", "--batch=64", "--repeats=20"),
     ("loss", "--repeats=10"),
 )

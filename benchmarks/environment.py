@@ -16,6 +16,8 @@ from pathlib import Path
 
 import jax
 
+from configs import vits16
+
 # For the rows: nearly all of a GPU's memory, as PyTorch takes it; errors without JAX's footer; no compiler cache of
 # PyTorch's, as ours is off. For the process that prints the table: no more memory than it needs.
 ROW = {
@@ -58,6 +60,14 @@ def on_cpu() -> bool:
     """Whether JAX has no accelerator."""
     os.environ.update(TABLE)
     return jax.default_backend() == "cpu"
+
+
+def recipe_config(arch: str, program: str):
+    """The recipe of ViT-S/16 for another backbone, as `program`: a value of model.attention, and +unroll for that."""
+    config = vits16.get_config()
+    config.model.arch = arch
+    config.model.attention, config.model.unroll = program.removesuffix("+unroll"), program.endswith("+unroll")
+    return config
 
 
 def median_seconds(run: Callable[[], object], repeats: int, warmup: int = 1) -> float:

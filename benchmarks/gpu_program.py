@@ -16,14 +16,13 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from benchmarks import environment, hlo
-from configs import vits16
 from dino_jax import sharding
 from dino_jax.recipe import abstract_state, build_recipe, lower_step
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_base"], "architectures, patch 16")
 BATCH = flags.DEFINE_integer("batch", 64, "images on the GPU")
 PROGRAMS = flags.DEFINE_list(
-    "programs", ["xla", "cudnn", "xla+unroll", "cudnn+unroll"], "config.model.attention, and with config.model.unroll"
+    "programs", ["xla", "cudnn", "xla+unroll", "cudnn+unroll"], "config.model.attention, and whether model.unroll"
 )
 
 # What XLA asks of a device before it compiles for it: NVIDIA's figures for an H100 SXM.
@@ -43,9 +42,8 @@ UNTUNED = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 def compile_step(arch: str, batch: int, program: str) -> jax.stages.Compiled:
     """The train step for one H100, in bfloat16."""
-    config = vits16.get_config()
-    config.batch_size, config.dtype, config.model.arch = batch, "bfloat16", arch
-    config.model.attention, config.model.unroll = program.split("+")[0], program.endswith("+unroll")
+    config = environment.recipe_config(arch, program)
+    config.batch_size, config.dtype = batch, "bfloat16"
     gpu = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     mesh = sharding.make_mesh(list(gpu.devices))
     recipe = build_recipe(config, steps_per_epoch=1_000)

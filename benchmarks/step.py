@@ -1,6 +1,6 @@
 """Images per second and memory of the train step and of feature extraction, beside PyTorch's.
 
-    python -m benchmarks.step [--arch=vit_small,vit_tiny] [--batch=4,8] [--repeats=9] [--ours=xla,cudnn]
+    python -m benchmarks.step [--arch=vit_small,vit_tiny] [--batch=4,8] [--repeats=9] [--ours=xla,cudnn+unroll]
         [--peers=eager,compiled]
 
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
@@ -19,24 +19,23 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import environment
-from configs import vits16
 from dino_jax import sharding
 from dino_jax.flops import peak_flops
 from dino_jax.recipe import DeviceBatch, build_recipe, compile_lowered, flops_per_image, init_state, lower_step
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_tiny"], "architectures, patch 16")
 BATCH = flags.DEFINE_list("batch", ["4", "8"], "images a step; 'largest' that fits")
-OURS = flags.DEFINE_list("ours", ["xla"], "values of config.model.attention; cudnn is for NVIDIA GPUs")
+OURS = flags.DEFINE_list("ours", ["xla"], "config.model.attention (cudnn is for NVIDIA GPUs), and +unroll")
 PEERS = flags.DEFINE_list("peers", ["eager", "compiled"], "eager, compiled or neither")
 REPEATS = flags.DEFINE_integer("repeats", 9, "timed runs; the median counts")
 ROW = flags.DEFINE_string("row", "", "one cell, as JSON: what the command runs in processes of their own")
 FEATURE_BATCH = 16
 
 
-def ours_train(arch: str, batch: int, attention: str):
+def ours_train(arch: str, batch: int, program: str):
     """A call that does one full step on one device, and the model FLOPs of an image."""
-    config = vits16.get_config()
-    config.model.arch, config.batch_size, config.model.attention = arch, batch, attention
+    config = environment.recipe_config(arch, program)
+    config.batch_size = batch
     mesh = sharding.make_mesh(jax.devices()[:1])
     recipe = build_recipe(config, steps_per_epoch=1_000)
     state = init_state(recipe, mesh)
@@ -56,11 +55,9 @@ def ours_train(arch: str, batch: int, attention: str):
     return run, flops_per_image(recipe)
 
 
-def ours_features(arch: str, batch: int, attention: str):
+def ours_features(arch: str, batch: int, program: str):
     """A call that takes a batch of 224 x 224 images through the backbone."""
-    config = vits16.get_config()
-    config.model.arch, config.model.attention = arch, attention
-    backbone = build_recipe(config, steps_per_epoch=1).network.backbone
+    backbone = build_recipe(environment.recipe_config(arch, program), steps_per_epoch=1).network.backbone
     images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
     variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
     apply = jax.jit(backbone.apply)
@@ -81,7 +78,7 @@ def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
     """One cell: images_per_second, seconds of the first call, peak GiB, and ours' share of the device's peak."""
     ours = who not in ("eager", "compiled")
     if ours:
-        run, work = (ours_train if stage == "train" else ours_features)(arch, batch, attention=who)
+        run, work = (ours_train if stage == "train" else ours_features)(arch, batch, program=who)
     else:
         run, work = theirs(stage, arch, batch, compiled=who == "compiled")
     start = time.perf_counter()
@@ -134,7 +131,7 @@ def main(argv: list[str]) -> None:
         return
     print(f"{environment.describe()}; images/s (peak memory, first call), median of {REPEATS.value}\n")
     columns = [*OURS.value, *PEERS.value]
-    names = [f"ours, {attention} attention" for attention in OURS.value] + [f"PyTorch {peer}" for peer in PEERS.value]
+    names = [f"ours, {program}" for program in OURS.value] + [f"PyTorch {peer}" for peer in PEERS.value]
     print(f"| stage | batch | {' | '.join(names)} | ours / best peer |\n|---|---|{'---|' * len(columns)}---|")
     stages = [("train", arch, batch) for arch in ARCH.value for batch in BATCH.value]
     for stage, arch, batch in stages + [("features", arch, str(FEATURE_BATCH)) for arch in ARCH.value]:

@@ -34,7 +34,7 @@ class DINOHead(nn.Module):
     """`layers`-layer MLP to a normalised bottleneck, then the prototypes.
 
     The two halves are separate methods, because batch norm must see all crops together while logits are best made
-    for a part of the images at a time (`[B, V, K]` at K = 65,536 is the largest array of the whole step).
+    for some prototypes at a time (`[B, V, K]` at K = 65,536 would be the largest array of the whole step).
     """
 
     out_dim: int = 65_536
