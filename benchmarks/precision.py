@@ -17,12 +17,13 @@ from configs import demo
 from dino_jax import train_loop
 
 EPOCHS = flags.DEFINE_integer("epochs", 3, "of 200 steps; the first warms up")
+SEED = flags.DEFINE_integer("seed", 0, "config.seed of both")
 
 
 def curves(dtype: str, epochs: int) -> tuple[list[float], dict[str, float]]:
     """Losses, every 10 steps, and the last k-NN accuracies."""
     config = demo.get_config()
-    config.dtype, config.epochs, config.log_every = dtype, epochs, 10
+    config.dtype, config.epochs, config.log_every, config.seed = dtype, epochs, 10, SEED.value
     config.data.source = "demo:train:640"
     with tempfile.TemporaryDirectory() as workdir:
         train_loop.train(config, workdir)
