@@ -6,11 +6,14 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
+from dino_jax.flops import PEAK_FLOPS
+from dino_jax.plan import array_bytes, trips
+
 # An H100 SXM's.
 BANDWIDTH = 3.35e12  # bytes a second
-PEAK = {"bf16": 989e12, "f32": 495e12}  # FLOP/s by the type of the operands, float32 as TF32
+_DENSE = PEAK_FLOPS["NVIDIA H100 80GB HBM3"]
+PEAK = {"bf16": _DENSE, "f32": _DENSE / 2}  # FLOP/s by the type of the operands, float32 as TF32
 
-WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8}
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all", "partition-id", "replica-id"}
 STAGES = {  # the first that is found in the name of what a kernel comes from
     "crops": r"/crops/",
@@ -69,8 +72,7 @@ def kernels(computations: dict[str, Computation], name: str, times: int = 1) -> 
     """Those of a computation, and of the loops and calls in it."""
     for each in computations[name].values():
         if each.opcode == "while":
-            turns = int(each.attribute(r'"known_trip_count":\{"n":"(\d+)"') or 1)
-            yield from kernels(computations, each.attribute(r"body=%?([\w.\-]+)"), times * turns)
+            yield from kernels(computations, each.attribute(r"body=%?([\w.\-]+)"), times * trips(each.text, ""))
         elif each.opcode == "call":
             yield from kernels(computations, each.attribute(r"to_apply=%?([\w.\-]+)"), times)
         elif each.opcode not in FREE:
@@ -136,6 +138,4 @@ def dimensions(shape: str) -> list[int]:
 def size(shape: str) -> int:
     """Bytes of an array or a tuple; cuBLAS's workspace, which is int8, is none."""
     arrays = re.findall(r"(\w+)\[([\d,]*)\]", shape)
-    return sum(
-        WIDTHS.get(kind, 0) * prod(int(n) for n in axes.split(",") if n) for kind, axes in arrays if kind != "s8"
-    )
+    return sum(array_bytes(kind, axes) for kind, axes in arrays if kind != "s8")

@@ -62,6 +62,13 @@ POSITIVE = ("optim.lr", "dino.student_temp", "dino.teacher_temp", "dino.warmup_t
 SHARES = ("dino.teacher_momentum", "dino.teacher_momentum_end", "dino.center_momentum", "data.max_bad_fraction")
 PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")  # of config.crops; then pairs of them, and of numbers
 PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
+# Of config.model: what convnets have not, and the value that says so.
+ONLY_VITS = {
+    "drop_path_rate": ("drop path", 0),
+    "remat": ("rematerialisation", False),
+    "unroll": ("loop over its blocks", False),
+    "attention": ("attention", "xla"),
+}
 RANGES = ("global_scale", "local_scale", "blur_sigma")
 
 
@@ -136,14 +143,9 @@ def _check_channels(config) -> None:
 def _check_model(config) -> None:
     model, crops = config.model, config.crops
     if model.arch in RESNETS:
-        if model.drop_path_rate:
-            raise UserError(f"{model.arch} has no drop path: set --config.model.drop_path_rate=0")
-        if model.remat:
-            raise UserError(f"{model.arch} has no rematerialisation: set --config.model.remat=False")
-        if model.unroll:
-            raise UserError(f"{model.arch} has no loop over its blocks: set --config.model.unroll=False")
-        if model.attention == "cudnn":
-            raise UserError(f"{model.arch} has no attention: set --config.model.attention=xla")
+        for key, (what, without) in ONLY_VITS.items():
+            if model[key] != without:
+                raise UserError(f"{model.arch} has no {what}: set --config.model.{key}={without}")
         return
     if model.remat and model.unroll:
         raise UserError(

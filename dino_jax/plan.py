@@ -40,7 +40,7 @@ class Chip(NamedTuple):
 
 CHIPS = {"v5e": Chip(16e9, 200e9, 3.1e9), "v5p": Chip(95e9, 600e9, 6.2e9), "v6e": Chip(32e9, 400e9, 12.5e9)}
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-WIDTHS = {"f32": 4, "s32": 4, "u32": 4, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+WIDTHS = {"s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "f16": 2, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
 RESERVED = 0.03  # of a chip's memory, for the runtime
 
 
@@ -169,7 +169,7 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
         for line in bodies.get(name, "").splitlines():
             operation = re.search(rf"= (\(.*?\)|\S+) ({'|'.join(OPERATIONS)})(-start)?\(", line)
             if operation:
-                sizes = [_bytes(*one) for one in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
+                sizes = [array_bytes(*one) for one in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
                 # What is started holds operands beside results.
                 size = sum(sizes) if not operation[3] or operation[2] == "all-reduce" else max(sizes)
                 channel = re.search(r"channel_id=(\d+)", line)
@@ -181,14 +181,15 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
                     overlapped.add(key)
             loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
             if loop:
-                yield from walk(loop[2], times * _trips(line, bodies.get(loop[1], "")))
+                yield from walk(loop[2], times * trips(line, bodies.get(loop[1], "")))
             for called in re.findall(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line):
                 yield from walk(called, times, True)
 
     return walk(entry[1], 1)
 
 
-def _bytes(kind: str, dimensions: str) -> int:
+def array_bytes(kind: str, dimensions: str) -> int:
+    """Of an array as HLO writes it, kind[dimensions]."""
     return WIDTHS.get(kind, 0) * int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64))
 
 
@@ -201,7 +202,7 @@ def _group(line: str, devices: int) -> int:
     return devices
 
 
-def _trips(line: str, condition: str) -> int:
+def trips(line: str, condition: str) -> int:
     """How often a loop runs: said by the compiler, or the number that its condition compares with."""
     if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', line):
         return int(known[1])

@@ -66,8 +66,7 @@ def _fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     JAX refuses its gradient for an odd number of tokens, which 1 + N nearly always is: one more, that does not count.
     """
     B, N = q.shape[:2]
-    if N % 2:
-        q, k, v = (jnp.pad(part, ((0, 0), (0, 1), (0, 0), (0, 0))) for part in (q, k, v))
+    q, k, v = (jnp.pad(part, ((0, 0), (0, N % 2), (0, 0), (0, 0))) for part in (q, k, v))
     length = jnp.full(B, N, jnp.int32)
     return jax.nn.dot_product_attention(
         q, k, v, query_seq_lengths=length, key_value_seq_lengths=length, implementation="cudnn"
