@@ -26,7 +26,7 @@ install-peers: .venv/.installed-peers
 demo bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: install  ## pretrain on the bundled images, k-NN, attention picture
-	$(BIN)/python -m dino_jax.demo --workdir=runs/demo
+	$(BIN)/python -m dino_jax.commands.demo --workdir=runs/demo
 
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest

@@ -19,11 +19,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from dino_jax import cli
-from dino_jax.backbone import load_backbone
+from dino_jax.commands import cli
+from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import UserError
 from dino_jax.evals import PROTOCOLS
-from dino_jax.sharding import one_device_a_core
+from dino_jax.weights.backbone import load_backbone
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
 OUT = flags.DEFINE_string("out", None, "folder for results.json and pictures (default: CHECKPOINT/eval/PROTOCOL)")
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
     if len(argv) != 2 or argv[1] not in PROTOCOLS:
         raise UserError(f"usage: evaluate.py PROTOCOL --checkpoint=PATH, with PROTOCOL one of {', '.join(PROTOCOLS)}")
     protocol, checkpoint = argv[1], cli.required("checkpoint", CHECKPOINT.value)
-    one_device_a_core(flags.FLAGS.config.get("batch_size", 0))
+    set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
     backbone = load_backbone(checkpoint)
     # Beside a file of weights, in a folder of its name.
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")

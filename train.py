@@ -7,7 +7,8 @@ The same command with the same workdir resumes.
 
 from absl import flags
 
-from dino_jax import cli, sharding
+from dino_jax.commands import cli
+from dino_jax.distributed import processes
 
 CONFIG = cli.config_file_flag("configs/default.py")
 WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
@@ -15,12 +16,12 @@ WORKDIR = flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics 
 
 def main(argv: list[str]) -> None:
     """Flags in, training out."""
-    from dino_jax import train_loop  # not above: processes that read images start with this file, too
+    from dino_jax.training import loop  # not above: processes that read images start with this file, too
 
     cli.require_no_arguments(argv)
     config, workdir = CONFIG.value, cli.required("workdir", WORKDIR.value)
-    sharding.one_device_a_core(config.batch_size, config.accum_steps * config.distributed.num_processes)
-    train_loop.train(config, workdir)
+    processes.set_cpu_device_count(config.batch_size, config.accum_steps * config.distributed.num_processes)
+    loop.train(config, workdir)
 
 
 if __name__ == "__main__":

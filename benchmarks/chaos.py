@@ -27,7 +27,7 @@ from absl import app, flags, logging
 
 from benchmarks import environment
 from dino_jax import checkpoints
-from dino_jax.demo import training_rate
+from dino_jax.commands.demo import training_rate
 from dino_jax.errors import Stopped
 
 KILLS = flags.DEFINE_integer("kills", 20, "times the run is killed")

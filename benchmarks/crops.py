@@ -2,7 +2,7 @@
 
     python -m benchmarks.crops [--batch=8] [--repeats=10]
 
-2 x 224 and 8 x 96 with flip, jitter, grey, blur, solarize and normalisation. torchvision draws one set of random
+2 x 224 and 8 x 96 with flip, jitter, gray, blur, solarize and normalization. torchvision draws one set of random
 numbers a call, so it is called for each crop; kornia draws them for each image of a batch. On a GPU ours end in
 bfloat16, which the step wants, theirs in float32.
 """
@@ -18,7 +18,7 @@ from absl import app, flags
 from benchmarks import environment
 from configs import vits16
 from dino_jax.data.multicrop import multicrop
-from dino_jax.recipe import compute_dtype
+from dino_jax.training.setup import compute_dtype
 
 BATCH = flags.DEFINE_integer("batch", 8, "canvases")
 REPEATS = flags.DEFINE_integer("repeats", 10, "timed runs; the median counts")

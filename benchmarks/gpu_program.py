@@ -16,8 +16,9 @@ from absl import app, flags
 from jax.experimental import topologies
 
 from benchmarks import environment, hlo
-from dino_jax import sharding
-from dino_jax.recipe import abstract_state, build_recipe, lower_step
+from dino_jax.distributed import sharding
+from dino_jax.training.setup import abstract_state, build_setup
+from dino_jax.training.step import lower_step
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_base"], "architectures, patch 16")
 BATCH = flags.DEFINE_integer("batch", 64, "images on the GPU")
@@ -46,8 +47,8 @@ def compile_step(arch: str, batch: int, program: str) -> jax.stages.Compiled:
     config.batch_size, config.dtype = batch, "bfloat16"
     gpu = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1")
     mesh = sharding.make_mesh(list(gpu.devices))
-    recipe = build_recipe(config, steps_per_epoch=1_000)
-    return lower_step(recipe, mesh, abstract_state(recipe, mesh)).compile(compiler_options=UNTUNED)
+    setup = build_setup(config, steps_per_epoch=1_000)
+    return lower_step(setup, mesh, abstract_state(setup, mesh)).compile(compiler_options=UNTUNED)
 
 
 def main(argv: list[str]) -> None:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from math import prod
 from typing import NamedTuple
 
-from dino_jax.flops import PEAK_FLOPS
-from dino_jax.plan import array_bytes, trips
+from dino_jax.commands.plan import array_bytes, trips
+from dino_jax.training.flops import PEAK_FLOPS
 
 # An H100 SXM's.
 BANDWIDTH = 3.35e12  # bytes a second

@@ -20,9 +20,10 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 from benchmarks import environment
 from configs import vits16
-from dino_jax import metrics
-from dino_jax.data.pipeline import to_canvas, train_batches
+from dino_jax.data.decoding import to_canvas
+from dino_jax.data.pipeline import train_batches
 from dino_jax.data.sources import open_source
+from dino_jax.training import metrics
 
 REPEATS = flags.DEFINE_integer("repeats", 20, "timed runs; the median counts")
 SECONDS = flags.DEFINE_float("seconds", 60, "how long steps are watched waiting for data")
@@ -48,7 +49,7 @@ def cpu_milliseconds(run, repeats: int) -> float:
 
 
 def pillow_crops(jpeg: bytes, rng: np.random.Generator) -> list[np.ndarray]:
-    """Decode and ten crops with Pillow: crop and resize, flip, jitter, grey, blur, solarize, normalise."""
+    """Decode and ten crops with Pillow: crop and resize, flip, jitter, gray, blur, solarize, normalize."""
     crops = vits16.get_config().crops
     image = Image.open(io.BytesIO(jpeg)).convert("RGB")
     out = []

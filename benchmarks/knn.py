@@ -1,4 +1,4 @@
-"""Exact k nearest neighbours on the CPU: ours beside scikit-learn's and faiss's brute force on the same work.
+"""Exact k nearest neighbors on the CPU: ours beside scikit-learn's and faiss's brute force on the same work.
 
     python -m benchmarks.knn [--bank=1281167] [--queries=50000] [--dim=384] [--k=200] [--threads=0]
 
@@ -7,7 +7,7 @@ own, so that its peak of memory is its own; the vectors are made and given to it
 one virtual device a core, and the line with votes adds k-NN classification (k = 10, 20, 100, 200). scikit-learn
 (`NearestNeighbors`, brute) and faiss (`IndexFlatIP`) are left out where they are not installed: pip install
 scikit-learn faiss-cpu. The similarities found are compared place by place: where they agree to float32's rounding the
-neighbours are the same up to ties.
+neighbors are the same up to ties.
 """
 
 import importlib.util
@@ -25,7 +25,7 @@ from absl import app, flags, logging
 BANK = flags.DEFINE_integer("bank", 1_281_167, "rows of the bank")
 QUERIES = flags.DEFINE_integer("queries", 50_000, "queries")
 DIM = flags.DEFINE_integer("dim", 384, "numbers of a row")
-K = flags.DEFINE_integer("k", 200, "neighbours")
+K = flags.DEFINE_integer("k", 200, "neighbors")
 THREADS = flags.DEFINE_integer("threads", 0, "cores to use; 0: all")
 ONLY = flags.DEFINE_string("only", "", "search with this one, here, and write what was found to --found")
 FOUND = flags.DEFINE_string("found", "", "file for --only")
@@ -44,13 +44,14 @@ def ours(bank, queries, k):
     """Our search, then the votes."""
     import jax
 
-    from dino_jax.evals import knn, neighbours
+    from dino_jax.evals import knn
+    from dino_jax.evals.common import neighbors
 
     if THREADS.value != 1:
         jax.config.update("jax_num_cpu_devices", THREADS.value or os.cpu_count())
-    neighbours.nearest(bank[: 2 * k], queries[:2], k)  # starts the devices; programs are compiled on the clock
+    neighbors.nearest(bank[: 2 * k], queries[:2], k)  # starts the devices; programs are compiled on the clock
     yield
-    yield neighbours.nearest(bank, queries, k)[0]
+    yield neighbors.nearest(bank, queries, k)[0]
     labels = np.random.default_rng(2).integers(0, CLASSES, len(bank))
     yield
     yield knn.knn_predict(bank, labels, queries, VOTES, num_classes=CLASSES)

@@ -13,10 +13,11 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import environment
-from dino_jax import sharding
-from dino_jax.backbone import Backbone
-from dino_jax.evals import linear, linear_heads
+from dino_jax.distributed import sharding
+from dino_jax.evals import linear
+from dino_jax.evals.common import linear_heads
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 BATCH = flags.DEFINE_integer("batch", 32, "images a step")
 ARCH = flags.DEFINE_string("arch", "vit_small", "a vision transformer, patch 16")

@@ -16,6 +16,7 @@ from absl import app, flags
 from benchmarks import environment
 from dino_jax import dino
 from dino_jax.models import DINOHead
+from dino_jax.training import chunked_loss
 
 BATCH = flags.DEFINE_integer("batch", 64, "images")
 OUT_DIM = flags.DEFINE_list("out_dim", ["65536", "262144"], "K, prototypes")
@@ -31,8 +32,10 @@ def targets(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:
 def ours(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:
     """The trainer's."""
     z = head.apply({"params": params}, features, method="bottleneck")
-    prototypes = partial(dino.logits, dino.Network(None, head))
-    return dino.head_loss(targets(head, params, features), z, params["last_layer"], prototypes, STUDENT_TEMP)
+    prototypes = dino.DINO(None, head, STUDENT_TEMP, 0.9).prototypes
+    return chunked_loss.loss_from_head(
+        targets(head, params, features), z, prototypes, params["last_layer"], STUDENT_TEMP
+    )
 
 
 def straightforward(head: DINOHead, params: dict, features: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from absl import app, flags
 
 from benchmarks import environment
 from configs import demo
-from dino_jax import train_loop
+from dino_jax.training import loop
 
 EPOCHS = flags.DEFINE_integer("epochs", 3, "of 200 steps; the first warms up")
 SEED = flags.DEFINE_integer("seed", 0, "config.seed of both")
@@ -26,7 +26,7 @@ def curves(dtype: str, epochs: int) -> tuple[list[float], dict[str, float]]:
     config.dtype, config.epochs, config.log_every, config.seed = dtype, epochs, 10, SEED.value
     config.data.source = "demo:train:640"
     with tempfile.TemporaryDirectory() as workdir:
-        train_loop.train(config, workdir)
+        loop.train(config, workdir)
         rows = [json.loads(line) for line in Path(workdir, "metrics.jsonl").read_text().splitlines()]
     knn = [row for row in rows if "knn_top1_teacher" in row][-1]
     return [row["loss"] for row in rows if "loss" in row], {k: v for k, v in knn.items() if k.startswith("knn")}

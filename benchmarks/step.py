@@ -4,7 +4,7 @@
         [--peers=eager,compiled]
 
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
-loss with K = 65,536, gradients, clip, AdamW, teacher and centre. float32 on a CPU, bfloat16 elsewhere. The peer is
+loss with K = 65,536, gradients, clip, AdamW, teacher and center. float32 on a CPU, bfloat16 elsewhere. The peer is
 `benchmarks/torch_peer.py`. Both run on one device (of a CPU all cores). `--batch=largest` looks for the largest power
 of two from 64 on that fits, for each by itself. First: seconds of the first call, which compiles.
 """
@@ -19,9 +19,10 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import environment
-from dino_jax import sharding
-from dino_jax.flops import peak_flops
-from dino_jax.recipe import DeviceBatch, build_recipe, compile_lowered, flops_per_image, init_state, lower_step
+from dino_jax.distributed import sharding
+from dino_jax.training.flops import peak_flops
+from dino_jax.training.setup import DeviceBatch, build_setup, flops_per_image, init_state
+from dino_jax.training.step import compile_lowered, lower_step
 
 ARCH = flags.DEFINE_list("arch", ["vit_small", "vit_tiny"], "architectures, patch 16")
 BATCH = flags.DEFINE_list("batch", ["4", "8"], "images a step; 'largest' that fits")
@@ -37,8 +38,8 @@ def ours_train(arch: str, batch: int, program: str):
     config = environment.recipe_config(arch, program)
     config.batch_size = batch
     mesh = sharding.make_mesh(jax.devices()[:1])
-    recipe = build_recipe(config, steps_per_epoch=1_000)
-    state = init_state(recipe, mesh)
+    setup = build_setup(config, steps_per_epoch=1_000)
+    state = init_state(setup, mesh)
     step = None
     rng = np.random.default_rng(0)
     side = config.data.canvas_size
@@ -48,16 +49,16 @@ def ours_train(arch: str, batch: int, program: str):
 
     def run():
         nonlocal state, step
-        step = step or compile_lowered(lower_step(recipe, mesh, state))
+        step = step or compile_lowered(lower_step(setup, mesh, state))
         state, metrics = step(state, inputs, np.float32(np.inf))
         jax.block_until_ready((state, metrics))
 
-    return run, flops_per_image(recipe)
+    return run, flops_per_image(setup)
 
 
 def ours_features(arch: str, batch: int, program: str):
     """A call that takes a batch of 224 x 224 images through the backbone."""
-    backbone = build_recipe(environment.recipe_config(arch, program), steps_per_epoch=1).network.backbone
+    backbone = build_setup(environment.recipe_config(arch, program), steps_per_epoch=1).method.backbone
     images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
     variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
     apply = jax.jit(backbone.apply)

@@ -20,7 +20,7 @@ STUDENT_TEMP, TEACHER_TEMP, CENTER_MOMENTUM, TEACHER_MOMENTUM, CLIP = 0.1, 0.04,
 
 
 class Head(nn.Module):
-    """The projection head: MLP 2048, 2048, 256, unit length, weight-normalised prototypes with gain 1."""
+    """The projection head: MLP 2048, 2048, 256, unit length, weight-normalized prototypes with gain 1."""
 
     def __init__(self, dim: int, out_dim: int):
         super().__init__()

@@ -1,6 +1,6 @@
-"""Every cell of `python -m dino_jax.ablation` before its own change: the demo, half as long.
+"""Every cell of `python -m dino_jax.commands.ablation` before its own change: the demo, half as long.
 
-    python -m dino_jax.ablation --workdir=runs/ablation
+    python -m dino_jax.commands.ablation --workdir=runs/ablation
 
 Hardware: 2 CPU cores, 26 minutes (2026-11-22, AMD EPYC). The results are in README.md, "Is it learning?".
 """

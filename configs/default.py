@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # of initial weights, data order, crops and drop paths
     config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 a GPU, 8 GPUs]
     config.epochs = 100
+    config.method = "dino"  # the page of the package that says how student and teacher learn: dino
     # Parts that a device walks its share of the batch in: saves memory; batch norm sees one part at a time.
     config.accum_steps = 1
     # Devices that share each large parameter, its moments and its teacher, for models too large for one; 1: none do.
@@ -25,7 +26,7 @@ def get_config() -> ConfigDict:
     config.log_every = 50  # steps
     # Weights to start from: whatever dino_jax.load_backbone takes; empty: a random start. A resumed run reads its own.
     config.init_from = ""
-    config.init_heads = True  # also heads and centre, where init_from has them
+    config.init_heads = True  # also heads and center, where init_from has them
     config.init_adapt = ""  # what may be changed to fit: image_size (positions resized), in_channels, or both (a,b)
 
     config.model = ConfigDict()
@@ -59,6 +60,9 @@ def get_config() -> ConfigDict:
     config.dino.teacher_update = "ema"  # ema | epoch (the student at the end of each epoch) | copy (of each step)
     config.dino.centering = True  # without: one prototype wins
     config.dino.sharpening = True  # without: the teacher's temperature is the student's, and all outputs uniform
+
+    config.loss_weights = ConfigDict()  # of the method's losses, each of which is logged as loss_NAME
+    config.loss_weights.dino = 1.0
 
     config.optim = ConfigDict()
     config.optim.name = "adamw"  # adamw | sgd | lars
@@ -106,9 +110,9 @@ def get_config() -> ConfigDict:
     config.eval.resize = 256  # pixels, shorter side
     config.eval.crop = 224  # pixels
     config.eval.batch_size = 256  # images
-    config.eval.train = ""  # bank of labelled images for k-NN while training; empty: data.source
-    config.eval.test = ""  # labelled queries; empty: no k-NN while training
-    config.eval.k = 20  # neighbours
+    config.eval.train = ""  # bank of labeled images for k-NN while training; empty: data.source
+    config.eval.test = ""  # labeled queries; empty: no k-NN while training
+    config.eval.k = 20  # neighbors
     config.eval.knn_every_epochs = 10  # also before the first step and after the last; 0: never
 
     config.checkpoint = ConfigDict()

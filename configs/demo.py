@@ -1,6 +1,6 @@
 """A small ViT on the bundled garments: `make demo`.
 
-    python -m dino_jax.demo --workdir=runs/demo
+    python -m dino_jax.commands.demo --workdir=runs/demo
 
 Hardware: 2 CPU cores, 7 minutes. Our result (2026-11-23, AMD EPYC): k-NN top-1 64.1 with 30 labels a class (raw
 pixels 37.6, untrained 25.8), 70.0 with all labels (62.3, 40.2).

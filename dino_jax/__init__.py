@@ -1,17 +1,33 @@
 """DINO self-supervised pretraining in JAX: a student, its moving average as teacher, and many crops."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dino_jax.backbone import Backbone, Features, load_backbone
+    from dino_jax.data.sources import open_source
+    from dino_jax.dino import TrainState
+    from dino_jax.training.loop import train
+    from dino_jax.weights.backbone import Backbone, Features, load_backbone
 
-__all__ = ["Backbone", "Features", "load_backbone"]
+# The public names and where they live. They are imported when asked for, so that `import dino_jax` is fast and a
+# program that only loads a backbone needs nothing that only training needs.
+_HOME = {
+    "Backbone": "weights.backbone",
+    "Features": "weights.backbone",
+    "TrainState": "dino",
+    "load_backbone": "weights.backbone",
+    "open_source": "data.sources",
+    "train": "training.loop",
+}
+
+__all__ = ["Backbone", "Features", "TrainState", "load_backbone", "open_source", "train"]
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, when they are asked for: the train step alone needs nothing that reads images or weights."""
-    if name not in __all__:
+    if name not in _HOME:
         raise AttributeError(f"module 'dino_jax' has no attribute {name!r}")
-    from dino_jax import backbone
+    return getattr(import_module(f"dino_jax.{_HOME[name]}"), name)
 
-    return getattr(backbone, name)
+
+def __dir__() -> list[str]:
+    return __all__

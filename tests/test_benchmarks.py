@@ -18,7 +18,7 @@ def test_the_peer_computes_our_loss():
     student = rng.normal(size=(images, 2 + torch_peer.LOCALS, K)).astype(np.float32)
     teacher, center = student[:, :2] + 0.1, rng.normal(size=K).astype(np.float32)
     q = dino.targets(jnp.asarray(teacher), jnp.asarray(center), torch_peer.TEACHER_TEMP)
-    ours = dino.pair_loss(q, jnp.asarray(student), torch_peer.STUDENT_TEMP)
+    ours = dino.loss(q, jnp.asarray(student), torch_peer.STUDENT_TEMP)
 
     by_view = [torch.from_numpy(x.swapaxes(0, 1).reshape(-1, K).copy()) for x in (student, teacher)]
     np.testing.assert_allclose(torch_peer.dino_loss(*by_view, torch.from_numpy(center)), ours, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""The method against the reference: loss and centre, then whole training runs, number by number."""
+"""The method against the reference: loss and center, then whole training runs, number by number."""
 
 from functools import partial
 from typing import NamedTuple
@@ -9,11 +9,15 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from dino_jax import dino, schedules, sharding
-from dino_jax.convert.official import from_official, to_official
+from dino_jax import dino
 from dino_jax.data.multicrop import Crops
+from dino_jax.distributed import sharding
 from dino_jax.models import DINOHead
 from dino_jax.models.vit import ViT
+from dino_jax.training import chunked_loss, optimizers, schedules
+from dino_jax.training.setup import Setup, build_dino
+from dino_jax.training.step import gradients, train_step
+from dino_jax.weights.official import from_official, to_official
 
 TRAJECTORIES = ["adamw", "adamw_clip", "adamw_g", "adamw_bn", "sgd", "lars"]
 
@@ -41,7 +45,7 @@ def test_loss_gradient_and_center(golden):
 
         def loss_fn(student, teacher=teacher, center=center, epoch=epoch):
             q = dino.targets(teacher, center, temp(epoch))
-            return dino.pair_loss(q, student, meta["student_temp"])
+            return dino.loss(q, student, meta["student_temp"])
 
         loss, grad = jax.value_and_grad(loss_fn)(student)
         np.testing.assert_allclose(loss, arrays[f"loss{i}"], rtol=1e-5)
@@ -55,43 +59,14 @@ def test_loss_without_local_crops(golden):
     c = meta["config"]
     student, teacher = by_image(arrays["in/student_2crops"], 2), by_image(arrays["in/teacher_2crops"], 2)
     temp = schedules.temperature(c["wt"], c["tt"], c["wte"], steps_per_epoch=1)(0)
-    q = dino.targets(teacher, jnp.zeros(c["out_dim"]), temp)  # the reference computed it first: epoch 0, no centre
-    np.testing.assert_allclose(dino.pair_loss(q, student, meta["student_temp"]), arrays["loss_2crops"], rtol=1e-5)
+    q = dino.targets(teacher, jnp.zeros(c["out_dim"]), temp)  # the reference computed it first: epoch 0, no center
+    np.testing.assert_allclose(dino.loss(q, student, meta["student_temp"]), arrays["loss_2crops"], rtol=1e-5)
 
 
 def test_targets_pass_no_gradient():
     logits = jnp.arange(6.0).reshape(1, 2, 3)
-    grad = jax.grad(lambda t: dino.pair_loss(dino.targets(t, jnp.zeros(3), 0.1), logits, 0.1))(logits)
+    grad = jax.grad(lambda t: dino.loss(dino.targets(t, jnp.zeros(3), 0.1), logits, 0.1))(logits)
     np.testing.assert_array_equal(grad, 0)
-
-
-def test_loss_in_parts_is_the_loss():
-    images, views, K, D = 4, 10, 2**13, 4
-    rng = np.random.default_rng(0)
-    q = jnp.asarray(rng.dirichlet(np.full(8, 0.1), (images, 2)), jnp.float32).repeat(K // 8, -1) / (K // 8)
-    z, weights = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((images, views, D), (K, D)))
-    assert dino._prototypes_at_a_time(images * views, K) == 1_024
-
-    def in_parts(z, weights):
-        return dino.head_loss(q, z, weights, lambda part, z: z @ part.T, 0.1)
-
-    def at_once(z, weights):
-        return dino.pair_loss(q, z @ weights.T, 0.1)
-
-    (ours, grads), (expected, expected_grads) = (
-        jax.jit(jax.value_and_grad(loss, (0, 1)))(z, weights) for loss in (in_parts, at_once)
-    )
-    np.testing.assert_allclose(ours, expected, rtol=1e-6)
-    for ours, expected in zip(grads, expected_grads, strict=True):  # sums over K and over images in another order
-        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
-
-
-@pytest.mark.parametrize(
-    ("views", "K", "expected"),
-    [(640, 65_536, 4_096), (40, 65_536, 1_024), (40, 60_000, 1_000), (96, 256, 256), (12, 65_537, 65_537)],
-)
-def test_prototypes_at_a_time(views, K, expected):
-    assert dino._prototypes_at_a_time(views, K) == expected
 
 
 class Run(NamedTuple):
@@ -99,12 +74,12 @@ class Run(NamedTuple):
 
     arrays: dict
     meta: dict
-    recipe: dino.Recipe
+    setup: Setup
     state: dino.TrainState
 
 
 def load_run(golden, rule_weights, kind, **changes):
-    """The golden's config, initial weights and crops as a recipe and a state."""
+    """The golden's config, initial weights and crops as a setup and a state."""
     arrays, meta = golden(f"traj_{kind}")
     inputs, _ = golden("traj_inputs")
     c = meta["config"]
@@ -125,6 +100,7 @@ def load_run(golden, rule_weights, kind, **changes):
             "epochs": c["epochs"],
             "accum_steps": 1,
             "model": {"drop_path_rate": 0.0},
+            "loss_weights": {"dino": 1.0},
             "dino": {
                 "student_temp": 0.1,
                 "teacher_temp": c["tt"],
@@ -150,9 +126,10 @@ def load_run(golden, rule_weights, kind, **changes):
         }
     )
     config.update(changes)
-    network = dino.Network(backbone, head)
-    recipe = dino.Recipe(config, network, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
-    state = dino.init_state(jax.random.key(0), network, config.optim, (v["img_size"], v["img_size"], 3))
+    method = build_dino(config, backbone, head)
+    setup = Setup(config, method, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
+    state = method.init(jax.random.key(0), (v["img_size"], v["img_size"], 3))
+    state = state.replace(opt_state=optimizers.build(config.optim).init(state.student))
     weights = rule_weights(meta["shapes"], meta["weights_seed"], override=meta["override"])
     if meta["norm_last_layer"]:
         np.testing.assert_array_equal(weights.pop("head.last_layer.weight_g"), 1)  # no parameter of ours then
@@ -167,7 +144,7 @@ def load_run(golden, rule_weights, kind, **changes):
         crops = [inputs[f"step{i}_crop{j}"].transpose(0, 2, 3, 1) for j in range(2 + c["n_local"])]
         return CropBatch(np.arange(c["batch"]), Crops(np.stack(crops[:2], 1), np.stack(crops[2:], 1)))
 
-    return Run(arrays, meta | {"batches": [batch(i) for i in range(len(arrays["loss"]))]}, recipe, state)
+    return Run(arrays, meta | {"batches": [batch(i) for i in range(len(arrays["loss"]))]}, setup, state)
 
 
 def torch_params(tree):
@@ -200,13 +177,13 @@ def norms_by_name(arrays, meta, key):
 
 @pytest.mark.parametrize("kind", TRAJECTORIES)
 def test_trajectory(golden, rule_weights, kind):
-    arrays, meta, recipe, state = load_run(golden, rule_weights, kind)
+    arrays, meta, setup, state = load_run(golden, rule_weights, kind)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    gradients = jax.jit(partial(dino.gradients, recipe, mesh))
-    step = jax.jit(partial(dino.train_step, recipe, mesh))
+    gradients_now = jax.jit(partial(gradients, setup, mesh))
+    step = jax.jit(partial(train_step, setup, mesh))
 
     for i, batch in enumerate(meta["batches"]):
-        grads, _, _, _ = gradients(state, batch)
+        grads, _, _, _ = gradients_now(state, batch)
         ours = torch_params(grads)
         if i == 0:
             theirs = {k.removeprefix("grad_step0/"): v for k, v in arrays.items() if k.startswith("grad_step0/")}
@@ -235,23 +212,23 @@ def test_trajectory(golden, rule_weights, kind):
 
 @pytest.mark.parametrize(("kind", "changes"), [("adamw", {}), ("adamw_bn", {}), ("adamw", {"accum_steps": 2})])
 def test_trajectory_with_logits_in_parts(golden, rule_weights, monkeypatch, kind, changes):
-    _, meta, recipe, state = load_run(golden, rule_weights, kind, **changes)
+    _, meta, setup, state = load_run(golden, rule_weights, kind, **changes)
     mesh = sharding.make_mesh(jax.devices()[:1])
     batch = jax.tree.map(lambda *parts: np.concatenate(parts), *meta["batches"][:2])
-    expected, means, _, _ = jax.jit(partial(dino.gradients, recipe, mesh))(state, batch)
-    monkeypatch.setattr(dino, "_prototypes_at_a_time", lambda views, K: K // 4)
-    ours, parts_means, _, _ = jax.jit(partial(dino.gradients, recipe, mesh))(state, batch)
-    np.testing.assert_allclose(parts_means["loss"], means["loss"], rtol=1e-6)
+    expected, losses, _, _ = jax.jit(partial(gradients, setup, mesh))(state, batch)
+    monkeypatch.setattr(chunked_loss, "chunk_size", lambda views, K: K // 4)
+    ours, chunked_losses, _, _ = jax.jit(partial(gradients, setup, mesh))(state, batch)
+    np.testing.assert_allclose(chunked_losses["dino"], losses["dino"], rtol=1e-6)
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         # Sums in other orders; gradients of biases before batch norm are nothing but rounding.
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5 * np.abs(other).max() + 1e-6)
 
 
 def test_outputs_at_step_0(golden, rule_weights):
-    arrays, meta, recipe, state = load_run(golden, rule_weights, "adamw")
+    arrays, meta, setup, state = load_run(golden, rule_weights, "adamw")
     crops = meta["batches"][0].crops
     for key, groups in [("teacher", [crops.global_crops]), ("student", [crops.global_crops, crops.local_crops])]:
-        z, _ = dino.forward(recipe.network, state.student, state.student_stats, groups, [None] * len(groups))
-        rows = dino.logits(recipe.network, state.student["head"]["last_layer"], z)
-        rows = rows.swapaxes(0, 1).reshape(-1, recipe.network.head.out_dim)
+        z, _ = setup.method.embed(state.student, state.student_stats, groups, [None] * len(groups))
+        rows = setup.method.prototypes(state.student["head"]["last_layer"], z)
+        rows = rows.swapaxes(0, 1).reshape(-1, setup.method.head.out_dim)
         np.testing.assert_allclose(rows, arrays[f"{key}_out_step0"], rtol=1e-4, atol=1e-5)

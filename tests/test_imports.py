@@ -6,72 +6,26 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).parent.parent / "dino_jax"
-LOW = {"errors", "whole"}
-MAY_IMPORT = {
-    "errors": set(),
-    "whole": {"errors"},
-    "models": LOW,
-    "schedules": LOW,
-    "optimizers": LOW,
-    "progress": set(),
-    "watchdog": LOW,
-    "data": {"cli", "progress", *LOW},
-    "metrics": LOW,
-    "flops": set(),
-    "sharding": {"watchdog", *LOW},
-    "cli": {"watchdog", *LOW},
-    "stopping": {"watchdog", *LOW},
-    "dino": {"models", "schedules", "optimizers", "data", "sharding"},
-    "recipe": {"dino", "sharding", "schedules", "data", "flops", "models"},
-    "checkpoints": {"models", *LOW},
-    "convert": {"models", *LOW},
-    "pretrained": {"models", "checkpoints", "convert", *LOW},
-    "backbone": {"models", "data", "pretrained", *LOW},
-    "portable": {"backbone", *LOW},
-    "convert.__main__": {"backbone", "portable", "pretrained", "checkpoints", "convert", "cli", *LOW},
-    "initialization": {"models", "pretrained", "sharding", *LOW},
-    "checks": {"models", "schedules", "optimizers", "initialization", *LOW},
-    "evals": {"models", "data", "checkpoints", "backbone", "sharding", "progress", *LOW},
-    "agreement": {"checkpoints", "sharding", "data", *LOW},
-    "skipped": {"checkpoints", "data", *LOW},
-    "train_loop": {
-        "recipe",
-        "dino",
-        "sharding",
-        "checkpoints",
-        "metrics",
-        "flops",
-        "evals",
-        "data",
-        "checks",
-        "initialization",
-        "agreement",
-        "skipped",
-        "stopping",
-        "watchdog",
-        *LOW,
-    },
-    "replay": {
-        "train_loop",
-        "recipe",
-        "checkpoints",
-        "skipped",
-        "dino",
-        "sharding",
-        "checks",
-        "data",
-        "progress",
-        "cli",
-        *LOW,
-    },
-    "preview": {"data", "dino", "cli", "checks", *LOW},
-    "ablation": {"demo", "train_loop", "backbone", "checkpoints", "checks", "data", "sharding", "cli", *LOW},
-    "plan": {"dino", "sharding", "recipe", "checks", "flops", "cli", *LOW},
-    "demo": {"train_loop", "recipe", "backbone", "checkpoints", "data", "evals", "models", "sharding", "cli"},
-}
+# The house from the ground up: a room imports from itself and from rooms before it.
+FLOORS = (
+    "errors",
+    "progress",
+    "provenance",
+    "atomic",
+    "models",
+    "data",
+    "checkpoints",
+    "weights",
+    "distributed",
+    "dino",
+    "evals",
+    "training",
+    "commands",
+)
 
 
 def imported_rooms(path):
+    """Rooms of the package that a file imports, wherever in the file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "dino_jax":
             parts = node.module.split(".")
@@ -80,15 +34,21 @@ def imported_rooms(path):
             yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("dino_jax."))
 
 
-def test_imports_go_down_only():
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(path) for path in PACKAGE.rglob("*.py")} - {"__init__"} == set(FLOORS)
+
+
+def test_no_import_points_up():
     for path in PACKAGE.rglob("*.py"):
-        room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if path.name == "__main__.py":  # a command sits on top of what its folder imports
-            room += ".__main__"
-        if room == "__init__":
+        room = room_of(path)
+        if room == "__init__":  # the public names, which it imports when they are asked for
             continue
-        wrong = set(imported_rooms(path)) - MAY_IMPORT[room] - {room}
-        assert not wrong, f"{path.relative_to(PACKAGE)} imports {sorted(wrong)}"
+        above = [other for other in imported_rooms(path) if FLOORS.index(other) > FLOORS.index(room)]
+        assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(set(above))}"
 
 
 def test_configs_import_nothing_of_the_package():
@@ -96,13 +56,25 @@ def test_configs_import_nothing_of_the_package():
         assert not set(imported_rooms(path)), path
 
 
+def modules_after(code):
+    """Names of the modules that a fresh interpreter has loaded after some code."""
+    code += "\nimport sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_no_library():
+    assert not modules_after("import dino_jax") & {"jax", "flax", "numpy", "grain", "PIL", "orbax"}
+
+
 def test_the_step_needs_nothing_that_reads_images():
     # A bare machine with a GPU runs the benchmarks of the step with no more than these.
-    heavy = ("grain", "PIL", "array_record", "tensorflow_datasets", "tensorboardX", "scipy", "safetensors")
-    code = (
-        "import sys, benchmarks.step, dino_jax\n"
-        f"print([m for m in {heavy} if m in sys.modules])\n"
-        "assert dino_jax.load_backbone and 'grain' in sys.modules\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
-    assert done.stdout.strip() == "[]"
+    heavy = {"grain", "PIL", "array_record", "tensorflow_datasets", "tensorboardX", "scipy", "safetensors"}
+    assert not modules_after("import benchmarks.step") & heavy
+
+
+def test_loading_a_backbone_needs_nothing_of_training():
+    heavy = {"grain", "array_record", "tensorflow_datasets", "tensorboardX", "ml_collections"}
+    loaded = modules_after("import dino_jax; dino_jax.load_backbone")
+    assert "PIL" in loaded
+    assert not loaded & heavy

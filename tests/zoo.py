@@ -16,7 +16,7 @@ HEIGHT, WIDTH = 48, 64
 
 
 def photo(seed=0):
-    """A smooth colour picture, uint8 [HEIGHT, WIDTH, 3]."""
+    """A smooth color picture, uint8 [HEIGHT, WIDTH, 3]."""
     small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC))
 
@@ -64,9 +64,9 @@ def deep_colors(pixels):
 
 PHOTO = photo()
 OTHER = Image.fromarray(photo(1))
-GREY = PHOTO[..., 0]
-DEEP = np.linspace(0, 65535, GREY.size, dtype=np.uint16).reshape(GREY.shape)
-FLOAT = np.linspace(-3, 5, GREY.size, dtype=np.float32).reshape(GREY.shape)
+GRAY = PHOTO[..., 0]
+DEEP = np.linspace(0, 65535, GRAY.size, dtype=np.uint16).reshape(GRAY.shape)
+FLOAT = np.linspace(-3, 5, GRAY.size, dtype=np.float32).reshape(GRAY.shape)
 STRIP = np.tile(photo()[:1], (1, 79, 1))[:, :5000]
 ALPHA = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
 PALETTE = Image.fromarray(PHOTO).quantize(16)
@@ -77,7 +77,7 @@ FRAMES = {"save_all": True, "append_images": [OTHER]}
 USED = {
     "plain.jpg": (JPEG, PHOTO, 3),
     "progressive.jpg": (encoded(PHOTO, "JPEG", quality=95, progressive=True), PHOTO, 3),
-    "grey.jpg": (encoded(GREY, "JPEG", quality=95), GREY, 3),
+    "gray.jpg": (encoded(GRAY, "JPEG", quality=95), GRAY, 3),
     "cmyk.jpg": (encoded(Image.fromarray(PHOTO).convert("CMYK"), "JPEG", quality=95), PHOTO, 3),
     "cmyk.tif": (encoded(Image.fromarray(PHOTO).convert("CMYK"), "TIFF"), PHOTO, 1),
     "palette.png": (encoded(PALETTE), np.asarray(PALETTE.convert("RGB")), 0),
@@ -87,9 +87,9 @@ USED = {
         1,
     ),
     "transparent.png": (encoded(np.dstack([PHOTO, ALPHA])), on_white(PHOTO, ALPHA[..., None]), 1),
-    "grey_transparent.png": (
-        encoded(Image.fromarray(np.dstack([GREY, ALPHA]), "LA")),
-        on_white(GREY, ALPHA),
+    "gray_transparent.png": (
+        encoded(Image.fromarray(np.dstack([GRAY, ALPHA]), "LA")),
+        on_white(GRAY, ALPHA),
         1,
     ),
     "16_bit.png": (encoded(DEEP), np.round(DEEP / 257), 0),
@@ -97,8 +97,8 @@ USED = {
     "float.tif": (encoded(FLOAT, "TIFF"), (FLOAT + 3) / 8 * 255, 1),
     "32_bit.tif": (encoded(DEEP.astype(np.int32) * 1000, "TIFF"), DEEP / 257, 1),
     "16_bit_colors.png": (deep_colors(PHOTO), PHOTO, 1),
-    "1_bit.png": (encoded(GREY > 100), (GREY > 100) * 255, 0),
-    "1_bit.tif": (encoded(Image.fromarray(GREY > 100), "TIFF", compression="group4"), (GREY > 100) * 255, 0),
+    "1_bit.png": (encoded(GRAY > 100), (GRAY > 100) * 255, 0),
+    "1_bit.tif": (encoded(Image.fromarray(GRAY > 100), "TIFF", compression="group4"), (GRAY > 100) * 255, 0),
     "rotated.jpg": (rotated(PHOTO), PHOTO, 3),
     "animated.gif": (encoded(PALETTE.convert("RGB"), "GIF", **FRAMES), np.asarray(PALETTE.convert("RGB")), 0),
     "animated.webp": (encoded(PHOTO, "WEBP", lossless=True, **FRAMES), PHOTO, 0),

@@ -1,6 +1,6 @@
 """The bundled demo set: 14,000 garments of Fashion-MNIST, each at a random place and scale on a larger black canvas.
 
-Fashion-MNIST alone is centred and tightly cropped, so that random crops would hardly be a task. Placing each garment
+Fashion-MNIST alone is centered and tightly cropped, so that random crops would hardly be a task. Placing each garment
 freely gives real objects with a background, a few seconds' download-free start, and exact object masks.
 """
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-ARRAYS = Path(__file__).parent / "demo" / "fashion_mnist_subset.npz"  # its licence lies beside it
+ARRAYS = Path(__file__).parent / "demo" / "fashion_mnist_subset.npz"  # its license lies beside it
 SPLITS = ("train", "test")
 NUM_CLASSES = 10
 
@@ -27,7 +27,7 @@ def demo_labels(split: str) -> np.ndarray:
 
 @cache
 def demo_images(split: str) -> np.ndarray:
-    """All images of a split ("train": 12,000, "test": 2,000), grey uint8 [n, CANVAS, CANVAS, 1]."""
+    """All images of a split ("train": 12,000, "test": 2,000), gray uint8 [n, CANVAS, CANVAS, 1]."""
     garments, _ = _garments(split)
     images = np.zeros((len(garments), CANVAS, CANVAS, 1), np.uint8)
     for i, garment in enumerate(garments):

@@ -1,4 +1,4 @@
-"""All crops of a batch on the device: boxes, crop and resize, flip, colour, blur, solarize, normalise.
+"""All crops of a batch on the device: boxes, crop and resize, flip, color, blur, solarize, normalize.
 
 One pure function with a key per image, so that an image's crops depend neither on the rest of the batch nor on how
 many devices share it.
@@ -25,10 +25,15 @@ PRECISION = jax.lax.Precision.HIGH
 
 
 class Crops(NamedTuple):
-    """Normalised crops of B images, batch-major: merging `[B, V]` into one axis needs no communication."""
+    """Normalized crops of B images, batch-major: merging `[B, V]` into one axis needs no communication."""
 
     global_crops: jax.Array  # [B, 2, Hg, Wg, C]
     local_crops: jax.Array  # [B, L, Hl, Wl, C], L may be 0
+
+    @property
+    def groups(self) -> list[jax.Array]:
+        """The crops by size, global first, without local crops if there are none."""
+        return [self.global_crops] + ([self.local_crops] if self.local_crops.shape[1] else [])
 
 
 class Group(NamedTuple):
@@ -91,12 +96,12 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
     def view(key, image, size, blur, solarize):
         numbers = jax.random.uniform(key, (BOX_NUMBERS + JITTER_NUMBERS + OTHER_NUMBERS,))
         for_box, for_jitter, others = jnp.split(numbers, (BOX_NUMBERS, BOX_NUMBERS + JITTER_NUMBERS))
-        flipped, greyed, blurred, sigma, solarized = others
+        flipped, grayed, blurred, sigma, solarized = others
         crop = crop_and_resize(image, size, random_box(for_box, size, group.scale), flipped < crops.flip, group.size)
         if crops.jitter > 0:
             crop = photometric.color_jitter(crop, *random_jitter(for_jitter, crops))
         if crops.grayscale > 0 and crop.shape[1] == 3:
-            crop = jnp.where(greyed < crops.grayscale, photometric.grey(crop), crop)
+            crop = jnp.where(grayed < crops.grayscale, photometric.gray(crop), crop)
         if max(group.blur) > 0:
             sigma = crops.blur_sigma[0] + sigma * (crops.blur_sigma[1] - crops.blur_sigma[0])
             matrix = photometric.blur_matrix(group.size, jnp.where(blurred < blur, sigma, 0.0))
@@ -156,7 +161,7 @@ def crop_and_resize(image: jax.Array, size: jax.Array, box: jax.Array, flip: jax
 def resize_matrix(size: int, out: int, start: jax.Array, extent: jax.Array) -> jax.Array:
     """Weights float32 `[out, size]` that resize the part `start..start + extent` of an axis to `out` pixels.
 
-    Pillow's bicubic (a = -0.5), its support widened by the factor of down-scaling. Only pixels whose centre lies in the
+    Pillow's bicubic (a = -0.5), its support widened by the factor of down-scaling. Only pixels whose center lies in the
     part count, as after a crop; a part thinner than a pixel is widened to one.
     """
     step = extent / out

@@ -1,11 +1,11 @@
-"""Colour jitter, grey, blur and solarize on the device, with Pillow's definitions.
+"""Color jitter, gray, blur and solarize on the device, with Pillow's definitions.
 
 Every function takes one float32 image in 0..255, laid out `[H, C, W]`: a row holds its channels one after the other.
 Cropping and blurring are matrix products over the first and the last axis, and in this layout all four of them are
 plain products without a transposition; a channel is a contiguous run of pixels, which a trailing axis of 3 is not.
 
 Pillow rounds to uint8 after each operation, these keep the fraction: they agree to about 1/255, hue to a few where
-Pillow's own 8-bit HSV is coarse. Vectorise with `jax.vmap`: no function branches on a traced value.
+Pillow's own 8-bit HSV is coarse. Vectorize with `jax.vmap`: no function branches on a traced value.
 """
 
 import jax
@@ -16,7 +16,7 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NEUTRAL = np.array([1.0, 1.0, 1.0, 0.0], np.float32)  # the factors of the four that change nothing
 
 
-def grey(image: jax.Array) -> jax.Array:
+def gray(image: jax.Array) -> jax.Array:
     """Pillow's luma `[H, 1, W]` of an image `[H, C, W]`; the channels' mean where there are not three of them."""
     if image.shape[1] != 3:
         return jnp.mean(image, axis=1, keepdims=True)
@@ -26,14 +26,14 @@ def grey(image: jax.Array) -> jax.Array:
 def blend(image: jax.Array, target: jax.Array | float, factor: jax.Array | float) -> jax.Array:
     """Pillow's ImageEnhance: `factor` 0 gives the target, 1 the image, more exaggerates it; clipped to 0..255.
 
-    Brightness has black as its target, contrast `mean_grey`, saturation (and, with factor 0, grayscale) `grey`.
+    Brightness has black as its target, contrast `mean_gray`, saturation (and, with factor 0, grayscale) `gray`.
     """
     return jnp.clip(target + factor * (image - target), 0.0, 255.0)
 
 
-def mean_grey(image: jax.Array) -> jax.Array:
-    """Contrast's target: the mean of `grey`, rounded to a whole level as Pillow rounds it; a scalar."""
-    return jnp.floor(jnp.mean(grey(image)) + 0.5)
+def mean_gray(image: jax.Array) -> jax.Array:
+    """Contrast's target: the mean of `gray`, rounded to a whole level as Pillow rounds it; a scalar."""
+    return jnp.floor(jnp.mean(gray(image)) + 0.5)
 
 
 def shift_hue(image: jax.Array, turns: jax.Array | float) -> jax.Array:
@@ -71,7 +71,7 @@ def color_jitter(image: jax.Array, factors: jax.Array, places: jax.Array) -> jax
     """
     early = places < places[CONTRAST]
     image = _pixelwise_jitter(image, jnp.where(early, factors, NEUTRAL), places)
-    image = blend(image, mean_grey(image), factors[CONTRAST])
+    image = blend(image, mean_gray(image), factors[CONTRAST])
     return _pixelwise_jitter(image, jnp.where(early, NEUTRAL, factors), places)
 
 
@@ -85,7 +85,7 @@ def _pixelwise_jitter(image: jax.Array, factors: jax.Array, places: jax.Array) -
 
     def blend_pair(image, due):
         for i in range(2):
-            target = jnp.where(pair[i] == SATURATION, 1.0, 0.0) * grey(image)
+            target = jnp.where(pair[i] == SATURATION, 1.0, 0.0) * gray(image)
             image = blend(image, target, jnp.where(due[i], factors[pair[i]], 1.0))
         return image
 

@@ -191,8 +191,8 @@ class TfdsSource:
             ) from error
         if not images:
             raise UserError(f"{KNOB}=tfds:{name}:{split}: no image among its features: {', '.join(features)}")
-        labelled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
-        self.num_classes = features["label"].num_classes if labelled else 0
+        labeled = "label" in features and isinstance(features["label"], tfds.features.ClassLabel)
+        self.num_classes = features["label"].num_classes if labeled else 0
         self.title = f"{name}:{split}"
 
     def __len__(self) -> int:
@@ -236,7 +236,7 @@ class ArrayRecordSource:
             Image.open(io.BytesIO(_split_record(first)[2]))
         except Exception as error:  # its C++ reader raises bare RuntimeErrors
             raise UserError(
-                f"{KNOB}=array_record:{pattern}: {paths[0]} does not start with an image or a labelled image "
+                f"{KNOB}=array_record:{pattern}: {paths[0]} does not start with an image or a labeled image "
                 "(layout: dino_jax.data.sources.ArrayRecordSource; datasets of TFDS are read with tfds:FOLDER)"
             ) from error
         self.num_classes = _split_record(first)[1]
@@ -277,7 +277,7 @@ def names_digest(source: Source) -> str:
 def write_array_record(source: Source, path: str) -> None:
     """Write all examples of a source to one file that `array_record:PATH` reads; arrays are stored as PNG.
 
-    `python -m dino_jax.data.prepare` writes a large source in parallel, to many files.
+    `python -m dino_jax.commands.prepare` writes a large source in parallel, to many files.
     """
     write_examples((source[i] for i in range(len(source))), source.num_classes, path)
 
@@ -321,7 +321,7 @@ def _refused_writes():
 
 
 class DemoSource:
-    """The bundled demo images (dino_jax.data.demo_images), in memory: grey uint8 [CANVAS, CANVAS, 1], 10 classes."""
+    """The bundled demo images (dino_jax.data.demo_images), in memory: gray uint8 [CANVAS, CANVAS, 1], 10 classes."""
 
     num_classes = demo_images.NUM_CLASSES
 

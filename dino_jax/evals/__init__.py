@@ -4,7 +4,7 @@ from dino_jax.evals import (
     attention,
     attention_jaccard,
     copy_detection,
-    feature_files,
+    features,
     knn,
     linear,
     patch_pca,
@@ -21,7 +21,7 @@ PROTOCOLS = {
     "video_segmentation": video_segmentation,
     "retrieval": retrieval,
     "copy_detection": copy_detection,
-    "features": feature_files,
+    "features": features,
     "projection": projection,
     "patch_pca": patch_pca,
 }

@@ -9,27 +9,27 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dino_jax.backbone import Backbone
-from dino_jax.data.pipeline import decode
+from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
-from dino_jax.evals.pictures import (
+from dino_jax.evals.common.pictures import (
     as_rgb,
     contact_sheet,
     cut,
     each_of,
     fitted,
     heat,
-    normalised,
+    normalized,
     patch_size,
     picture_paths,
     read_picture,
     resized,
     upsample,
 )
-from dino_jax.evals.video import read_video, write_video
+from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.progress import progress
+from dino_jax.weights.backbone import Backbone
 
-MASK_COLOUR = np.array((255, 60, 60), np.uint8)
+MASK_COLOR = np.array((255, 60, 60), np.uint8)
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -75,7 +75,7 @@ def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: P
     written: list[str] = []
     for path in picture_paths(config.images):
         image = fitted(read_picture(path, channels, "--config.images"), config.size, patch, path)
-        maps = attention_maps(backbone, normalised(backbone, image[None]))[0]
+        maps = attention_maps(backbone, normalized(backbone, image[None]))[0]
         tiles = picture_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -105,7 +105,7 @@ def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path
 
 
 def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.ndarray:
-    """Normalised images [B, H, W, C], sides multiples of the patch -> float32 [B, heads, H/patch, W/patch].
+    """Normalized images [B, H, W, C], sides multiples of the patch -> float32 [B, heads, H/patch, W/patch].
 
     Row 0 of the last block's self-attention without CLS to itself, so that a map's sum is a little below 1.
 
@@ -193,8 +193,8 @@ def picture_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[s
     """
     shown, factor = as_rgb(image), len(mask) // maps.shape[1]
     heads = {f"head {i + 1}": heat(upsample(one, factor)) for i, one in enumerate(maps)}
-    # Coloured rather than cut out: what is kept of a black background shows too.
-    kept = np.where(mask[..., None], shown // 2 + MASK_COLOUR // 2, shown)
+    # Colored rather than cut out: what is kept of a black background shows too.
+    kept = np.where(mask[..., None], shown // 2 + MASK_COLOR // 2, shown)
     return {"image": shown, "mean": overlay(image, maps), **heads, "mask": kept}
 
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import ml_collections
 import numpy as np
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals.attention import attention_maps, best_heads, mass_masks, picture_row
-from dino_jax.evals.label_maps import read_labels
-from dino_jax.evals.pictures import contact_sheet, cut, normalised, patch_size, read_picture, upsample
+from dino_jax.evals.common.label_maps import read_labels
+from dino_jax.evals.common.pictures import contact_sheet, cut, normalized, patch_size, read_picture, upsample
 from dino_jax.progress import progress
+from dino_jax.weights.backbone import Backbone
 
 VOID = 255  # the label of outlines and of what annotators left undecided
 
@@ -58,7 +58,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         objects = labels == np.setdiff1d(labels, [0, VOID])[:, None, None]
         if not len(objects):
             continue
-        maps = attention_maps(backbone, normalised(backbone, image[None]))[0]
+        maps = attention_maps(backbone, normalized(backbone, image[None]))[0]
         masks = upsample(mass_masks(maps, config.mass), patch)
         heads, jaccard = best_heads(np.broadcast_to(masks, (len(objects), *masks.shape)), objects)
         scores.append(jaccard)

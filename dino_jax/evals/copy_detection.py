@@ -17,12 +17,11 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dino_jax.backbone import Backbone
-from dino_jax.data.pipeline import DecodeError, decode
+from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.errors import UserError
-from dino_jax.evals.features import l2_normalise
-from dino_jax.evals.kept import Kept, fingerprint
-from dino_jax.evals.ranking import (
+from dino_jax.evals.common.extraction import l2_normalize
+from dino_jax.evals.common.feature_cache import Kept, fingerprint
+from dino_jax.evals.common.ranking import (
     ANSWERS,
     CORRECT,
     Extraction,
@@ -36,6 +35,7 @@ from dino_jax.evals.ranking import (
     thumbnail,
 )
 from dino_jax.models.vit import ViT
+from dino_jax.weights.backbone import Backbone
 
 TOP = 20  # answers that count
 GEM_POWER, GEM_FLOOR = 4.0, 1e-6
@@ -61,7 +61,7 @@ def default_config() -> ml_collections.ConfigDict:
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
     """Looks up each copy among originals and distractors, prints mAP for each kind, draws some copies with answers.
 
-    Features (see `cls_and_gem`) are whitened, then L2-normalised, and compared by cosine similarity; the first 20
+    Features (see `cls_and_gem`) are whitened, then L2-normalized, and compared by cosine similarity; the first 20
     answers count. The paper takes 20,000 images for the whitening and 10,000 distractors, both of YFCC100M. Features
     are kept in `out`.
 
@@ -158,12 +158,12 @@ def _extract(
 
 
 def _ready_to_compare(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All sets but the one to learn the whitening from, if there is one: whitened by it, then L2-normalised."""
+    """All sets but the one to learn the whitening from, if there is one: whitened by it, then L2-normalized."""
     compared = {what: rows for what, rows in features.items() if what != "whitening"}
     if "whitening" in features:
         mean, whiten = learn_whitening(features["whitening"])
         compared = {what: (rows - mean) @ whiten for what, rows in compared.items()}
-    return {what: l2_normalise(rows) for what, rows in compared.items()}
+    return {what: l2_normalize(rows) for what, rows in compared.items()}
 
 
 def _squashed(path: Path, imsize: int, channels: int) -> np.ndarray:
@@ -178,12 +178,12 @@ def _squashed(path: Path, imsize: int, channels: int) -> np.ndarray:
 
 @cache  # one object for one model, so that a second call compiles nothing
 def descriptor(apply_fn: Callable) -> Callable:
-    """A ViT's `apply` -> (variables, normalised images [B, H, W, C]) -> [B, 2 D], see `cls_and_gem`."""
+    """A ViT's `apply` -> (variables, normalized images [B, H, W, C]) -> [B, 2 D], see `cls_and_gem`."""
     return lambda variables, images: cls_and_gem(apply_fn(variables, images, 1, method="last_tokens")[0])
 
 
 def cls_and_gem(tokens: jax.Array) -> jax.Array:
-    """Tokens after the final norm [B, 1+N, D] -> [B, 2 D]: CLS, then the generalised mean (power 4) of the patches.
+    """Tokens after the final norm [B, 1+N, D] -> [B, 2 D]: CLS, then the generalized mean (power 4) of the patches.
 
     Values below 1e-6 count as 1e-6, as in the reference.
     """

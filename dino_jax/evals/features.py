@@ -1,262 +1,196 @@
-"""Features of every image of a source: one table, in the order of the source, whatever the number of devices."""
+"""Features of a set of images as files, for use in other programs.
 
-import hashlib
-import itertools
+    python evaluate.py features --checkpoint=runs/a --config.source=folder:/data/photos
+
+writes to runs/a/eval/features
+
+    features.npy   float32 [N, D], a row an image, in the order of the source: numpy.load(path, mmap_mode="r")
+    images.csv     record (number in the source), name, label (-1: none), class; line i + 2 describes row i
+
+With --config.format=array_record there is features.array_record in the place of the .npy: record i holds row i, D
+float32 little-endian numbers. --config.pooling and --config.blocks choose what is taken of the images. An image that
+cannot be decoded has no row; results.json names it.
+"""
+
+import csv
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+import time
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from ml_collections.config_dict import placeholder
 
-from dino_jax.backbone import Backbone
-from dino_jax.data.pipeline import EvalBatch, eval_batches
-from dino_jax.data.sources import FolderSource, Source, Subset
+from dino_jax import atomic
+from dino_jax.data.sources import Source, Subset, open_source
+from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals.kept import Kept, fingerprint, say_found
-from dino_jax.progress import progress
-from dino_jax.sharding import replicate, shard_batch
+from dino_jax.evals.common.extraction import FeatureTable, image_size, keep_in, tabulate_backbone, undecodable
+from dino_jax.evals.common.feature_cache import WAY_OUT
+from dino_jax.evals.common.linear_heads import Kind, probe_features
+from dino_jax.models.vit import ViT
+from dino_jax.weights.backbone import Backbone
 
-# Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
-GATHER_ROWS = 65536
-PART = 16384  # images whose features are kept as one file: what a run that is cut off loses at most
+POOLINGS = ("cls", "mean", "cls_mean")
+FORMATS = ("npy", "array_record")
 
 
-class FeatureTable(NamedTuple):
-    """One row an image that could be decoded, in the order of the source."""
+class FeatureSet(NamedTuple):
+    """Features with what their images are called, a row an image."""
 
     features: np.ndarray  # float32 [N, D]
-    labels: np.ndarray  # int32 [N], -1 where unlabelled
-    records: np.ndarray  # int32 [N], record number in the source
+    records: np.ndarray  # int32 [N], number in the source
+    labels: np.ndarray  # int32 [N], -1 where unlabeled
+    names: list[str]  # of the images
+    classes: list[str]  # of the images, "" where unlabeled
 
 
-def tabulate(
-    apply_fn: Callable,
-    variables,
-    source: Source,
-    what: str,
-    mesh: Mesh,
-    *,
-    batch_size: int,
-    resize: int,
-    crop: int,
-    channels: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    workers: int = 0,
-    kept: Kept | None = None,
-) -> FeatureTable:
-    """Features of every image of a source: read, cropped, extracted (see `eval_batches` and `extract`).
+def knobs() -> dict[str, Any]:
+    """Of a protocol that extracts features of one source."""
+    return {
+        "source": "",  # of the images (data/sources.py): folder:PATH, tfds:NAME, array_record:GLOB, demo:test
+        "pooling": "cls",  # of a ViT: CLS token (cls), mean patch token (mean), or CLS and the last mean (cls_mean)
+        "blocks": 1,  # of a ViT: the last so many, one after the other
+        "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
+        "crop": placeholder(int),  # pixels of the center square; as in the checkpoint's card unless set
+        "batch_size": 256,  # images, over all devices
+        "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
+    }
 
-    Says on stderr how far it is and which images could not be decoded, calling the source `what`. All processes call it
-    and get the whole table. With `kept` every so many images are kept, and not computed again where they are there:
-    its key must hold all that the features depend on but the images, see `identities`. Raises UserError if not one
-    image can be decoded.
+
+def default_config() -> ml_collections.ConfigDict:
+    """Every knob of `python evaluate.py features`."""
+    return ml_collections.ConfigDict(knobs() | {"format": "npy"})  # or array_record
+
+
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+    """Writes features and a list of their images, see the module. A run that is cut off goes on where it stopped.
+
+    Returns what belongs into results.json: {"files": [paths], "settings", "images", "dim", "undecodable": [names],
+    "seconds", "images_per_second" (None if earlier runs left all features)}. Raises UserError: no source, a choice that
+    the backbone does not have, no room.
     """
-    # Whole batches, so that parts begin where batches do whichever of them are missing.
-    size = batch_size * max(1, PART // batch_size) if kept else max(1, len(source))
-    parts = [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
-    tables = [_kept_table(source, records, kept) for records in parts]
-    missing = [records for records, table in zip(parts, tables, strict=True) if table is None]
-    if kept:
-        say_found(what, len(source) - sum(map(len, missing)), len(source), kept)
-    if missing:
-        todo = Subset(source, np.concatenate(missing))
-        with eval_batches(
-            todo,
-            batch_size=batch_size,
-            resize=resize,
-            crop=crop,
-            channels=channels,
-            workers=workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ) as batches:
-            shown = progress(
-                (x._replace(index=todo.records[x.index]) for x in batches), len(todo), what, size=images_in
-            )
-            for number, records in enumerate(parts):
-                if tables[number] is None:
-                    own = itertools.islice(shown, -(-len(records) // batch_size))
-                    tables[number] = table = extract(apply_fn, variables, own, mesh, mean, std)
-                    if kept:
-                        kept.computed += len(records)
-                        kept.save(identities(source, records), **table._asdict())
-    found = [table for table in tables if table is not None and len(table.records)]
-    if not found:
-        raise UserError(f"{what}: not one of its {len(source):,} images can be decoded")
-    whole = FeatureTable(*(np.concatenate(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True)))
-    if bad := undecodable(source, whole):
-        names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
-        print(f"{what}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
-    return whole
+    if config.format not in FORMATS:
+        raise UserError(f"format {config.format!r} is unknown: set --config.format to {' or '.join(FORMATS)}")
+    start = time.monotonic()
+    rows, left_out, rate = extract_set(backbone, config, out)
+    write = write_npy if config.format == "npy" else write_array_record
+    files = [write(rows.features, out / f"features.{config.format}"), write_list(rows, out / "images.csv")]
+    number, dim = rows.features.shape
+    print(f"{number:,} images, {dim:,} numbers each, {len(left_out):,} undecodable")
+    for path in files:
+        print(f"{path.stat().st_size:>16,} bytes  {path}")
+    return {
+        "files": [str(path) for path in files],
+        "settings": {**config.to_dict(), **image_size(backbone, config)},
+        "images": number,
+        "dim": dim,
+        "undecodable": left_out,
+        "seconds": round(time.monotonic() - start, 1),
+        "images_per_second": rate,
+    }
 
 
-def tabulate_backbone(
-    backbone: Backbone, source: Source, what: str, mesh: Mesh, config, kept: Kept, apply_fn: Callable | None = None
-) -> FeatureTable:
-    """`tabulate` with a protocol's knobs: batch_size, workers, resize, crop. `apply_fn`: another than the model's."""
-    trained = backbone.card["preprocessing"]
-    return tabulate(
-        apply_fn or backbone.model.apply,
-        backbone.variables,
-        source,
-        what,
-        mesh,
-        batch_size=config.batch_size,
-        channels=backbone.config["in_channels"],
-        mean=trained["mean"],
-        std=trained["std"],
-        workers=config.workers,
-        kept=kept,
-        **image_size(backbone, config),
-    )
+def extract_set(
+    backbone: Backbone, config: ml_collections.ConfigDict, out: Path
+) -> tuple[FeatureSet, list[str], float | None]:
+    """Features of a source as the knobs say, kept in `out`/features; names of undecodable images; images a second."""
+    if not config.source:
+        raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
+    if config.batch_size < 1:
+        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
+    source = open_source(config.source)
+    kind = _check_kind(backbone, config.pooling, config.blocks)
+    kept, start = keep_in(out, backbone, config, *kind), time.monotonic()
+    table = tabulate_backbone(backbone, source, "images", make_mesh(), config, kept, reader(backbone.model, kind))
+    rate = round(kept.computed / (time.monotonic() - start), 1) if kept.computed else None
+    return describe(source, table), undecodable(source, table), rate
 
 
-def keep_in(out: Path, backbone: Backbone, config, *kind) -> Kept:
-    """`out`/features, for `tabulate_backbone`. `kind`: what an apply_fn of its own takes, anything that JSON holds."""
-    return Kept(out / "features", fingerprint(backbone, image_size(backbone, config), *kind))
+def describe(source: Source, table: FeatureTable) -> FeatureSet:
+    """A table with the names of its images and classes."""
+    names = [source.name(i) for i in table.records.tolist()]
+    known = getattr(source.source if isinstance(source, Subset) else source, "class_names", ())
+    classes = ["" if label < 0 else known[label] if known else str(label) for label in table.labels.tolist()]
+    return FeatureSet(table.features, table.records, table.labels, names, classes)
 
 
-def image_size(backbone: Backbone, config) -> dict[str, int]:
-    """{"resize", "crop"}: a protocol's knobs, or what the checkpoint's card says where they are not set."""
-    return {key: config[key] or backbone.card["preprocessing"][key] for key in ("resize", "crop")}
+@cache  # one object for one model, so that a second call compiles nothing
+def reader(model: Any, kind: Kind) -> Callable:
+    """(variables, normalized images [B, H, W, C]) -> float32 [B, D'] of this kind; pooled features of a convnet.
 
-
-def undecodable(source: Source, table: FeatureTable) -> list[str]:
-    """Names of the images that a table has no row of."""
-    return [source.name(i) for i in np.setdiff1d(np.arange(len(source)), table.records).tolist()]
-
-
-def identities(source: Source, records: np.ndarray) -> list[str]:
-    """What a table of these images depends on, as lines.
-
-    Of files in folders: relative path, class, size and time of change. Elsewhere (TFDS, ArrayRecord) only the name and
-    number, since to read a record is to read the image; but of the first and the last of these records the content
-    counts too, which tells most versions of a set apart. One where only others were changed in place is not noticed.
+    D' is `blocks` times the model's D, oldest block first; "cls_mean" adds D (see `linear_heads.probe_features`).
     """
-    return [
-        *(_content(source, i) for i in records[[0, -1]].tolist()),
-        *(_identity(source, i) for i in records.tolist()),
-    ]
+
+    def read(variables, images):
+        if not isinstance(model, ViT):
+            return model.apply(variables, images)
+        blocks: Any = model.apply(variables, images, kind.blocks, method="last_tokens")
+        if kind.pooling == "mean":
+            return jnp.concatenate([tokens[:, 1:].mean(1, dtype=jnp.float32) for tokens in blocks], axis=1)
+        return probe_features(blocks, kind)
+
+    return read
 
 
-def _identity(source: Source, i: int) -> str:
-    if isinstance(source, Subset):
-        return _identity(source.source, int(source.records[i]))
-    if isinstance(source, FolderSource):
-        try:
-            status = os.stat(os.path.join(source.root, source.paths[i]))
-        except OSError:
-            return f"{source.name(i)} is not there"
-        return f"{source.name(i)} {source.label(i)} {status.st_size} {status.st_mtime_ns}"
-    return source.name(i)
+def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
+    depth = getattr(backbone.model, "depth", 1)
+    if pooling not in POOLINGS:
+        raise UserError(f"pooling {pooling!r} is unknown: set --config.pooling to {', '.join(POOLINGS)}")
+    if not isinstance(backbone.model, ViT) and (pooling, blocks) != ("cls", 1):
+        raise UserError(f"{backbone.config['arch']} pools one vector: leave --config.pooling=cls and --config.blocks=1")
+    if not 1 <= blocks <= depth:
+        raise UserError(f"blocks {blocks}: {backbone.config['arch']} has {depth}, set --config.blocks to 1..{depth}")
+    return Kind(blocks, pooling)
 
 
-def _content(source: Source, i: int) -> str:
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def write_npy(features: np.ndarray, path: Path) -> Path:
+    """float32 [N, D], whole or not at all."""
+    with atomic.file(path, WAY_OUT) as unfinished, unfinished.open("wb") as file:
+        np.save(file, features)
+    return path
+
+
+def write_array_record(features: np.ndarray, path: Path) -> Path:
+    """A record a row, its D numbers as float32 little-endian."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # read in any order at no extra cost
+    for row in features.astype("<f4"):
+        writer.write(row.tobytes())
+    writer.close()
+    return path
+
+
+def write_list(rows: FeatureSet, path: Path) -> Path:
+    """The .csv beside the features."""
+    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(("record", "name", "label", "class"))
+        writer.writerows(zip(rows.records.tolist(), rows.names, rows.labels.tolist(), rows.classes, strict=True))
+    return path
+
+
+def read_set(path: Path) -> FeatureSet:
+    """A features.npy (mapped, not read) with the images.csv beside it. UserError where that isn't there or whole."""
+    listed = path.with_name("images.csv")
     try:
-        image = source[i].image
-    except OSError as error:
-        return str(error)
-    return hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()).hexdigest()
-
-
-def _kept_table(source: Source, records: np.ndarray, kept: Kept | None) -> FeatureTable | None:
-    """What is kept of these records, if every process finds it."""
-    if kept is None:
-        return None
-    arrays = kept.load(identities(source, records))
-    there = np.array(arrays is not None)
-    if jax.process_count() > 1:
-        there = multihost_utils.process_allgather(there)
-    return FeatureTable(**arrays) if arrays is not None and there.all() else None
-
-
-def raw_pixels(variables, images: jax.Array) -> jax.Array:
-    """An apply_fn for `extract`: the pixels themselves as features [b, H*W*C], what any learnt feature has to beat."""
-    return images.reshape(len(images), -1)
-
-
-def extract(
-    apply_fn: Callable, variables, batches: Iterable[EvalBatch], mesh: Mesh, mean: Sequence[float], std: Sequence[float]
-) -> FeatureTable:
-    """Runs apply_fn(variables, images float32 [b, H, W, C], normalised) -> [b, D] over all batches.
-
-    Each process runs its share of the images on its own devices (no communication), then the tables are gathered and
-    every process returns the whole one. The devices compute a batch while the host prepares the next.
-
-    Args:
-        apply_fn: `model.apply` or any function of that shape; the same object in later calls is not compiled again.
-        variables: parameters and statistics, on the host or whole on each device.
-        batches: this process's share. Those smaller than the largest so far (the last, or after images that could not
-            be decoded) are padded to its size on the way to the devices and cut back after: one program serves all.
-        mesh: all devices.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
-    """
-    local = mesh.local_mesh
-    variables = replicate(jax.device_get(variables), local)
-    mean, std = replicate((np.asarray(mean, np.float32), np.asarray(std, np.float32)), local)
-    size, running, features, labels, index = local.size, [], [], [], []
-    for batch in batches:
-        n = len(batch.images)
-        size = max(size, -(-n // local.size) * local.size)
-        running.append((_forward(apply_fn, variables, shard_batch(_pad_rows(batch.images, size), local), mean, std), n))
-        # Copies: arrays from grain's workers each hold a file descriptor, which thousands of batches would use up.
-        labels.append(np.array(batch.labels))
-        index.append(np.array(batch.index))
-        # Waiting only for the batch before keeps the devices busy while this loop waits for the host's next one.
-        if len(running) > 1:
-            features.append(_fetch(*running.pop(0)))
-    features += [_fetch(*last) for last in running]
-    return _gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
-
-
-def l2_normalise(features: np.ndarray) -> np.ndarray:
-    """[N, D] -> [N, D], rows of length 1."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
-
-
-def images_in(batch: EvalBatch) -> int:
-    """For `progress`."""
-    return len(batch.images)
-
-
-@partial(jax.jit, static_argnums=0)
-def _forward(apply_fn, variables, images, mean, std):
-    """uint8 [b, H, W, C] split over the devices -> float32 [b, D], split alike."""
-    return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
-
-
-def _fetch(output: jax.Array, n: int) -> np.ndarray:
-    return np.asarray(output)[:n]
-
-
-def _gather(share: FeatureTable) -> FeatureTable:
-    """Every process's rows, sorted by record number."""
-    if jax.process_count() > 1:
-        # Shares differ by a few records and the exchange wants equal ones: rows of zeros are added, and real records
-        # counted from 1 meanwhile to tell them apart.
-        rows = int(multihost_utils.process_allgather(np.array(len(share.records))).max())
-        table = FeatureTable(*(_all_rows(_pad_rows(x, rows)) for x in share._replace(records=share.records + 1)))
-        real = table.records > 0
-        share = FeatureTable(*(x[real] for x in table._replace(records=table.records - 1)))
-    order = np.argsort(share.records)
-    return FeatureTable(*(x[order] for x in share))
-
-
-def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """[n, ...] -> [rows, ...], zeros at the end."""
-    return x if len(x) == rows else np.pad(x, ((0, rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
-
-
-def _all_rows(x: np.ndarray) -> np.ndarray:
-    """[n, ...] of each process -> [processes * n, ...]."""
-    pieces = [x[i : i + GATHER_ROWS] for i in range(0, len(x), GATHER_ROWS)]
-    return np.concatenate([np.asarray(multihost_utils.process_allgather(piece, tiled=True)) for piece in pieces])
+        features = np.load(path, mmap_mode="r")
+        with listed.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            rows = list(csv.DictReader(file))
+        records, labels = (np.array([row[key] for row in rows], np.int32) for key in ("record", "label"))
+        names, classes = ([row[key] for row in rows] for key in ("name", "class"))
+    except (OSError, ValueError, KeyError, csv.Error) as error:
+        raise UserError(
+            f"{path} and {listed.name} beside it can't be read ({error}): write them with `evaluate.py features`"
+        ) from error
+    if features.ndim != 2 or len(features) != len(rows):
+        raise UserError(f"{path} is {features.shape}, but {listed.name} lists {len(rows)} images: write both anew")
+    return FeatureSet(features, records, labels, names, classes)

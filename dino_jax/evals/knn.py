@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours (Wu et al., CVPR 2018), the measure that needs no training: DINO's first figure."""
+"""Weighted nearest neighbors (Wu et al., CVPR 2018), the measure that needs no training: DINO's first figure."""
 
 import os
 import time
@@ -13,12 +13,13 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections.config_dict import placeholder
 
-from dino_jax.backbone import Backbone
 from dino_jax.data.sources import Source, open_source
+from dino_jax.distributed.processes import on_every_process
+from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals.features import FeatureTable, image_size, keep_in, l2_normalise, tabulate_backbone
-from dino_jax.evals.neighbours import nearest
-from dino_jax.sharding import make_mesh, on_every_process
+from dino_jax.evals.common.extraction import FeatureTable, image_size, keep_in, l2_normalize, tabulate_backbone
+from dino_jax.evals.common.neighbors import nearest
+from dino_jax.weights.backbone import Backbone
 
 VOTES_CHUNK = 1024  # queries whose votes, float32 [queries, classes], are counted at a time
 
@@ -27,15 +28,15 @@ def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py knn`."""
     return ml_collections.ConfigDict(
         {
-            "train": "",  # labelled source of the neighbours (data/sources.py): folder:PATH, tfds:NAME, demo:train
-            "test": "",  # labelled source of the images to classify
-            "k": (10, 20, 100, 200),  # numbers of neighbours
+            "train": "",  # labeled source of the neighbors (data/sources.py): folder:PATH, tfds:NAME, demo:train
+            "test": "",  # labeled source of the images to classify
+            "k": (10, 20, 100, 200),  # numbers of neighbors
             "temperature": 0.07,  # of the votes
             "shots": (1, 2, 5, 10),  # also banks of so many images a class, drawn from the training images
             "draws": 5,  # banks of each number of shots
             "seed": 0,  # of the draws
             "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
-            "crop": placeholder(int),  # pixels of the centre square; as in the checkpoint's card unless set
+            "crop": placeholder(int),  # pixels of the center square; as in the checkpoint's card unless set
             "batch_size": 256,  # images, over all devices
             "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
         }
@@ -46,7 +47,7 @@ class Bank(NamedTuple):
     """What is voted with: all training images (shots 0) or so many a class."""
 
     shots: int
-    k: int  # neighbours; 0: the class means stand for the images
+    k: int  # neighbors; 0: the class means stand for the images
 
     def __str__(self) -> str:
         name = f"k={self.k}" if self.k else "class_means"
@@ -54,9 +55,9 @@ class Bank(NamedTuple):
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Classifies the test images by their neighbours among the training images and prints a table.
+    """Classifies the test images by their neighbors among the training images and prints a table.
 
-    Beside the votes of the k nearest there is the nearest class mean (of L2-normalised features). Few shots: the mean
+    Beside the votes of the k nearest there is the nearest class mean (of L2-normalized features). Few shots: the mean
     and the sample standard deviation over draws; a k that exceeds the bank is the bank's size, and a class with fewer
     images gives all. Shots that no class has more images than are left out, as they are the whole bank. Features are
     kept in `out`/features, so that other settings of the votes take seconds.
@@ -68,7 +69,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     Raises:
         UserError: a source is missing, has no labels or not the same classes as the other, or k exceeds its images.
     """
-    train, test = (labelled_source(config[split], split) for split in ("train", "test"))
+    train, test = (labeled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
     _check_votes(config.k, config.temperature, len(train))
     for key in ("batch_size", "draws"):
@@ -150,22 +151,22 @@ def few_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.nd
 
 
 def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each class's L2-normalised features, float32 [c, D], and the classes that there are, int [c]."""
+    """Mean of each class's L2-normalized features, float32 [c, D], and the classes that there are, int [c]."""
     classes, inverse = np.unique(labels, return_inverse=True)
     sums = np.zeros((len(classes), features.shape[1]))
     for start in range(0, len(features), 65536):
         rows = slice(start, start + 65536)
-        np.add.at(sums, inverse[rows], l2_normalise(features[rows]))
+        np.add.at(sums, inverse[rows], l2_normalize(features[rows]))
     return (sums / np.bincount(inverse)[:, None]).astype(np.float32), classes
 
 
-def labelled_source(spec: str, split: str) -> Source:
+def labeled_source(spec: str, split: str) -> Source:
     """The source that --config.SPLIT names. Raises UserError where it is missing or has no labels."""
     if not spec:
-        raise UserError(f"--config.{split} is empty: set it to a labelled source such as folder:/data/{split}")
+        raise UserError(f"--config.{split} is empty: set it to a labeled source such as folder:/data/{split}")
     source = on_every_process(lambda: open_source(spec), size=len)
     if not source.num_classes:
-        raise UserError(f"--config.{split}={spec} has no labels to compare with: use class folders or a labelled set")
+        raise UserError(f"--config.{split}={spec} has no labels to compare with: use class folders or a labeled set")
     return source
 
 
@@ -222,14 +223,14 @@ def knn_predict(
 ) -> dict[int, np.ndarray]:
     """Ranks the classes of each test row by the votes of its k nearest training rows.
 
-    A neighbour votes exp(cosine similarity / temperature) for its class. Equal similarities and equal votes go to the
+    A neighbor votes exp(cosine similarity / temperature) for its class. Equal similarities and equal votes go to the
     lower row and class. Memory does not grow with test x train: see `nearest`.
 
     Args:
-        train_features: float [N, D], any length (they are L2-normalised here), the same on every process.
+        train_features: float [N, D], any length (they are L2-normalized here), the same on every process.
         train_labels: int [N], each in 0..num_classes-1.
         test_features: float [T, D], any length, the same on every process.
-        ks: numbers of neighbours.
+        ks: numbers of neighbors.
         temperature: the smaller, the more the nearest decide.
         num_classes: number of classes; the largest training label + 1 by default.
         mesh: devices to use; all by default.
@@ -243,7 +244,7 @@ def knn_predict(
     train_labels = np.asarray(train_labels, np.int32)
     num_classes = num_classes or int(train_labels.max()) + 1
     if train_labels.min() < 0 or train_labels.max() >= num_classes:
-        raise UserError(f"k-NN needs a class in 0..{num_classes - 1} for every training image: give a labelled source")
+        raise UserError(f"k-NN needs a class in 0..{num_classes - 1} for every training image: give a labeled source")
     _check_votes(ks, temperature, len(train_labels))
     similarity, row = nearest(train_features, test_features, max(ks), mesh)
     classes, chunk = train_labels[row], min(VOTES_CHUNK, len(row))
@@ -263,7 +264,7 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
     for k in ks:
         if not isinstance(k, int) or not 1 <= k <= rows:
             raise UserError(
-                f"k={k} neighbours of {rows} training images: set --config.k (in training: --config.eval.k) to whole "
+                f"k={k} neighbors of {rows} training images: set --config.k (in training: --config.eval.k) to whole "
                 f"numbers from 1 to {rows}"
             )
 

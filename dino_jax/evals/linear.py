@@ -21,13 +21,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import Batch, eval_batches, train_batches
 from dino_jax.data.sources import Source
+from dino_jax.distributed.processes import on_every_process
+from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
-from dino_jax.evals.features import images_in
-from dino_jax.evals.knn import check_classes, labelled_source
-from dino_jax.evals.linear_heads import (
+from dino_jax.evals.common.extraction import images_in
+from dino_jax.evals.common.linear_heads import (
     POOLINGS,
     EvalRows,
     Probe,
@@ -39,9 +39,10 @@ from dino_jax.evals.linear_heads import (
     official_kind,
     train_step,
 )
-from dino_jax.evals.linear_state import Record, fingerprint, load_state, save_state
+from dino_jax.evals.common.linear_state import Record, fingerprint, load_state, save_state
+from dino_jax.evals.knn import check_classes, labeled_source
 from dino_jax.progress import progress
-from dino_jax.sharding import distribute, make_mesh, on_every_process, replicate, shard_batch
+from dino_jax.weights.backbone import Backbone
 
 OFFICIAL_LR = 0.001  # for 256 images
 STATE_FILE = "linear_state.npz"
@@ -53,8 +54,8 @@ def default_config() -> ConfigDict:
     """Every knob of `python evaluate.py linear`."""
     return ConfigDict(
         {
-            "train": "",  # labelled source (data/sources.py) to train on: folder:PATH, tfds:NAME, demo:train
-            "test": "",  # labelled source of the images to classify
+            "train": "",  # labeled source (data/sources.py) to train on: folder:PATH, tfds:NAME, demo:train
+            "test": "",  # labeled source of the images to classify
             "epochs": 100,
             "batch_size": 1024,  # images, over all devices
             # At the start, for 256 images: times batch_size / 256; then a cosine to 0, constant within an epoch.
@@ -91,7 +92,7 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
         UserError: a setting that cannot work; a source that is missing, has no labels or other classes than the other;
             fewer training images than a batch; in `out` the state of an unfinished run with other settings.
     """
-    train, test = (labelled_source(config[split], split) for split in ("train", "test"))
+    train, test = (labeled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
     start, mesh = time.monotonic(), make_mesh()
     probe = design(backbone, config, train.num_classes, len(train), mesh.size)

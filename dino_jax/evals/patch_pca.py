@@ -7,21 +7,21 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals.pca import principal_components
-from dino_jax.evals.pictures import (
+from dino_jax.evals.common.pca import principal_components
+from dino_jax.evals.common.pictures import (
     as_rgb,
     contact_sheet,
     fitted,
     heat,
-    normalised,
+    normalized,
     patch_grid,
     patch_size,
     picture_paths,
     read_picture,
     upsample,
 )
+from dino_jax.weights.backbone import Backbone
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -30,7 +30,7 @@ def default_config() -> ml_collections.ConfigDict:
         {
             "images": "",  # a picture, several with commas between, or a folder
             "size": 480,  # pixels of the longer side; 0 keeps the picture's own size
-            "together": True,  # one set of components for all pictures: equal colours mean the same in each
+            "together": True,  # one set of components for all pictures: equal colors mean the same in each
             "tile": 240,  # pixels of a picture's longer side on the sheet
         }
     )
@@ -39,7 +39,7 @@ def default_config() -> ml_collections.ConfigDict:
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
     """Draws pictures of any shape beside the components of their patch tokens, and each component by itself.
 
-    Writes patch_pca.png, a row a picture, and NNN_NAME.png, the colours alone at the picture's size.
+    Writes patch_pca.png, a row a picture, and NNN_NAME.png, the colors alone at the picture's size.
 
     Returns what belongs into results.json: {"figures": {"explained": [a list a set of components, of the shares of the
     variance]}, "pictures": [paths], "settings", "images", "seconds", "images_per_second"}. Raises UserError: no such
@@ -50,7 +50,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         raise UserError(f"tile {config.tile}: set --config.tile to 1 or more pixels")
     paths = picture_paths(config.images)
     images = [fitted(read_picture(path, channels, "--config.images"), config.size, patch, path) for path in paths]
-    tokens = [np.asarray(patch_grid(backbone, normalised(backbone, image[None])))[0] for image in images]
+    tokens = [np.asarray(patch_grid(backbone, normalized(backbone, image[None])))[0] for image in images]
     sets = [tokens] if config.together else [[one] for one in tokens]
     found = [patch_components(one) for one in sets]
     pictures = [components for one, _ in found for components in one]
@@ -59,11 +59,11 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     written: list[str] = []
     for path, image, components in zip(paths, images, pictures, strict=True):
         enlarged = upsample(np.moveaxis(components, -1, 0), patch)
-        colours = (255 * np.moveaxis(enlarged, 0, -1)).astype(np.uint8)
+        colors = (255 * np.moveaxis(enlarged, 0, -1)).astype(np.uint8)
         single = {f"component {i + 1}": heat(one) for i, one in enumerate(enlarged)}
-        rows.append({"image": as_rgb(image), "components 1-3": colours} | single)
+        rows.append({"image": as_rgb(image), "components 1-3": colors} | single)
         target = out / f"{len(written):03d}_{path.stem}.png"
-        Image.fromarray(colours).save(target)
+        Image.fromarray(colors).save(target)
         written.append(str(target))
     sheet = out / "patch_pca.png"
     contact_sheet(rows, sheet, tile=config.tile)

@@ -1,4 +1,4 @@
-"""A set of features as a picture: each image a point in the plane, coloured by its class."""
+"""A set of features as a picture: each image a point in the plane, colored by its class."""
 
 import colorsys
 import csv
@@ -10,19 +10,19 @@ import ml_collections
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals.feature_files import FeatureSet, extract_set, knobs, read_set
-from dino_jax.evals.features import image_size, l2_normalise
-from dino_jax.evals.pca import principal_components
+from dino_jax.evals.common.extraction import image_size, l2_normalize
+from dino_jax.evals.common.pca import principal_components
+from dino_jax.evals.features import FeatureSet, extract_set, knobs, read_set
+from dino_jax.weights.backbone import Backbone
 
 METHODS = ("pca", "umap")
 SIDE, MARGIN, SMOOTH = 900, 40, 3  # pixels of the plane and around it; drawn so many times larger, then shrunk
 NAMED = 30  # classes in the legend at most
-UNLABELLED = (150, 150, 150)
+UNLABELED = (150, 150, 150)
 INK = (40, 40, 40)
-# Ten colours told apart by the colour-blind too, as far as ten can be; more classes get hues of their own.
-COLOURS = (
+# Ten colors told apart by the color-blind too, as far as ten can be; more classes get hues of their own.
+COLORS = (
     (31, 119, 180),
     (255, 127, 14),
     (44, 160, 44),
@@ -50,7 +50,7 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Projects L2-normalised features to two dimensions; writes METHOD.png and METHOD.csv with each point's image.
+    """Projects L2-normalized features to two dimensions; writes METHOD.png and METHOD.csv with each point's image.
 
     Returns what belongs into results.json: {"figures" (of pca, {"explained": shares of the variance [2]}), "pictures",
     "files", "settings", "images", "seconds", "images_per_second" (of extraction; None without)}.
@@ -64,7 +64,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         extract_set(backbone, config, out) if config.source else (read_set(Path(config.features)), None, None)
     )
     rows = _some(rows, config.most, config.seed)
-    unit = l2_normalise(rows.features)
+    unit = l2_normalize(rows.features)
     if umap is None:
         points, shares = principal_components(unit, 2)
         figures = {"explained": [round(float(share), 4) for share in shares]}
@@ -74,7 +74,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
             raise UserError(f"neighbors {config.neighbors}: set --config.neighbors below {len(unit)}, the images")
         settings = {"n_neighbors": config.neighbors, "min_dist": config.min_dist, "random_state": config.seed}
         points = umap.UMAP(**settings, n_jobs=1, metric="cosine").fit_transform(unit)
-        figures, about = {}, f"UMAP of {config.neighbors} neighbours"
+        figures, about = {}, f"UMAP of {config.neighbors} neighbors"
     picture, listed = out / f"{config.method}.png", out / f"{config.method}.csv"
     draw(points, rows.labels, _class_names(rows), f"{len(points):,} images, {about}").save(picture)
     _write_points(rows, points, listed)
@@ -93,11 +93,11 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def draw(points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: str) -> Image.Image:
-    """Points float [N, 2] (x to the right, y up) in the colour of their label int [N], with a legend of the names.
+    """Points float [N, 2] (x to the right, y up) in the color of their label int [N], with a legend of the names.
 
     Both axes have the same scale. The order in which points cover each other is random, so that no class hides another.
     """
-    colours = class_colours(sorted(names))
+    colors = class_colors(sorted(names))
     low, high = points.min(0), points.max(0)
     span = float((high - low).max()) or 1.0
     # As large as the points need, but not a strip.
@@ -108,16 +108,16 @@ def draw(points: np.ndarray, labels: np.ndarray, names: dict[int, str], title: s
     brush = ImageDraw.Draw(plane)
     for i in np.random.default_rng(0).permutation(len(points)).tolist():
         x, y = inside[i, 0], plane.height - inside[i, 1]
-        fill = colours.get(int(labels[i]), UNLABELLED)
+        fill = colors.get(int(labels[i]), UNLABELED)
         brush.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
     plane = plane.resize(tuple(size.tolist()), Image.Resampling.LANCZOS)
-    return _framed(plane, title, {names[label]: colours[label] for label in sorted(names)})
+    return _framed(plane, title, {names[label]: colors[label] for label in sorted(names)})
 
 
-def class_colours(labels: list[int]) -> dict[int, tuple[int, int, int]]:
-    """A colour for each label: a table for up to ten, else hues around the circle, neighbours in two brightnesses."""
-    if len(labels) <= len(COLOURS):
-        return dict(zip(labels, COLOURS, strict=False))
+def class_colors(labels: list[int]) -> dict[int, tuple[int, int, int]]:
+    """A color for each label: a table for up to ten, else hues around the circle, neighbors in two brightnesses."""
+    if len(labels) <= len(COLORS):
+        return dict(zip(labels, COLORS, strict=False))
     hues = {label: i / len(labels) for i, label in enumerate(labels)}
     return {
         label: tuple(round(255 * x) for x in colorsys.hls_to_rgb(hue, (0.35, 0.6)[i % 2], 0.75))  # type: ignore[misc]
@@ -131,7 +131,7 @@ def _framed(plane: Image.Image, title: str, legend: dict[str, tuple[int, int, in
     entries = list(legend.items())
     if len(entries) > NAMED:
         entries = [*entries[: NAMED - 1], (f"... and {len(entries) - NAMED + 1:,} more", (255, 255, 255))]
-    texts = [(name if len(name) <= 28 else name[:27] + "...", colour) for name, colour in entries]
+    texts = [(name if len(name) <= 28 else name[:27] + "...", color) for name, color in entries]
     column = 50 + int(max((small.getlength(name) for name, _ in texts), default=-30))
     width = max(plane.width + column, int(large.getlength(title)) + 2 * 20)
     sheet = Image.new("RGB", (width, top + max(plane.height, 30 + len(texts) * line)), "white")
@@ -139,9 +139,9 @@ def _framed(plane: Image.Image, title: str, legend: dict[str, tuple[int, int, in
     brush = ImageDraw.Draw(sheet)
     brush.text((20, 14), title, fill=INK, font=large)
     brush.rectangle((20, top + 2, plane.width - 1, top + plane.height - 20), outline=(210, 210, 210))
-    for i, (name, colour) in enumerate(texts):
+    for i, (name, color) in enumerate(texts):
         y = top + 10 + i * line
-        brush.ellipse((plane.width + 14, y + 3, plane.width + 26, y + 15), fill=colour)
+        brush.ellipse((plane.width + 14, y + 3, plane.width + 26, y + 15), fill=color)
         brush.text((plane.width + 34, y), name, fill=INK, font=small)
     return sheet
 

@@ -21,11 +21,10 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals.features import l2_normalise
-from dino_jax.evals.kept import Kept, fingerprint
-from dino_jax.evals.ranking import (
+from dino_jax.evals.common.extraction import l2_normalize
+from dino_jax.evals.common.feature_cache import Kept, fingerprint
+from dino_jax.evals.common.ranking import (
     ANSWERS,
     CORRECT,
     IGNORED,
@@ -37,6 +36,7 @@ from dino_jax.evals.ranking import (
     rate,
     thumbnail,
 )
+from dino_jax.weights.backbone import Backbone
 
 # The reference's: pixels of the longer side, and the scales at which each image is seen.
 SIZES = {"roxford5k": (224, (1.0,)), "rparis6k": (512, (1.0, 1 / math.sqrt(2), 0.5))}
@@ -76,7 +76,7 @@ def default_config() -> ml_collections.ConfigDict:
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
     """Ranks all images for each query, prints mAP and mean precision at 1, 5, 10, draws some queries with answers.
 
-    A feature is the CLS token, averaged over the scales, then L2-normalised; images are ranked by cosine similarity.
+    A feature is the CLS token, averaged over the scales, then L2-normalized; images are ranked by cosine similarity.
     Images keep their aspect, with the longer side at `imsize` unless they are smaller; a ViT leaves out the right and
     lower edge beyond the last whole patch. Images of one shape make up batches and XLA compiles one program a shape;
     shapes count by the patches that the model sees, so with patches of 16 and an aspect of up to 2:1 there are at most
@@ -109,7 +109,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         config.dataset,
         config.workers,
     )
-    features = l2_normalise(extraction.features)
+    features = l2_normalize(extraction.features)
     similarity = features[: len(database)] @ features[len(database) :].T
     ranking = np.argsort(-similarity, axis=0, kind="stable")
     figures, counted = _score(ranking, truth["gnd"])
@@ -302,7 +302,7 @@ def _open(path: Path) -> Image.Image:
 def _load(photo: Photo, imsize: int, shape: tuple[int, int], channels: int) -> np.ndarray:
     """uint8 [height, width, C], as it is stored: boxes do not know of EXIF orientation, so it isn't applied."""
     if channels not in (1, 3):
-        raise UserError(f"the backbone takes images of {channels} channels, these have 1 (grey) or 3 (RGB)")
+        raise UserError(f"the backbone takes images of {channels} channels, these have 1 (gray) or 3 (RGB)")
     with _open(photo.path) as picture:
         try:
             image = picture.convert("L" if channels == 1 else "RGB")
@@ -385,7 +385,7 @@ def _print_table(figures: dict, counted: dict, dataset: str, queries: int, image
 def _draw(
     database: list[Photo], queries: list[Photo], ranking: np.ndarray, gnd: list[dict], rows: int, sheet: Path
 ) -> None:
-    """Queries from all over the list, easy and hard answers framed green, junk grey."""
+    """Queries from all over the list, easy and hard answers framed green, junk gray."""
     shown = np.unique(np.linspace(0, len(queries) - 1, rows).astype(int))
     pictures = []
     for query in shown:

@@ -3,8 +3,8 @@
     python evaluate.py video_segmentation --checkpoint=runs/a --config.data=DAVIS
     python evaluate.py video_segmentation --checkpoint=runs/a --config.video=clip.mp4 --config.mask=first.png
 
-The reference's protocol, but for its third standard deviation (.228, a slip for .225 in its normalisation; here pixels
-are normalised as the backbone was trained) and for the resizing of frames (antialiased).
+The reference's protocol, but for its third standard deviation (.228, a slip for .225 in its normalization; here pixels
+are normalized as the backbone was trained) and for the resizing of frames (antialiased).
 """
 
 import itertools
@@ -21,15 +21,15 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
-from dino_jax.backbone import Backbone
-from dino_jax.data.pipeline import decode
+from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
-from dino_jax.evals.davis_metrics import score_objects, statistics
-from dino_jax.evals.label_maps import over, read_labels, read_objects, write_labels
-from dino_jax.evals.label_propagation import hard_labels, propagate
-from dino_jax.evals.pictures import each_of, patch_grid, patch_size, read_picture, resized
-from dino_jax.evals.video import read_video, write_video
+from dino_jax.evals.common.davis_metrics import score_objects, statistics
+from dino_jax.evals.common.label_maps import over, read_labels, read_objects, write_labels
+from dino_jax.evals.common.label_propagation import hard_labels, propagate
+from dino_jax.evals.common.pictures import each_of, patch_grid, patch_size, read_picture, resized
+from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.progress import progress
+from dino_jax.weights.backbone import Backbone
 
 VOID = 255  # DAVIS counts it as background
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]
@@ -43,7 +43,7 @@ def default_config() -> ml_collections.ConfigDict:
             "data": "",  # DAVIS 2017 (trainval, 480p): JPEGImages, Annotations and ImageSets are in it
             "split": "val",  # a list in ImageSets/2017
             "video": "",  # or a video file (needs PyAV: pip install av)
-            "mask": "",  # picture of the objects in that video's first frame: a colour each, black elsewhere
+            "mask": "",  # picture of the objects in that video's first frame: a color each, black elsewhere
             "size": 480,  # pixels of the shorter side of a frame for the backbone
             "multiple": 64,  # of which the longer side is one, rounded down
             "context": 7,  # latest frames that labels are taken from, beside the first

@@ -36,9 +36,9 @@ def build_backbone(
 ) -> nn.Module:
     """The backbone named `arch`: `apply(variables, images [B, H, W, C], train) -> [B, embed_dim]`.
 
-    Channels follow the images that it is initialised with. axis_name is the convnets', for batch norm over devices; all
+    Channels follow the images that it is initialized with. axis_name is the convnets', for batch norm over devices; all
     else is the ViTs': image_size is the grid of learnt positions, gather is for parameters that devices hold in parts
-    (`sharding.gather`).
+    (`fsdp.gather`).
 
     Raises UserError for an unknown name.
     """

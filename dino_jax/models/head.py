@@ -1,16 +1,14 @@
-"""The projection head (Caron et al., 2021, section 3.1): MLP, bottleneck, weight-normalised prototypes."""
+"""The projection head (Caron et al., 2021, section 3.1): MLP, bottleneck, weight-normalized prototypes."""
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dino_jax.models.batch_norm import BatchNorm
-from dino_jax.models.gelu import gelu
-from dino_jax.models.initializers import torch_uniform
+from dino_jax.models.layers import BatchNorm, gelu, torch_uniform
 
 
 class PrototypeLayer(nn.Module):
-    """Weight-normalised linear layer without bias: one unit vector a prototype, times a gain.
+    """Weight-normalized linear layer without bias: one unit vector a prototype, times a gain.
 
     With `trainable_gain` false the gain is 1 (the reference's `norm_last_layer`) and is no parameter.
     """
@@ -31,7 +29,7 @@ class PrototypeLayer(nn.Module):
 
 
 class DINOHead(nn.Module):
-    """`layers`-layer MLP to a normalised bottleneck, then the prototypes.
+    """`layers`-layer MLP to a normalized bottleneck, then the prototypes.
 
     The two halves are separate methods, because batch norm must see all crops together while logits are best made
     for some prototypes at a time (`[B, V, K]` at K = 65,536 would be the largest array of the whole step).

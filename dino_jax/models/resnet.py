@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from dino_jax.models.batch_norm import BatchNorm
+from dino_jax.models.layers import BatchNorm
 
 kaiming_normal = nn.initializers.variance_scaling(2, "fan_out", "normal")
 

@@ -13,8 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dino_jax.models.gelu import gelu
-from dino_jax.models.initializers import torch_uniform
+from dino_jax.models.layers import gelu, torch_uniform
 
 normal_init = nn.initializers.normal(0.02)
 
@@ -141,7 +140,7 @@ class ViT(nn.Module):
     unroll: bool = False
     attention: str = "xla"  # or cudnn: one fused kernel, of NVIDIA GPUs from Ampere on, in bfloat16 or float16
     dtype: jnp.dtype = jnp.float32
-    # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`sharding.gather`).
+    # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`fsdp.gather`).
     gather: Callable | None = None
 
     def setup(self):

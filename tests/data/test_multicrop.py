@@ -70,7 +70,7 @@ def inputs(channels=3, batch=4, side=32):
 
 
 def levels(crops):
-    """Normalised crops -> 0..255"""
+    """Normalized crops -> 0..255"""
     return (np.asarray(crops, np.float32) * STD + MEAN) * 255
 
 
@@ -212,13 +212,13 @@ def test_other_channel_counts(channels):
     assert all(np.isfinite(crops).all() for crops in made)
 
 
-def test_grey_images_stay_grey():
+def test_gray_images_stay_gray():
     keys, canvas, sizes = inputs()
     for crops in cropper()(keys, np.repeat(canvas[..., :1], 3, axis=-1), sizes):
         assert np.ptp(levels(crops), axis=-1).max() < 0.1
 
 
-def test_grayscale_makes_crops_grey():
+def test_grayscale_makes_crops_gray():
     assert np.ptp(levels(cropper(**BOXES_ONLY | {"grayscale": 1.0})(*inputs()).local_crops), axis=-1).max() < 0.1
 
 

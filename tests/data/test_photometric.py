@@ -36,11 +36,11 @@ def operations(golden):
 
 
 def test_each_operation_is_the_references(golden):
-    """Pillow rounds or truncates to whole levels, saturation's grey as well; blur rounds by half a level six times."""
+    """Pillow rounds or truncates to whole levels, saturation's gray as well; blur rounds by half a level six times."""
     apply = {
         "brightness": lambda x, factor: photometric.blend(x, 0.0, factor),
-        "contrast": lambda x, factor: photometric.blend(x, photometric.mean_grey(x), factor),
-        "saturation": lambda x, factor: photometric.blend(x, photometric.grey(x), factor),
+        "contrast": lambda x, factor: photometric.blend(x, photometric.mean_gray(x), factor),
+        "saturation": lambda x, factor: photometric.blend(x, photometric.gray(x), factor),
         "blur": blur,
     }
     tolerance = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.5, "blur": 3.0}
@@ -70,7 +70,7 @@ def test_hue_is_the_references_up_to_its_8_bit_hsv(golden):
 def test_grayscale_and_solarize_are_the_references(golden):
     arrays, _ = golden("aug_ops")
     image = planar(arrays["in/image"])
-    assert difference(photometric.grey(image), arrays["grayscale"]).max() <= 0.5 + 1e-3
+    assert difference(photometric.gray(image), arrays["grayscale"]).max() <= 0.5 + 1e-3
     assert difference(photometric.solarize(image), arrays["solarize"]).max() == 0
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     expected = ImageOps.solarize(Image.fromarray(levels), threshold=128)
@@ -99,8 +99,8 @@ def test_jitter_applies_its_operations_in_the_order_of_their_places(places):
     factors = np.array([1.4, 0.5, 1.8, 0.2], np.float32)
     step = {
         photometric.BRIGHTNESS: lambda x: photometric.blend(x, 0.0, factors[0]),
-        photometric.CONTRAST: lambda x: photometric.blend(x, photometric.mean_grey(x), factors[1]),
-        photometric.SATURATION: lambda x: photometric.blend(x, photometric.grey(x), factors[2]),
+        photometric.CONTRAST: lambda x: photometric.blend(x, photometric.mean_gray(x), factors[1]),
+        photometric.SATURATION: lambda x: photometric.blend(x, photometric.gray(x), factors[2]),
         photometric.HUE: lambda x: photometric.shift_hue(x, factors[3]),
     }
     expected = image

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.data import pipeline
-from dino_jax.data.pipeline import DecodeError, decode, eval_batches, eval_image, to_canvas, train_batches
+from dino_jax.data import decoding
+from dino_jax.data.decoding import DecodeError, decode, eval_image, to_canvas
+from dino_jax.data.pipeline import eval_batches, train_batches
 from dino_jax.data.sources import Example, open_source
 from dino_jax.errors import UserError
 
@@ -20,7 +21,7 @@ def encoded(image, format="PNG", **options):
 
 
 def photo(height=60, width=80, seed=0):
-    """A smooth colour picture, uint8 [H, W, 3]."""
+    """A smooth color picture, uint8 [H, W, 3]."""
     small = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
@@ -82,15 +83,15 @@ def test_eval_resize_and_center_crop_match_torchvision(golden):
 
 def test_ordinary_formats_come_out_exactly():
     rgb = photo()
-    grey = rgb[..., 0]
+    gray = rgb[..., 0]
     for format in ("PNG", "BMP", "TIFF"):
         np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb), format), 3), rgb)
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey)), 1), grey[..., None])
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(grey)), 3), np.dstack([grey] * 3))
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), 1), gray[..., None])
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), 3), np.dstack([gray] * 3))
     luma = np.asarray(Image.fromarray(rgb).convert("L"))
     np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb)), 1)[..., 0], luma)
-    one_bit = Image.fromarray(grey > 100)
-    np.testing.assert_array_equal(decode(encoded(one_bit), 1)[..., 0], (grey > 100) * 255)
+    one_bit = Image.fromarray(gray > 100)
+    np.testing.assert_array_equal(decode(encoded(one_bit), 1)[..., 0], (gray > 100) * 255)
 
 
 def test_cmyk_and_palette_become_rgb():
@@ -107,8 +108,8 @@ def test_transparency_is_composited_on_white():
     out = decode(encoded(rgba), 3)
     assert out[2, 3].tolist() == [10, 20, 30]
     assert np.all(np.delete(out.reshape(-1, 3), 2 * 80 + 3, axis=0) == 255)
-    grey_alpha = Image.new("LA", (4, 4), (0, 0))
-    assert np.all(decode(encoded(grey_alpha), 1) == 255)
+    gray_alpha = Image.new("LA", (4, 4), (0, 0))
+    assert np.all(decode(encoded(gray_alpha), 1) == 255)
     gif = Image.new("P", (4, 4), 0)
     gif.putpalette([0, 0, 0, 200, 0, 0])
     gif.putpixel((1, 1), 1)
@@ -150,7 +151,7 @@ def test_every_exif_orientation_is_applied(format):
     }
     for orientation, stored in stored_as.items():
         exif = Image.Exif()
-        exif[pipeline.ORIENTATION_TAG] = orientation
+        exif[decoding.ORIENTATION_TAG] = orientation
         options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98}}.get(format, {})
         data = encoded(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
         out = decode(data, 3)

@@ -197,8 +197,8 @@ def test_demo_images_are_placed_at_random_but_fixed():
     assert np.array_equal(masks, images[..., 0] > demo_images.MASK_THRESHOLD)
     rows, columns = np.nonzero(masks[17])
     assert max(np.ptp(rows), np.ptp(columns)) < demo_images.MAX_SIDE
-    centres = np.array([np.mean(np.nonzero(mask), axis=1) for mask in masks[:200]])
-    assert np.all(centres.std(axis=0) > 1.5)
+    centers = np.array([np.mean(np.nonzero(mask), axis=1) for mask in masks[:200]])
+    assert np.all(centers.std(axis=0) > 1.5)
 
 
 def test_demo_splits_and_few_labels():

@@ -10,7 +10,8 @@ import pytest
 from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
 from dino_jax.data import sources
-from dino_jax.data.pipeline import to_canvas, train_batches
+from dino_jax.data.decoding import to_canvas
+from dino_jax.data.pipeline import train_batches
 from dino_jax.data.sources import open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
@@ -104,7 +105,7 @@ def test_substitutes_are_the_same_for_everyone(source, batches):
 
 MEMORY = """
 import resource, sys
-from dino_jax.data.pipeline import DecodeError, decode
+from dino_jax.data.decoding import DecodeError, decode
 import zoo
 decode(zoo.USED["plain.jpg"][0], 3)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -116,7 +117,7 @@ except DecodeError as error:
 
 
 def test_a_bomb_costs_no_memory():
-    """20 KB of sound PNG that unpack to 1.8 GB of colours: a process of its own measures its peak."""
+    """20 KB of sound PNG that unpack to 1.8 GB of colors: a process of its own measures its peak."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", MEMORY], env=environment, capture_output=True, text=True, timeout=120)
     megabytes, reason = done.stdout.split(maxsplit=1)

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals import attention, pictures
-from dino_jax.evals.video import read_video, write_video
+from dino_jax.evals import attention
+from dino_jax.evals.common import pictures
+from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 
 def make_backbone(arch="vit_nano", channels=3):
@@ -151,7 +152,7 @@ def test_run_draws_a_video(tmp_path, channels):
     assert drawn[0].shape == (40, 56, 3)
     image = pictures.cut(next(read_video(tmp_path / "clip.mp4").frames), 8)[None]
     image = image if channels == 3 else np.asarray(Image.fromarray(image[0]).convert("L"))[None, ..., None]
-    maps = attention.attention_maps(backbone, pictures.normalised(backbone, image))[0]
+    maps = attention.attention_maps(backbone, pictures.normalized(backbone, image))[0]
     assert np.abs(drawn[0].astype(int) - attention.overlay(image[0], maps)).mean() < 8  # compression
 
 

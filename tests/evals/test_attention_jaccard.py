@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals import attention, attention_jaccard
-from dino_jax.evals.label_maps import write_labels
+from dino_jax.evals.common.label_maps import write_labels
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_mistakes_are_named(backbone, tmp_path):
     fails("val.txt is empty", lambda root: (root / "ImageSets/Segmentation/val.txt").write_text(""))
     fails("b.jpg can't be read", lambda root: (root / "ImageSets/Segmentation/val.txt").write_text("b\n"))
     fails("a.png can't be read", lambda root: (root / objects / "a.png").unlink())
-    fails("a.png has colours", lambda root: Image.new("RGB", (45, 35)).save(root / objects / "a.png"))
+    fails("a.png has colors", lambda root: Image.new("RGB", (45, 35)).save(root / objects / "a.png"))
     fails(
         "45 x 30 instead of 45 x 35 pixels",
         lambda root: write_labels(root / objects / "a.png", instances(shape=(30, 45))),

@@ -7,10 +7,11 @@ from PIL import Image, ImageFilter
 from skimage import data
 from tolerances import assert_close
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals import copy_detection, ranking
+from dino_jax.evals import copy_detection
+from dino_jax.evals.common import ranking
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry", "hubble_deep_field")
 

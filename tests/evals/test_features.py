@@ -1,122 +1,126 @@
-import os
-import socket
-import subprocess
-import sys
+import csv
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 
-from dino_jax.data.pipeline import EvalBatch
-from dino_jax.evals import features
-from dino_jax.evals.features import extract, raw_pixels
-from dino_jax.sharding import make_mesh
-
-MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-
-
-def images_of(rows, seed=0):
-    return np.random.default_rng(seed).integers(0, 256, (rows, 4, 4, 3), np.uint8)
+from dino_jax.errors import UserError
+from dino_jax.evals import features as protocol
+from dino_jax.evals.common.linear_heads import Kind
+from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 
-def batches_of(images, sizes):
-    """Consecutive batches of these sizes; labels are ten times the record number."""
-    index = np.split(np.arange(len(images), dtype=np.int32), np.cumsum(sizes)[:-1])
-    return [EvalBatch(images[i], i * 10, i) for i in index]
+@pytest.fixture(scope="module")
+def backbone():
+    model = build_backbone("vit_nano", patch_size=8, image_size=16)
+    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
+    card = {
+        "architecture": {"arch": "vit_nano", "in_channels": 3},
+        "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": 16, "crop": 16},
+    }
+    return Backbone(model, variables, card)
 
 
-def mean_colour(variables, images):
-    return images.mean((1, 2)) * variables["scale"]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five pictures of noise in two classes; the third is damaged."""
+    root = tmp_path_factory.mktemp("images")
+    for i in range(5):
+        path = root / ("cat", "été, dog")[i > 2] / f"{i}.png"
+        path.parent.mkdir(exist_ok=True)
+        noise = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(noise).save(path) if i != 2 else path.write_bytes(b"damaged")
+    return root
 
 
-def expected(images):
-    return 2 * ((images / 255 - MEAN) / STD).mean((1, 2))
+def settings(folder, **values):
+    config = protocol.default_config()
+    config.update({"source": f"folder:{folder}", "workers": 0, "batch_size": 2} | values)
+    return config
 
 
-@pytest.mark.parametrize("sizes", [(4, 4, 3), (4, 4, 4), (2,), (3, 4, 0, 1)])
-def test_every_image_once_in_order(sizes):
-    images = images_of(sum(sizes))
-    table = extract(mean_colour, {"scale": np.float32(2)}, batches_of(images, sizes), make_mesh(), MEAN, STD)
-    assert table.features.dtype == np.float32
-    np.testing.assert_allclose(table.features, expected(images), atol=1e-5)
-    assert np.array_equal(table.labels, 10 * np.arange(len(images)))
-    assert np.array_equal(table.records, np.arange(len(images)))
+def test_a_row_an_image_with_its_name_beside(backbone, folder, tmp_path, capsys):
+    results = protocol.run(backbone, settings(folder), tmp_path)
+    features = np.load(tmp_path / "features.npy", mmap_mode="r")
+    assert features.dtype == np.float32
+    assert features.shape == (4, results["dim"]) == (4, backbone.model.embed_dim)
+    with open(tmp_path / "images.csv", newline="", encoding="utf-8") as file:
+        listed = list(csv.DictReader(file))
+    assert [row["record"] for row in listed] == ["0", "1", "3", "4"]
+    assert [row["class"] for row in listed] == ["cat", "cat", "été, dog", "été, dog"]
+    for row, feature in zip(listed, features, strict=True):
+        image = backbone.preprocess([(folder / row["name"]).read_bytes()])
+        # One image at a time or two: the same sums in another order, float32.
+        np.testing.assert_allclose(backbone(image).cls[0], feature, atol=1e-5)
+    assert results["undecodable"] == ["cat/2.png"]
+    assert str(tmp_path / "features.npy") in capsys.readouterr().out
+
+    back = protocol.read_set(tmp_path / "features.npy")
+    assert np.array_equal(back.features, features)
+    assert back.labels.tolist() == [0, 0, 1, 1]
+    assert back.classes[3] == "été, dog"
 
 
-def test_order_is_the_record_number():
-    images = images_of(8)
-    table = extract(mean_colour, {"scale": 2.0}, batches_of(images, (3, 3, 2))[::-1], make_mesh(), MEAN, STD)
-    np.testing.assert_allclose(table.features, expected(images), atol=1e-5)
+def test_array_record_holds_the_same_numbers(backbone, folder, tmp_path):
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    for form in protocol.FORMATS:
+        protocol.run(backbone, settings(folder, format=form), tmp_path)
+    records = ArrayRecordDataSource([str(tmp_path / "features.array_record")])
+    rows = np.stack([np.frombuffer(records[i], "<f4") for i in range(len(records))])
+    assert np.array_equal(rows, np.load(tmp_path / "features.npy"))
 
 
-def test_one_program_for_all_batches_and_calls():
-    traced = []
+def test_what_is_taken_of_the_images(backbone):
+    images = np.random.default_rng(0).standard_normal((2, 16, 16, 3)).astype(np.float32)
+    last = backbone.last_blocks(images, 2)
 
-    def apply(variables, images):
-        traced.append(images.shape)
-        return images.mean((1, 2))
+    def read(pooling, blocks):
+        return np.asarray(protocol.reader(backbone.model, Kind(blocks, pooling))(backbone.variables, images))
 
-    for _ in range(2):
-        extract(apply, {}, batches_of(images_of(11), (4, 4, 3)), make_mesh(), MEAN, STD)
-    assert traced == [(4, 4, 4, 3)]
-
-
-def test_host_prepares_a_batch_while_one_is_computed(monkeypatch):
-    events = []
-
-    def batches():
-        for number, batch in enumerate(batches_of(images_of(6), (2, 2, 2))):
-            events.append(f"read {number}")
-            yield batch
-
-    fetch = features._fetch
-    monkeypatch.setattr(features, "_fetch", lambda *args: (events.append("fetch"), fetch(*args))[1])
-    extract(mean_colour, {"scale": 2.0}, batches(), make_mesh(), MEAN, STD)
-    assert events == ["read 0", "read 1", "fetch", "read 2", "fetch", "fetch"]
+    expected = {
+        ("cls", 1): last[1].cls,
+        ("cls", 2): np.concatenate([last[0].cls, last[1].cls], 1),
+        ("mean", 1): last[1].patches.mean(1),
+        ("mean", 2): np.concatenate([one.patches.mean(1) for one in last], 1),
+    }
+    for (pooling, blocks), features in expected.items():
+        np.testing.assert_allclose(read(pooling, blocks), features, atol=1e-5)
+    both = read("cls_mean", 1)
+    assert both.shape[1] == 2 * last[1].cls.shape[1]
+    np.testing.assert_allclose(
+        np.sort(both), np.sort(np.concatenate([last[1].cls, last[1].patches.mean(1)], 1)), atol=1e-5
+    )
 
 
-def test_pixels():
-    images = images_of(5)
-    table = extract(raw_pixels, {}, batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
-    np.testing.assert_allclose(table.features, ((images / 255 - MEAN) / STD).reshape(5, -1), rtol=1e-5, atol=1e-5)
+def test_other_choices_are_not_taken_from_what_is_there(backbone, folder, tmp_path):
+    cls, mean = (
+        protocol.extract_set(backbone, settings(folder, pooling=pooling), tmp_path)[0].features
+        for pooling in ("cls", "mean")
+    )
+    assert not np.allclose(cls, mean)
 
 
-PROGRAM = """
-import sys, jax, numpy as np
-process, processes, port, sizes = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], eval(sys.argv[4])
-if processes > 1:
-    jax.distributed.initialize(f"localhost:{port}", processes, process)
-from dino_jax.data.pipeline import EvalBatch
-from dino_jax.evals import features, knn
-from dino_jax.sharding import make_mesh, replicate
-features.GATHER_ROWS = 4
-images = np.random.default_rng(0).integers(0, 256, (23, 4, 4, 3), np.uint8)
-share = np.arange(23)[process::processes]
-batches = [EvalBatch(images[i], i * 10, i) for i in np.split(share, np.cumsum(sizes[process])[:-1])]
-mesh = make_mesh()
-assert mesh.size == 4
-variables = replicate({"scale": np.float32(2)}, mesh)
-table = features.extract(lambda v, x: x.mean((1, 2)) * v["scale"], variables, batches, mesh, (0.5,) * 3, (0.5,) * 3)
-np.testing.assert_allclose(table.features, 2 * (images.mean((1, 2)) / 255 - 0.5) / 0.5, atol=1e-5)
-assert np.array_equal(table.labels, 10 * np.arange(23)) and np.array_equal(table.records, np.arange(23))
-ranked = knn.knn_predict(table.features, table.labels // 80, table.features, (1,), mesh=mesh)[1]
-assert np.array_equal(ranked[:, 0], table.labels // 80)
-"""
+def test_mistakes_are_named(backbone, folder, tmp_path):
+    for values, message in (
+        ({"source": ""}, "config.source"),
+        ({"format": "csv"}, "npy or array_record"),
+        ({"pooling": "max"}, "cls, mean, cls_mean"),
+        ({"blocks": 99}, "config.blocks"),
+        ({"batch_size": 0}, "batch_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            protocol.run(backbone, settings(folder, **values), tmp_path)
+    with pytest.raises(UserError, match="resnet18 pools one vector"):
+        protocol._check_kind(Backbone(object(), {}, {"architecture": {"arch": "resnet18"}}), "mean", 1)
 
 
-@pytest.mark.parametrize("sizes", [[(6, 6, 6, 5)], [(6, 6), (6, 5, 0)]])
-def test_same_table_on_many_devices_and_processes(sizes):
-    """One process with four devices; two with two each, which even have different numbers of batches."""
-    processes = len(sizes)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    flags = f"--xla_force_host_platform_device_count={4 // processes}"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM]
-    arguments = [str(processes), str(port), repr(sizes)]
-    running = [subprocess.Popen([*command, str(i), *arguments], env=environment) for i in range(processes)]
-    try:
-        assert [process.wait(timeout=120) for process in running] == [0] * processes
-    finally:
-        for process in running:
-            process.kill()
+def test_files_that_do_not_fit_together_are_refused(tmp_path):
+    np.save(tmp_path / "features.npy", np.zeros((3, 4), np.float32))
+    with pytest.raises(UserError, match="evaluate.py features"):
+        protocol.read_set(tmp_path / "features.npy")
+    (tmp_path / "images.csv").write_text("record,name,label,class\n0,a,-1,\n")
+    with pytest.raises(UserError, match="lists 1 images"):
+        protocol.read_set(tmp_path / "features.npy")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.backbone import Backbone
+from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals import knn, neighbours
-from dino_jax.evals.features import FeatureTable
-from dino_jax.sharding import make_mesh
+from dino_jax.evals import knn
+from dino_jax.evals.common import neighbors
+from dino_jax.evals.common.extraction import FeatureTable
+from dino_jax.weights.backbone import Backbone
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,8 +23,8 @@ def blobs(seed, rows, dim=6, classes=4):
     """Rows around one direction for each class, near enough to each other that votes are mixed."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, rows)
-    centres = np.random.default_rng(0).standard_normal((classes, dim))
-    return (centres[labels] + rng.standard_normal((rows, dim))).astype(np.float32), labels
+    centers = np.random.default_rng(0).standard_normal((classes, dim))
+    return (centers[labels] + rng.standard_normal((rows, dim))).astype(np.float32), labels
 
 
 def plain_knn(train, labels, test, k, temperature, classes):
@@ -55,8 +56,8 @@ def test_matches_reference(golden):
     ("train", "test", "bank_chunk", "votes_chunk"), [(103, 41, 10, 7), (64, 1, 64, 8), (9, 5, 4, 2)]
 )
 def test_streaming_equals_plain(monkeypatch, train, test, bank_chunk, votes_chunk):
-    monkeypatch.setattr(neighbours, "BANK_CHUNK", bank_chunk)
-    monkeypatch.setattr(neighbours, "SIMILARITIES", 7 * bank_chunk)
+    monkeypatch.setattr(neighbors, "BANK_CHUNK", bank_chunk)
+    monkeypatch.setattr(neighbors, "SIMILARITIES", 7 * bank_chunk)
     monkeypatch.setattr(knn, "VOTES_CHUNK", votes_chunk)
     features, labels = blobs(1, train)
     queries, _ = blobs(2, test)
@@ -130,9 +131,10 @@ def test_figures_of_few_shots_are_those_of_the_banks_drawn():
 def test_eight_devices_equal_one():
     program = """
 import jax, numpy as np, sys
-from dino_jax.evals import knn, neighbours
-from dino_jax.sharding import make_mesh
-neighbours.BANK_CHUNK, neighbours.SIMILARITIES = 10, 300
+from dino_jax.evals import knn
+from dino_jax.evals.common import neighbors
+from dino_jax.distributed.sharding import make_mesh
+neighbors.BANK_CHUNK, neighbors.SIMILARITIES = 10, 300
 rng = np.random.default_rng(0)
 train, labels, test = rng.standard_normal((203, 5)), rng.integers(0, 9, 203), rng.standard_normal((37, 5))
 devices = jax.devices()
@@ -151,14 +153,14 @@ def test_impossible_k_is_named(k):
         knn.knn_accuracy(features, labels, features, labels, (10, k))
 
 
-def test_unlabelled_rows_are_refused():
+def test_unlabeled_rows_are_refused():
     features, labels = blobs(1, 60)
     labels[3] = -1
     with pytest.raises(UserError, match="class"):
         knn.knn_accuracy(features, labels, features, labels, (10,))
 
 
-def colours_that(apply):
+def colors_that(apply):
     card = {
         "architecture": {"in_channels": 3},
         "preprocessing": {"resize": 8, "crop": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
@@ -167,21 +169,21 @@ def colours_that(apply):
 
 
 @pytest.fixture
-def colours():
-    """A backbone that sees the mean colour."""
-    return colours_that(lambda variables, images: images.mean((1, 2)))
+def colors():
+    """A backbone that sees the mean color."""
+    return colors_that(lambda variables, images: images.mean((1, 2)))
 
 
 @pytest.fixture
 def folders(tmp_path):
-    """Class folders of a train and a test split, each class with its own colour; one training file is damaged."""
+    """Class folders of a train and a test split, each class with its own color; one training file is damaged."""
     for split, rows in (("train", 6), ("test", 2)):
         for number, name in enumerate(("red", "green", "blue")):
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(rows):
-                colour = [40, 40, 40]
-                colour[number] += 100 + 9 * i
-                Image.new("RGB", (9, 12), tuple(colour)).save(tmp_path / split / name / f"{i}.png")
+                color = [40, 40, 40]
+                color[number] += 100 + 9 * i
+                Image.new("RGB", (9, 12), tuple(color)).save(tmp_path / split / name / f"{i}.png")
     (tmp_path / "train" / "red" / "0.png").write_bytes(b"damaged")
     return tmp_path
 
@@ -194,8 +196,8 @@ def settings(folders, **values):
     return config
 
 
-def test_run_reports_figures_and_what_it_left_out(colours, folders, capsys):
-    results = knn.run(colours, settings(folders, batch_size=4), folders)
+def test_run_reports_figures_and_what_it_left_out(colors, folders, capsys):
+    results = knn.run(colors, settings(folders, batch_size=4), folders)
     perfect = {"top1": 100, "top5": 100}
     shown = {"k=1", "k=5", "class_means", "k=1 shots=2", "k=5 shots=2", "class_means shots=2", "k=1 shots=1"}
     assert set(results["figures"]) == shown | {"k=3 shots=1", "class_means shots=1"}  # of 5 there are 3
@@ -212,7 +214,7 @@ def test_run_reports_figures_and_what_it_left_out(colours, folders, capsys):
     def fail(*_):
         raise AssertionError("extracted again")
 
-    again = knn.run(colours_that(fail), settings(folders, batch_size=4, k=(3,), shots=(2,), draws=1), folders)
+    again = knn.run(colors_that(fail), settings(folders, batch_size=4, k=(3,), shots=(2,), draws=1), folders)
     assert again["images"] == results["images"]
     assert results["images_per_second"] > 0
     assert again["images_per_second"] is None
@@ -221,7 +223,7 @@ def test_run_reports_figures_and_what_it_left_out(colours, folders, capsys):
     assert "train: features of 18 images from" in capsys.readouterr().err
 
 
-def test_mistakes_are_named(colours, folders):
+def test_mistakes_are_named(colors, folders):
     for values, message in (
         ({"test": ""}, "config.test is empty"),
         ({"train": f"folder:{folders}/train/red"}, "no labels"),
@@ -233,7 +235,7 @@ def test_mistakes_are_named(colours, folders):
         ({"draws": 0}, "draws"),
     ):
         with pytest.raises(UserError, match=message):
-            knn.run(colours, settings(folders, **values), folders)
+            knn.run(colors, settings(folders, **values), folders)
 
 
 @pytest.mark.parametrize(

@@ -11,16 +11,17 @@ import pytest
 from PIL import Image
 from tolerances import assert_close
 
-from dino_jax.backbone import Backbone
 from dino_jax.data.pipeline import train_batches
 from dino_jax.data.sources import open_source
+from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
-from dino_jax.evals import linear, linear_heads
-from dino_jax.evals.linear_heads import Kind, probe_features
+from dino_jax.evals import linear
+from dino_jax.evals.common import linear_heads
+from dino_jax.evals.common.linear_heads import Kind, probe_features
 from dino_jax.models.vit import ViT
-from dino_jax.sharding import distribute, make_mesh, replicate, shard_batch
+from dino_jax.weights.backbone import Backbone
 
-COLOURS = np.array([(200, 60, 40), (60, 190, 80), (40, 70, 210)])
+COLORS = np.array([(200, 60, 40), (60, 190, 80), (40, 70, 210)])
 
 
 def card(channels, size):
@@ -30,14 +31,14 @@ def card(channels, size):
     }
 
 
-def mean_colour(variables, images):
+def mean_color(variables, images):
     return images.mean((1, 2))
 
 
 @pytest.fixture(scope="module")
-def colours():
-    """A backbone that sees the mean colour, at 8 pixels."""
-    return Backbone(SimpleNamespace(apply=mean_colour), {}, card(3, 8))
+def colors():
+    """A backbone that sees the mean color, at 8 pixels."""
+    return Backbone(SimpleNamespace(apply=mean_color), {}, card(3, 8))
 
 
 @pytest.fixture(scope="module")
@@ -50,13 +51,13 @@ def vit():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """48 training and 12 test images of one colour each, near the colours of three classes; folder of both."""
-    root, rng = tmp_path_factory.mktemp("colours"), np.random.default_rng(0)
+    """48 training and 12 test images of one color each, near the colors of three classes; folder of both."""
+    root, rng = tmp_path_factory.mktemp("colors"), np.random.default_rng(0)
     for split, number in (("train", 16), ("test", 4)):
-        for name, colour in zip(("blue", "green", "red"), COLOURS[::-1], strict=True):
+        for name, color in zip(("blue", "green", "red"), COLORS[::-1], strict=True):
             (root / split / name).mkdir(parents=True)
             for i in range(number):
-                pixel = np.clip(colour + rng.integers(-40, 40, 3), 0, 255)
+                pixel = np.clip(color + rng.integers(-40, 40, 3), 0, 255)
                 Image.new("RGB", (9, 12), tuple(pixel.tolist())).save(root / split / name / f"{i}.png")
     return root
 
@@ -125,21 +126,21 @@ def plain_training(features, labels, order, weights, config, steps_per_epoch):
     return weights, bias, np.mean(losses[-steps_per_epoch:])
 
 
-def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colours, folders, tmp_path):
-    """Images of one colour: whatever the crop, their features are the same."""
+def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colors, folders, tmp_path):
+    """Images of one color: whatever the crop, their features are the same."""
     config = settings(folders, lr=(0.5, 2.0))
-    results = linear.run(colours, config, tmp_path)
+    results = linear.run(colors, config, tmp_path)
     source = open_source(config.train)
     features = np.array([np.array(Image.open(f"{folders}/train/{path}"))[0, 0] for path in source.paths])
     features = (features / 255 - 0.5) / 0.25
     with train_batches(source, batch_size=24, canvas_size=8, channels=3, seed=0) as batches:
         order = [next(batches).index for _ in range(6)]
-    probe = linear.design(colours, config, 3, 48, 1)
+    probe = linear.design(colors, config, 3, 48, 1)
     start, end = linear_heads.init_heads(probe, {})["cls_1"]["kernel"], saved(tmp_path)
     for i, lr in enumerate(config.lr):
         one = {"lr": lr, "batch_size": 24, "epochs": 3}
         weights, bias, loss = plain_training(features, source.labels, order, start[:, i], one, steps_per_epoch=2)
-        # Crops of one colour are that colour to 1e-6 of 255; the rest is float32.
+        # Crops of one color are that color to 1e-6 of 255; the rest is float32.
         np.testing.assert_allclose(end["heads/cls_1/kernel"][:, i], weights, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(end["heads/cls_1/bias"][i], bias, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(end["history/loss"][-1, 0, i], loss, rtol=1e-4)
@@ -191,11 +192,11 @@ def test_a_head_alone_is_that_head_in_the_grid(vit, grid, tmp_path):
     assert abs(one["top1"] - same["top1"]) <= 0.5  # an image on the edge
 
 
-def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(colours, folders, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(colors, folders, tmp_path, monkeypatch):
     config = settings(folders, epochs=4)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir(), cut.mkdir()
-    results = linear.run(colours, config, whole)
+    results = linear.run(colors, config, whole)
 
     save = linear.save_state
 
@@ -206,34 +207,34 @@ def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(colours, folders, tmp
 
     monkeypatch.setattr(linear, "save_state", save_twice)
     with pytest.raises(KeyboardInterrupt):
-        linear.run(colours, config, cut)
+        linear.run(colors, config, cut)
     monkeypatch.undo()
     with pytest.raises(UserError, match=r"unfinished run with another epochs, lr: .* --out"):
-        linear.run(colours, settings(folders, epochs=3, lr=(0.1,)), cut)
-    resumed = linear.run(colours, config, cut)
+        linear.run(colors, settings(folders, epochs=3, lr=(0.1,)), cut)
+    resumed = linear.run(colors, config, cut)
     assert resumed["figures"] == results["figures"]
     ours, theirs = saved(cut), saved(whole)
     assert all(np.array_equal(ours[key], theirs[key]) for key in theirs)
     # Started once more, it only reports.
     monkeypatch.setattr(linear, "train_batches", None)
-    again = linear.run(colours, config, cut)
+    again = linear.run(colors, config, cut)
     assert again["figures"] == results["figures"]
     json.dumps(again)
 
 
-def test_a_finished_run_makes_room_for_another_and_damage_is_named(colours, folders, tmp_path):
-    linear.run(colours, settings(folders, epochs=1), tmp_path)
-    other = linear.run(colours, settings(folders, epochs=1, lr=(0.2,)), tmp_path)
+def test_a_finished_run_makes_room_for_another_and_damage_is_named(colors, folders, tmp_path):
+    linear.run(colors, settings(folders, epochs=1), tmp_path)
+    other = linear.run(colors, settings(folders, epochs=1, lr=(0.2,)), tmp_path)
     assert list(other["figures"]["grid"]["cls_1"]) == ["0.2"]
     file = tmp_path / linear.STATE_FILE
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(UserError, match=r"linear_state.npz is damaged .* delete it"):
-        linear.run(colours, settings(folders, epochs=1, lr=(0.2,)), tmp_path)
+        linear.run(colors, settings(folders, epochs=1, lr=(0.2,)), tmp_path)
 
 
-def test_broken_heads_ties_and_padding_are_never_right(colours, folders):
+def test_broken_heads_ties_and_padding_are_never_right(colors, folders):
     config = settings(folders, lr=(0.1, 0.2), batch_size=8)
-    probe = linear.design(colours, config, 7, 8, 1)
+    probe = linear.design(colors, config, 7, 8, 1)
     heads = {"cls_1": {"kernel": np.zeros((3, 2, 7), np.float32), "bias": np.zeros((2, 7), np.float32)}}
     heads["cls_1"]["bias"][1] = np.nan
     mesh = make_mesh()
@@ -246,13 +247,13 @@ def test_broken_heads_ties_and_padding_are_never_right(colours, folders):
     assert np.array_equal(right[:, 0], [[1, 0], [5, 0]])
 
 
-def test_undecodable_images_are_left_out_and_counted(colours, folders, tmp_path, capsys):
+def test_undecodable_images_are_left_out_and_counted(colors, folders, tmp_path, capsys):
     for split in ("train", "test"):
         for path in sorted((folders / split).glob("*/*.png")):
             copy = tmp_path / path.relative_to(folders)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(b"damaged" if path.name == "1.png" and path.parent.name == "red" else path.read_bytes())
-    results = linear.run(colours, settings(tmp_path, epochs=2), tmp_path)
+    results = linear.run(colors, settings(tmp_path, epochs=2), tmp_path)
     assert results["undecodable"] == {"train": 1, "test": 1}
     assert results["images"]["test"] == 11
     assert capsys.readouterr().err.count(os.path.join("red", "1.png")) == 1
@@ -262,8 +263,8 @@ PROGRAM = """
 import sys, jax
 from pathlib import Path
 from types import SimpleNamespace
-from dino_jax import sharding
-from dino_jax.backbone import Backbone
+from dino_jax.distributed import sharding
+from dino_jax.weights.backbone import Backbone
 from dino_jax.evals import linear
 assert jax.device_count() == 4
 card = {"preprocessing": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}}
@@ -290,7 +291,7 @@ def test_four_devices_equal_one(tmp_path):
     assert np.array_equal(four["history/images"], [20, 20, 20])
 
 
-def test_mistakes_are_named(colours, folders, tmp_path):
+def test_mistakes_are_named(colors, folders, tmp_path):
     for values, message in (
         ({"train": ""}, "config.train is empty"),
         ({"test": f"folder:{folders}/test/red"}, "no labels"),
@@ -309,13 +310,13 @@ def test_mistakes_are_named(colours, folders, tmp_path):
         ({"crop": 9}, "config.resize to 9"),
     ):
         with pytest.raises(UserError, match=message) as error:
-            linear.run(colours, settings(folders, **values), tmp_path)
+            linear.run(colors, settings(folders, **values), tmp_path)
         assert "\n" not in str(error.value)
 
 
-def test_batches_that_do_not_divide_and_crops_without_a_patch_are_named(colours, vit, folders):
+def test_batches_that_do_not_divide_and_crops_without_a_patch_are_named(colors, vit, folders):
     with pytest.raises(UserError, match=r"25 does not divide over 8 devices: set --config.batch_size to 32"):
-        linear.design(colours, settings(folders, batch_size=25), 3, 48, 8)
+        linear.design(colors, settings(folders, batch_size=25), 3, 48, 8)
     with pytest.raises(UserError, match=r"crop 7 holds no patch: set --config.crop to 8"):
         linear.design(vit, settings(folders, crop=7), 3, 48, 1)
 

@@ -7,11 +7,11 @@ import pytest
 from PIL import Image
 from skimage import data
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals import patch_pca
-from dino_jax.evals.pca import principal_components
+from dino_jax.evals.common.pca import principal_components
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_pictures_of_any_shape(backbone, tmp_path, capsys):
     assert wide.shape == (48, 88, 3)
     assert high.shape == (88, 48, 3)
     blocks = wide.reshape(6, 8, 11, 8, 3)
-    assert (blocks == blocks[:, :1, :, :1]).all()  # a colour a patch
+    assert (blocks == blocks[:, :1, :, :1]).all()  # a color a patch
     assert len(np.unique(blocks[:, 0, :, 0].reshape(-1, 3), axis=0)) > 30
     assert sheet.shape[1] > 5 * 240
     assert len(results["figures"]["explained"]) == 1
@@ -67,7 +67,7 @@ def test_components_together_are_those_of_all_patches():
     np.testing.assert_allclose(shares, expected)
 
 
-def test_like_patches_get_like_colours(backbone, tmp_path):
+def test_like_patches_get_like_colors(backbone, tmp_path):
     halves = np.zeros((32, 64, 3), np.uint8)
     halves[:, 32:] = (250, 120, 30)
     Image.fromarray(halves).save(tmp_path / "halves.png")

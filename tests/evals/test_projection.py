@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals import projection
-from dino_jax.evals.feature_files import FeatureSet, write_list, write_npy
-from dino_jax.evals.pca import principal_components
+from dino_jax.evals.common.pca import principal_components
+from dino_jax.evals.features import FeatureSet, write_list, write_npy
+from dino_jax.weights.backbone import Backbone
 
 CARD = {"preprocessing": {"resize": 16, "crop": 16}}
 NAMES = {0: "ant", 1: "bee", 2: "cat"}
@@ -23,8 +23,8 @@ def features(tmp_path):
     """A file of 60 features, in three groups along two directions."""
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(3, dtype=np.int32), 20)
-    centres = np.eye(3, 8) * 5
-    rows = (centres[labels] + 0.2 * rng.standard_normal((60, 8))).astype(np.float32)
+    centers = np.eye(3, 8) * 5
+    rows = (centers[labels] + 0.2 * rng.standard_normal((60, 8))).astype(np.float32)
     records = np.arange(60, dtype=np.int32) * 2
     names = [f"{i}.png" for i in records]
     write_list(FeatureSet(rows, records, labels, names, [NAMES[i] for i in labels]), tmp_path / "images.csv")
@@ -69,9 +69,9 @@ def test_picture_has_x_to_the_right_y_up_and_a_legend():
     points = np.array([(0, 0), (0, 1), (2, 0)])
     named = np.asarray(projection.draw(points, np.arange(3), NAMES, "title"))
     width = projection.SIDE  # without the legend
-    centres = [np.argwhere((named[50:, :width] == colour).all(-1)).mean(0) for colour in projection.COLOURS[:3]]
-    up, right = centres[1] - centres[0], centres[2] - centres[0]
-    np.testing.assert_allclose(right, -2 * up[::-1], atol=2)  # one scale; smoothing moves a centre by a pixel
+    centers = [np.argwhere((named[50:, :width] == color).all(-1)).mean(0) for color in projection.COLORS[:3]]
+    up, right = centers[1] - centers[0], centers[2] - centers[0]
+    np.testing.assert_allclose(right, -2 * up[::-1], atol=2)  # one scale; smoothing moves a center by a pixel
     assert right[1] > 0 > up[0]
     bare = projection.draw(points, np.arange(3), {}, "title")
     assert named.shape[1] > bare.width
@@ -115,7 +115,7 @@ def test_any_number_of_classes_and_points_that_coincide(classes):
     names = {i: f"class {i}" for i in range(classes)}
     picture = projection.draw(np.ones((len(labels), 2)), labels, names, "title")
     assert picture.height < 900
-    assert len(set(projection.class_colours(sorted(names)).values())) == classes
+    assert len(set(projection.class_colors(sorted(names)).values())) == classes
 
 
 def test_mistakes_are_named(features, tmp_path):

@@ -9,10 +9,11 @@ import pytest
 from PIL import Image, ImageFilter
 from skimage import data
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
-from dino_jax.evals import ranking, retrieval
+from dino_jax.evals import retrieval
+from dino_jax.evals.common import ranking
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 PHOTOS = ("astronaut", "coffee", "chelsea", "rocket", "immunohistochemistry", "hubble_deep_field")
 NAMES = [f"{kind}_{photo}" for photo in PHOTOS for kind in ("easy", "hard", "junk")]

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.backbone import Backbone
 from dino_jax.errors import UserError
 from dino_jax.evals import video_segmentation
-from dino_jax.evals.davis_metrics import score_objects
-from dino_jax.evals.label_maps import read_labels, write_labels
-from dino_jax.evals.video import read_video, write_video
+from dino_jax.evals.common.davis_metrics import score_objects
+from dino_jax.evals.common.label_maps import read_labels, write_labels
+from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.models import build_backbone
+from dino_jax.weights.backbone import Backbone
 
 HEIGHT, WIDTH, FRAMES = 44, 62, 5  # 40 x 56 pixels for the backbone
 
@@ -39,7 +39,7 @@ def settings(**values):
 
 
 def scene(t):
-    """A frame and its labels: two objects of their own colours that move apart over a background."""
+    """A frame and its labels: two objects of their own colors that move apart over a background."""
     labels = np.zeros((HEIGHT, WIDTH), np.uint8)
     labels[4:16, 20 - 2 * t : 32 - 2 * t] = 1
     labels[22:36, 24 + 2 * t : 40 + 2 * t] = 2
@@ -157,7 +157,7 @@ def test_a_video_of_ones_own(backbone, tmp_path):
         video_segmentation.run(backbone, settings(video=config.video), tmp_path / "b")
 
 
-def test_grey_backbones_see_grey_frames(tmp_path):
+def test_gray_backbones_see_gray_frames(tmp_path):
     labels = scene(0)[1]
     frames = [scene(t)[0].mean(-1, keepdims=True).astype(np.uint8) for t in range(2)]
     found = list(video_segmentation.segment(make_backbone(channels=1), frames, labels, settings()))

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dino_jax.convert.official import from_official, to_official
 from dino_jax.models import DINOHead
+from dino_jax.weights.official import from_official, to_official
 
 KINDS = ["norm", "nonorm", "bn", "l1", "l2"]
 

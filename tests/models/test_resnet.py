@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 from tolerances import assert_close
 
-from dino_jax.convert.official import from_official, to_official
 from dino_jax.models import build_backbone
+from dino_jax.weights.official import from_official, to_official
 
 
 def test_resnet50(golden, rule_weights):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
-from dino_jax.convert.official import from_official, to_official
 from dino_jax.models.vit import ViT, drop_path_factors, resize_pos_embed
+from dino_jax.weights.official import from_official, to_official
 
 
 @pytest.fixture(scope="module")

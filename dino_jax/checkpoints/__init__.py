@@ -1,0 +1,40 @@
+"""What a run leaves on disk: checkpoints to resume from, its config, and the teacher's backbone for everyone else.
+
+workdir/
+  config.json          the config of the run
+  checkpoints/STEP/    state (Orbax), metadata (config and versions), manifest.json (a hash of each file)
+  export/              variables (Orbax), card.json (architecture, preprocessing, provenance), manifest.json
+
+A workdir is a path that all processes see. All of them call these functions; process 0 alone writes JSON.
+"""
+
+from dino_jax.checkpoints.export import model_card, write_export
+from dino_jax.checkpoints.integrity import MANIFEST, damage, write_manifest
+from dino_jax.checkpoints.manager import (
+    Manager,
+    newest_intact,
+    open_manager,
+    read_metadata,
+    restore,
+    restore_arrays,
+    save,
+    tree_of,
+    write_config,
+)
+
+__all__ = [
+    "MANIFEST",
+    "Manager",
+    "damage",
+    "model_card",
+    "newest_intact",
+    "open_manager",
+    "read_metadata",
+    "restore",
+    "restore_arrays",
+    "save",
+    "tree_of",
+    "write_config",
+    "write_export",
+    "write_manifest",
+]

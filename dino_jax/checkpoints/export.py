@@ -1,0 +1,64 @@
+"""Exports: the teacher's backbone with its model card, for everyone but the trainer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from dino_jax import atomic
+from dino_jax.checkpoints.integrity import write_json, write_manifest
+from dino_jax.models import VITS, build_backbone
+from dino_jax.provenance import plain, versions
+
+
+def model_card(config: Any, step: int) -> dict:
+    """What a user of the exported backbone must know: architecture, preprocessing and provenance, as plain JSON."""
+    config = plain(config)
+    backbone = build_backbone(config["model"]["arch"], patch_size=config["model"]["patch_size"])
+    return {
+        "architecture": {
+            "arch": config["model"]["arch"],
+            "patch_size": config["model"]["patch_size"] if config["model"]["arch"] in VITS else None,
+            "in_channels": config["model"]["in_channels"],
+            "image_size": config["crops"]["global_size"],
+            "embed_dim": backbone.embed_dim,
+        },
+        "preprocessing": {
+            "resize": config["eval"]["resize"],
+            "crop": config["eval"]["crop"],
+            "mean": config["data"]["mean"],
+            "std": config["data"]["std"],
+            "interpolation": "bicubic",
+        },
+        "provenance": {
+            "step": int(step),
+            "data_source": config["data"]["source"],
+            "versions": versions(),
+            "config": config,
+        },
+    }
+
+
+def write_export(folder: str | Path, trees: Mapping[str, Any], card: Mapping) -> Path:
+    """Writes trees of arrays, each to a subfolder of its name, and a `model_card` to `folder`, and returns that path.
+
+    What was there stays until the new one is complete. Raises UserError where it can't be written.
+    """
+    final = Path(folder).resolve()
+    unfinished = atomic.unfinished_folder(final)
+    with atomic.disk_errors(final):
+        if jax.process_index() == 0:
+            atomic.begin_folder(final)
+        multihost_utils.sync_global_devices("export_begin")
+        with ocp.StandardCheckpointer() as checkpointer:
+            for name, tree in trees.items():
+                checkpointer.save(unfinished / name, tree)
+        if jax.process_index() == 0:
+            write_json(unfinished / "card.json", card)
+            write_manifest(unfinished)
+            atomic.finish_folder(final)
+        multihost_utils.sync_global_devices("export_end")
+    return final

@@ -1,0 +1,60 @@
+"""Manifests: the SHA-256 of every file of a checkpoint or an export, and what is wrong by them."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from dino_jax import atomic
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path) -> None:
+    """Writes `folder/manifest.json`: the SHA-256 of the card and of each file in folder's subfolders, by its path."""
+    files = sorted(path for pattern in ("card.json", "*/**/*") for path in folder.glob(pattern) if path.is_file())
+    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a folder's files by its manifest, or None. Orbax itself restores flipped bits silently.
+
+    In the subfolders that the manifest tells of, files that it does not tell of count as well, hidden ones aside (which
+    file managers and NFS leave): Orbax reads some by their names.
+    """
+    try:
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not manifest or text != _json(manifest):  # not as we write it: cut short, for one
+            return f"{MANIFEST} has changed"
+        for name, expected in manifest.items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if _sha256(path) != expected:
+                return f"{name} has changed"
+        for subfolder in sorted({name.split("/")[0] for name in manifest if "/" in name}):
+            for path in sorted((folder / subfolder).rglob("*")):
+                name = path.relative_to(folder).as_posix()
+                if path.is_file() and not path.name.startswith(".") and name not in manifest:
+                    return f"{name} was added"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{getattr(error, 'filename', None) or MANIFEST} is unreadable"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes indented JSON to `path`, complete or not at all."""
+    with atomic.file(path) as unfinished:
+        unfinished.write_text(_json(value), encoding="utf-8")
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2) + "\n"

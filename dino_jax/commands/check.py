@@ -1,0 +1,153 @@
+"""Reads and decodes every image of a data set as training would, before training does.
+
+    python -m dino_jax.commands.check SOURCE [--report=FILE.json]
+
+SOURCE: whatever data.source takes. Prints sizes, formats, images with the same content, and those that cannot be
+decoded, by name; the report has all of it. Exit code 1 where an image cannot be decoded, else 0.
+"""
+
+import hashlib
+import io
+import json
+import os
+import sys
+from collections import Counter, defaultdict
+from functools import partial
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from dino_jax import atomic
+from dino_jax.commands import cli
+from dino_jax.data.decoding import FORMATS, DecodeError, to_canvas
+from dino_jax.data.sources import Source, open_source
+from dino_jax.data.workers import iterate
+from dino_jax.errors import UserError
+from dino_jax.progress import progress
+
+CHUNK = 64  # images that a worker looks at in one go
+SHOWN = 20  # names printed of a kind; the report has all
+
+
+class Finding(NamedTuple):
+    """What is known of one image."""
+
+    record: int  # number in the source
+    problem: str = ""  # why it cannot be used; then nothing else is known
+    kind: str = ""  # format and Pillow's mode, as "JPEG RGB"; dtype and channels of an array
+    size: tuple[int, int] = (0, 0)  # height and width in pixels, upright
+    digest: str = ""  # of the stored content
+
+
+def examine(source: Source, record: int, canvas_size: int, channels: int) -> Finding:
+    """Reads and decodes one image just as `train_batches` does. Raises UserError as `to_canvas` does."""
+    try:
+        image, _ = source[record]
+        _, size = to_canvas(image, canvas_size, channels)
+    except (DecodeError, OSError) as error:
+        return Finding(record, getattr(error, "strerror", None) or str(error))
+    return Finding(record, "", _kind(image), size, _digest(image))
+
+
+def check(source: Source, *, canvas_size: int, channels: int, workers: int) -> list[Finding]:
+    """A finding for every image, in the source's order. `workers` processes; 0: this one alone."""
+    total = len(source)
+    chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
+    look = partial(_examine_all, source, canvas_size=canvas_size, channels=channels)
+    with iterate(grain.MapDataset.source(chunks).map(look), workers) as found:
+        return [finding for part in progress(found, total, "check", size=len) for finding in part]
+
+
+def summarize(source: Source, findings: list[Finding]) -> dict:
+    """The report, as JSON can hold it: `bad` by name with the reason, `duplicates` as lists of names, and counts."""
+    good = [finding for finding in findings if not finding.problem]
+    twins = defaultdict(list)
+    for finding in good:
+        twins[finding.digest].append(source.name(finding.record))
+    shapes = np.array([finding.size for finding in good]).reshape(-1, 2)
+    return {
+        "images": len(findings),
+        "classes": source.num_classes,
+        "kinds": dict(Counter(finding.kind for finding in good).most_common()),
+        "sizes": {
+            name: {"least": int(sides.min()), "median": int(np.median(sides)), "most": int(sides.max())}
+            for name, sides in {"height": shapes[:, 0], "width": shapes[:, 1]}.items()
+            if len(good)
+        },
+        "duplicates": [names for names in twins.values() if len(names) > 1],
+        "bad": {source.name(finding.record): finding.problem for finding in findings if finding.problem},
+    }
+
+
+def describe(report: dict, max_bad_fraction: float) -> str:
+    """The report for who reads it on a terminal: what to act on comes last."""
+    images, bad, duplicates = report["images"], report["bad"], report["duplicates"]
+    lines = [f"{images:,} images" + (f", {report['classes']:,} classes" if report["classes"] else ", no labels")]
+    lines += [f"  {count:,} {kind}" for kind, count in report["kinds"].items()]
+    lines += [
+        f"{side}: {size['least']:,} to {size['most']:,} pixels, median {size['median']:,}"
+        for side, size in report["sizes"].items()
+    ]
+    spare = sum(len(names) - 1 for names in duplicates)
+    lines += [f"{spare:,} images have the content of another one{':' if spare else ''}"]
+    lines += _first([" = ".join(names) for names in duplicates])
+    allowed = len(bad) <= max_bad_fraction * images
+    verdict = "training would replace them" if allowed else "training would stop: mend or remove them"
+    limit = f" (data.max_bad_fraction is {max_bad_fraction:.3%}): {verdict}" if bad else ""
+    lines += [f"{len(bad):,} of {images:,} images ({len(bad) / max(images, 1):.3%}) cannot be decoded{limit}"]
+    return "\n".join(lines + _first([f"{name}: {problem}" for name, problem in bad.items()]))
+
+
+def main(argv: list[str]) -> None:
+    """argv: the program and SOURCE."""
+    if len(argv) != 2:
+        raise UserError("usage: python -m dino_jax.commands.check SOURCE, where SOURCE is what data.source takes")
+    values = flags.FLAGS
+    source = open_source(argv[1])
+    findings = check(source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers)
+    report = summarize(source, findings)
+    if values.report:
+        with atomic.file(values.report) as path:
+            path.write_text(json.dumps({"source": argv[1], **report}, indent=1) + "\n")
+    print(describe(report, values.max_bad_fraction))
+    sys.exit(1 if report["bad"] else 0)
+
+
+def define_flags() -> None:
+    """The command's settings, besides SOURCE."""
+    flags.DEFINE_string("report", None, "JSON file to write all findings to")
+    flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
+    flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the training to come", lower_bound=1)
+    flags.DEFINE_integer("channels", 3, "model.in_channels of the training to come", lower_bound=1)
+    flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the training to come")
+
+
+def _examine_all(source: Source, records: range, canvas_size: int, channels: int) -> list[Finding]:
+    return [examine(source, record, canvas_size, channels) for record in records]
+
+
+def _kind(image: bytes | np.ndarray) -> str:
+    if isinstance(image, np.ndarray):
+        return f"array {image.dtype} x {image.shape[2] if image.ndim == 3 else 1}"
+    with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+        return f"{picture.format} {picture.mode}"
+
+
+def _digest(image: bytes | np.ndarray) -> str:
+    content = image if isinstance(image, bytes) else str(image.shape).encode() + np.ascontiguousarray(image).tobytes()
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - SHOWN
+    return [f"  {line}" for line in lines[:SHOWN]] + ([f"  and {more:,} more: see --report=FILE"] if more > 0 else [])
+
+
+if __name__ == "__main__":
+    from dino_jax.commands import check as command  # by the name under which worker processes find its functions
+
+    command.define_flags()
+    cli.run(command.main)

@@ -1,0 +1,141 @@
+"""`make demo`: pretrain on the bundled garments without a label, then show what was learnt, in minutes on a CPU.
+
+    python -m dino_jax.commands.demo --workdir=runs/demo
+
+Self-supervision is for many images and few labels: all 12,000 images are trained on, 30 labels a class are the bank
+for k-NN. Beside it stand the whole bank, raw pixels and the untrained network. Writes report.json and attention.png.
+"""
+
+import json
+import os
+import statistics
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from absl import flags
+
+from dino_jax.checkpoints import model_card
+from dino_jax.commands import cli
+from dino_jax.data import demo_images
+from dino_jax.data.sources import open_source
+from dino_jax.distributed.processes import set_cpu_device_count
+from dino_jax.distributed.sharding import make_mesh
+from dino_jax.evals.attention import evaluate_masks
+from dino_jax.evals.common.extraction import raw_pixels
+from dino_jax.evals.knn import knn_accuracy
+from dino_jax.models import build_backbone
+from dino_jax.provenance import versions
+from dino_jax.training import loop
+from dino_jax.training.setup import build_setup, init_state
+from dino_jax.weights.backbone import Backbone, load_backbone
+
+ATTENTION_IMAGES = 500  # of the test split
+ATTENTION_UPSCALE = 2  # images are enlarged for it, so that the patches are finer than the garments
+
+
+def main(argv: list[str]) -> None:
+    """Train (or go on), evaluate, print the report."""
+    cli.require_no_arguments(argv)
+    config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
+    set_cpu_device_count(config.batch_size)
+    loop.train(config, workdir)
+    trained = load_backbone(workdir)
+    initial = untrained(config)
+    report = knn_report(config, trained, initial) | attention_report(trained, initial, workdir)
+    report["images_per_second"] = training_rate(workdir / "metrics.jsonl")
+    report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
+    report["versions"] = versions()
+    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report, config))
+    print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
+
+
+def untrained(config) -> Backbone:
+    """The network of a config as it is before the first step."""
+    state = init_state(build_setup(config, steps_per_epoch=1), make_mesh())
+    variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
+    model = build_backbone(config.model.arch, patch_size=config.model.patch_size, image_size=config.crops.global_size)
+    return Backbone(model, variables, model_card(config, 0))
+
+
+def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
+    """k-NN top-1 in percent of pixels, untrained network and teacher, with the bank of few labels and the whole one."""
+    report: dict = {"k": config.eval.k, "bank": config.eval.train}
+    report |= {"bank_full": config.data.source, "test": config.eval.test}
+    for what, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
+        accuracy = knn_top1(config, backbone)
+        report |= {f"knn_top1{what}": accuracy.few, f"knn_top1{what}_full_bank": accuracy.full}
+    return report
+
+
+class Accuracy(NamedTuple):
+    """k-NN top-1 in percent."""
+
+    few: float  # with config.eval.train as the bank
+    full: float  # with all that is trained on
+
+
+def knn_top1(config, backbone: Backbone | None) -> Accuracy:
+    """k-NN top-1 with both banks, of raw pixels without a backbone. Raises UserError for a source without labels."""
+    mesh, k, queries = make_mesh(), config.eval.k, open_source(config.eval.test)
+    test = _features(queries, "queries", backbone, config, mesh)
+    top1 = []
+    for spec in (config.eval.train, config.data.source):
+        bank = open_source(spec)
+        train = _features(bank, "bank", backbone, config, mesh)
+        rows = train.features, train.labels, test.features, test.labels
+        top1.append(knn_accuracy(*rows, (k,), num_classes=bank.num_classes, mesh=mesh)[k][0])
+    return Accuracy(*top1)
+
+
+def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict:
+    """Mean Jaccard index of the best head's mask with the exact garment, and the picture."""
+    images = demo_images.demo_images("test")[:ATTENTION_IMAGES]
+    masks = demo_images.demo_masks("test")[:ATTENTION_IMAGES]
+    score = partial(evaluate_masks, images=images, objects=masks, upscale=ATTENTION_UPSCALE)
+    return {
+        "attention_jaccard": score(trained, sheet=workdir / "attention.png"),
+        "attention_jaccard_init": score(initial),
+        "attention_images": len(images),
+    }
+
+
+def training_rate(metrics: Path) -> float:
+    """Median images per second over the run's progress lines; evaluations and compilation are not in them."""
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return statistics.median(line["images_per_second"] for line in lines if "images_per_second" in line)
+
+
+def table(report: dict, config) -> str:
+    """The report for people."""
+    rows = [("raw pixels", "knn_top1_pixels"), ("untrained network", "knn_top1_init"), ("DINO teacher", "knn_top1")]
+    lines = [f"{'k-NN top-1, %':<20}{'30 labels a class':>20}{'all labels':>14}"]
+    lines += [f"{title:<20}{report[key]:>20.1f}{report[key + '_full_bank']:>14.1f}" for title, key in rows]
+    return "\n".join(
+        [
+            *lines,
+            f"attention covers the garment with a Jaccard index of {report['attention_jaccard']:.2f} "
+            f"(untrained {report['attention_jaccard_init']:.2f})",
+            f"trained at {report['images_per_second']:,.0f} images/s on {report['devices']}",
+        ]
+    )
+
+
+def _features(source, what: str, backbone: Backbone | None, config, mesh):
+    """Features of a source, of its raw pixels (0 to 1) without a backbone."""
+    if backbone is None:
+        channels = config.model.in_channels
+        return loop.feature_table(
+            raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels
+        )
+    return loop.feature_table(
+        backbone.model.apply, backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
+    )
+
+
+if __name__ == "__main__":
+    cli.config_file_flag("configs/demo.py")
+    flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
+    cli.run(main)

@@ -1,0 +1,275 @@
+"""What a recipe would need on a TPU slice, without one: the real train step, compiled for it.
+
+    pip install libtpu
+    python -m dino_jax.commands.plan --config=configs/vits16.py --topology=v5e:16x16 --config.batch_size=4096
+
+Prints the peak memory beside the chip's, the largest batch that fits, what crosses chips, FLOPs, and a model of the
+step time and of its scaling. Memory and collectives are the compiler's; times are arithmetic: chips work at
+`--utilization` of their peak, and communication, which nothing is assumed to hide, goes at the links' full rate.
+"""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import flags
+from jax.experimental import topologies
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax.commands import cli
+from dino_jax.distributed import fsdp, sharding
+from dino_jax.errors import UserError
+from dino_jax.training.config_checks import check_config
+from dino_jax.training.flops import peak_flops
+from dino_jax.training.setup import abstract_state, build_setup, flops_per_image
+from dino_jax.training.step import lower_step
+
+
+class Chip(NamedTuple):
+    """Google Cloud's figures for one chip."""
+
+    memory: float  # bytes
+    links: float  # bytes a second that leave it, over all of its links to neighbors (half of "bidirectional")
+    network: float  # bytes a second between slices: the pod's or host's share
+
+
+CHIPS = {"v5e": Chip(16e9, 200e9, 3.1e9), "v5p": Chip(95e9, 600e9, 6.2e9), "v6e": Chip(32e9, 400e9, 12.5e9)}
+OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+WIDTHS = {"s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "f16": 2, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
+RESERVED = 0.03  # of a chip's memory, for the runtime
+
+
+class Collective(NamedTuple):
+    """One operation of a program between its devices."""
+
+    operation: str
+    size: int  # bytes of its results on each device
+    times: int  # in a step
+    devices: int  # that take part together
+
+
+def main(argv: list[str]) -> None:
+    """Prints the plan; writes it as JSON too if asked."""
+    cli.require_no_arguments(argv)
+    values, config = flags.FLAGS, flags.FLAGS.config
+    mesh, chip = topology_mesh(values.topology, values.slices, config.fsdp)
+    if config.dtype == "auto":
+        config.dtype = "bfloat16"
+    config.data.source = config.data.source or "not read"
+    check_config(config, mesh.size)
+    plan = make_plan(config, mesh, chip, values.slices, values.utilization)
+    print(table(plan))
+    if values.output:
+        Path(values.output).write_text(json.dumps(plan, indent=2) + "\n")
+
+
+def topology_mesh(name: str, slices: int, fsdp: int) -> tuple[Mesh, Chip]:
+    """The mesh of a topology such as v5e:16x16, and its chip. UserError for one that does not exist."""
+    generation = name.split(":")[0]
+    if generation not in CHIPS:
+        raise UserError(f"--topology={name}: give CHIP:SHAPE with CHIP one of {', '.join(CHIPS)}, like v5e:16x16")
+    try:
+        shape = {} if slices == 1 else {"num_slices": slices}
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **shape).devices
+    except Exception as error:  # the compiler's own, of any kind
+        why = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--topology={name} can't be compiled for ({why}): is libtpu installed (pip install libtpu)?"
+        ) from error
+    if len(devices) % fsdp:
+        raise UserError(f"fsdp {fsdp} does not divide {len(devices)} chips: set --config.fsdp to a divisor of them")
+    return sharding.make_mesh(devices, fsdp), CHIPS[generation]
+
+
+def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilization: float) -> dict:
+    """Compiles the step at the config's batch and at half of it, and works out the rest. Takes minutes."""
+    batch, chips = config.batch_size, mesh.size
+    share = batch // chips
+    program = compile_step(config, mesh)
+    peak = program.memory_analysis().peak_memory_in_bytes
+    fits = None
+    smaller = share // 2 // config.accum_steps * config.accum_steps
+    if smaller:
+        half = config.copy_and_resolve_references()
+        half.batch_size = smaller * chips
+        peaks = {share: peak, smaller: compile_step(half, mesh).memory_analysis().peak_memory_in_bytes}
+        fits = images_that_fit(peaks, chip.memory * (1 - RESERVED), config.accum_steps)
+    setup = build_setup(config, steps_per_epoch=1_000)
+    flops = flops_per_image(setup) * share
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_state(setup, mesh).student))
+    rate = peak_flops(mesh.devices.flat[0])
+    found = list(collectives(program.as_text(), chips))
+    seconds = {
+        "compute": flops / (rate * utilization) if rate else None,
+        "links": sum(link_seconds(one, chip, chips // slices) for one in found),
+        "network": network_seconds(4 * parameters, chip, slices, chips // slices),
+    }
+    return {
+        "chips": chips,
+        "slices": slices,
+        "arch": f"{config.model.arch}/{config.model.patch_size}",
+        "batch": batch,
+        "fsdp": config.fsdp,
+        "accum_steps": config.accum_steps,
+        "parameters": parameters,
+        "peak_bytes": peak,
+        "chip_bytes": chip.memory,
+        "largest_batch": fits and fits * chips,
+        "flops_per_chip": flops,
+        "collectives": [one._asdict() for one in found],
+        "seconds": seconds,
+        "utilization": utilization,
+    }
+
+
+def images_that_fit(peaks: dict[int, float], memory: float, multiple: int) -> int | None:
+    """The most images of a chip, off a line through its `peaks` with two numbers of them; a multiple of `multiple`.
+
+    None where the line does not rise: with a few images, what does not depend on them takes most.
+    """
+    (few, low), (many, high) = sorted(peaks.items())
+    if high <= low:
+        return None
+    return int(few + (memory - low) * (many - few) / (high - low)) // multiple * multiple
+
+
+def compile_step(config: ConfigDict, mesh: Mesh):
+    """The train step of a config as the compiler makes it for these devices."""
+    print(f"compiling for {mesh.size} chips, batch {config.batch_size:,} (a few minutes)", file=sys.stderr, flush=True)
+    setup = build_setup(config, steps_per_epoch=1_000)
+    state = abstract_state(setup, mesh)
+    fsdp.check_divides(state, config.fsdp)
+    try:
+        return lower_step(setup, mesh, state).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
+        said = f"{needs[1]} of {needs[2]}" if needs else "more than the chip has"
+        raise UserError(
+            f"batch {config.batch_size:,} on {mesh.size} chips needs {said}: set a smaller --config.batch_size, "
+            "--config.accum_steps, --config.model.remat=True or --config.fsdp"
+        ) from error
+
+
+def collectives(text: str, devices: int) -> Iterator[Collective]:
+    """What a compiled program (its HLO) exchanges in one run; what loops repeat counts as often as they do."""
+    bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.S | re.M))
+    entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
+    assert entry is not None
+
+    overlapped: set[tuple] = set()
+
+    def walk(name: str, times: int, fused: bool = False) -> Iterator[Collective]:
+        for line in bodies.get(name, "").splitlines():
+            operation = re.search(rf"= (\(.*?\)|\S+) ({'|'.join(OPERATIONS)})(-start)?\(", line)
+            if operation:
+                sizes = [array_bytes(*one) for one in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
+                # What is started holds operands beside results.
+                size = sum(sizes) if not operation[3] or operation[2] == "all-reduce" else max(sizes)
+                channel = re.search(r"channel_id=(\d+)", line)
+                # What overlaps with computation stands in each of the fusions that it overlaps with.
+                key = (operation[2], size, times, channel and channel[1])
+                if not (fused and key in overlapped):
+                    yield Collective(operation[2], size, times, _group(line, devices))
+                if fused:
+                    overlapped.add(key)
+            loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+            if loop:
+                yield from walk(loop[2], times * trips(line, bodies.get(loop[1], "")))
+            for called in re.findall(r"(?:calls|true_computation|false_computation)=%?([\w.\-]+)", line):
+                yield from walk(called, times, True)
+
+    return walk(entry[1], 1)
+
+
+def array_bytes(kind: str, dimensions: str) -> int:
+    """Of an array as HLO writes it, kind[dimensions]."""
+    return WIDTHS.get(kind, 0) * int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64))
+
+
+def _group(line: str, devices: int) -> int:
+    """Devices of a collective's group, as {{0,1},{2,3}} or as [groups,size]<=..."""
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(iota[1])
+    return devices
+
+
+def trips(line: str, condition: str) -> int:
+    """How often a loop runs: said by the compiler, or the number that its condition compares with."""
+    if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', line):
+        return int(known[1])
+    return max((int(n) for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", condition)), default=1)
+
+
+def link_seconds(one: Collective, chip: Chip, per_slice: int) -> float:
+    """Within a slice, around a ring: an all-reduce sends nearly all twice, the others once."""
+    n = min(one.devices, per_slice)
+    passes = 2 if one.operation == "all-reduce" else 1
+    size = one.size * (n if one.operation == "reduce-scatter" else 1)  # its result is a part of what is sent
+    return one.times * passes * size * (n - 1) / n / chip.links
+
+
+def network_seconds(gradient: int, chip: Chip, slices: int, per_slice: int) -> float:
+    """Between slices each chip sends its part of the gradient (bytes), which was reduced within, around a ring.
+
+    By arithmetic: compilers leave this to the runtime, and the program's text tells nothing of it.
+    """
+    return 2 * gradient / per_slice * (slices - 1) / slices / chip.network
+
+
+def table(plan: dict) -> str:
+    """The plan for people."""
+    seconds, gb = plan["seconds"], 1e9
+    total = sum(seconds.values()) if seconds["compute"] else None
+    moved: dict[str, list[int]] = {}
+    for one in plan["collectives"]:
+        count, size = moved.get(one["operation"], [0, 0])
+        moved[one["operation"]] = [count + one["times"], size + one["times"] * one["size"]]
+    exchanged = ", ".join(f"{count} {name} of {size / 1e6:,.1f} MB" for name, (count, size) in moved.items())
+    fits = (
+        "not known from so few images a chip: give a larger --config.batch_size"
+        if plan["largest_batch"] is None
+        else f"{plan['largest_batch']:,} images (a line through two batches)"
+    )
+    rows = {
+        "run": f"{plan['arch']} on {plan['chips']} chips in {plan['slices']} slice(s), batch {plan['batch']:,}, "
+        f"fsdp {plan['fsdp']}, accum_steps {plan['accum_steps']}",
+        "peak memory": f"{plan['peak_bytes'] / gb:.2f} of {plan['chip_bytes'] / gb:.0f} GB a chip",
+        "largest batch": fits,
+        "FLOPs": f"{plan['flops_per_chip'] / 1e12:.2f} T a chip and step",
+        "between chips": f"{exchanged or 'nothing'} a step",
+    }
+    if total:
+        alone = seconds["compute"] + seconds["links"]
+        rows["step, modeled"] = (
+            f"{1e3 * total:.1f} ms: {1e3 * seconds['compute']:.1f} computing at {plan['utilization']:.0%} of the peak, "
+            f"{1e3 * seconds['links']:.2f} on links, {1e3 * seconds['network']:.2f} between slices"
+        )
+        rows["images/s, modeled"] = f"{plan['batch'] / total:,.0f}"
+        rows["scaling, modeled"] = (
+            f"{seconds['compute'] / total:.3f} of chips that do not talk, {alone / total:.3f} of slices that do not"
+        )
+    width = max(map(len, rows)) + 2
+    return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
+
+
+if __name__ == "__main__":
+    # The compiler alone: no chip is looked for.
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
+    jax.config.update("jax_platforms", "cpu")
+    cli.config_file_flag("configs/vits16.py")
+    flags.DEFINE_string("topology", "v5e:4x4", "chip and shape of a slice: v5e:16x16, v5p:4x4x4, v6e:8x8")
+    flags.DEFINE_integer("slices", 1, "number of slices")
+    flags.DEFINE_float("utilization", 0.4, "share of their peak that chips compute at, for the modeled times")
+    flags.DEFINE_string("output", None, "JSON file to write the plan to as well")
+    cli.run(main)

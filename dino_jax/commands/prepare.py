@@ -1,0 +1,207 @@
+"""Writes a data set to ArrayRecord files, in parallel: a few large files instead of a million small ones.
+
+    python -m dino_jax.commands.prepare SOURCE OUT [--canvas_size=256]
+
+SOURCE: whatever data.source takes. OUT: a folder, then read with data.source=array_record:OUT/*.array_record: the same
+images in the same order, hence the same batches. Images are stored as they are, or with --canvas_size smaller. The same
+command goes on where it was cut off. OUT/manifest.json says what was made of what.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+from PIL import Image
+
+from dino_jax import atomic
+from dino_jax.commands import cli
+from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.sources import Example, Source, names_digest, open_source, write_examples
+from dino_jax.data.workers import iterate
+from dino_jax.errors import UserError
+from dino_jax.progress import progress
+
+MANIFEST = "manifest.json"
+PATTERN = "*.array_record"
+JPEG = {"quality": 95, "subsampling": 0}  # at the canvas's size, each chroma pixel counts
+
+
+class Shard(NamedTuple):
+    """A file of the set, of the images first .. last - 1 of the source."""
+
+    name: str
+    first: int
+    last: int
+
+
+class Written(NamedTuple):
+    """What became of a shard."""
+
+    name: str
+    images: int
+    bytes: int
+    left_out: dict[str, str]  # name of the image -> why it cannot be read or decoded
+
+
+def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes | np.ndarray:
+    """The image upright, its shorter side `canvas_size` pixels, as a JPEG; one that is no larger stays as it is.
+
+    The aspect ratio is kept, because boxes are drawn in it. Raises like `decoding.decode`.
+    """
+    pixels = decode(image, channels)
+    height, width = pixels.shape[:2]
+    scale = canvas_size / min(height, width)
+    if scale >= 1:
+        return image
+    if channels not in (1, 3):
+        raise UserError(f"--canvas_size={canvas_size} makes JPEGs, of 1 or 3 channels: leave it out for {channels}")
+    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    buffer = io.BytesIO()
+    size = round(width * scale), round(height * scale)
+    picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(buffer, "JPEG", **JPEG)
+    return buffer.getvalue()
+
+
+def prepare(
+    spec: str, out: str | Path, *, canvas_size: int, channels: int, shard_images: int, workers: int
+) -> dict[str, Written]:
+    """Writes the set, or what is missing of it, and returns all of it, by the names of the files.
+
+    Args:
+        spec: the source (see `open_source`).
+        out: the folder to write to.
+        canvas_size: shorter side of the stored images, pixels; 0 stores them as they are, undecoded.
+        channels: of smaller ones, 1 or 3.
+        shard_images: images in a file; the last may have fewer.
+        workers: processes; 0: this one alone.
+
+    Raises: UserError where `out` holds another set, or can't be written.
+    """
+    source, out = open_source(spec), Path(out)
+    plan = {
+        "source": spec,
+        "names": names_digest(source),
+        "images": len(source),
+        "classes": source.num_classes,
+        "canvas_size": canvas_size,
+        "channels": channels,
+        "shard_images": shard_images,
+    }
+    done = _finished(out, plan)
+    missing = [shard for shard in _shards(len(source), shard_images) if shard.name not in done]
+    write = partial(_write, source=source, out=out, canvas_size=canvas_size, channels=channels)
+    settled = grain.MapDataset.source(missing).map(write)
+    with iterate(settled, workers, stall_timeout=0) as written:  # a file takes as long as it takes
+        sizes = {shard.name: shard.last - shard.first for shard in missing}
+        for result in progress(written, sum(sizes.values()), "prepare", size=lambda result: sizes[result.name]):
+            done[result.name] = result
+            _write_manifest(out, plan, done)
+    return done
+
+
+def describe(out: str, done: dict[str, Written]) -> str:
+    """What there is now, and how to train from it."""
+    images, size = sum(shard.images for shard in done.values()), sum(shard.bytes for shard in done.values())
+    left_out = {name: reason for shard in done.values() for name, reason in shard.left_out.items()}
+    lines = [f"left out: {name}: {reason}" for name, reason in left_out.items()]
+    lines += [f"{images:,} images in {len(done):,} files, {size / 1e9:,.2f} GB; {len(left_out):,} left out"]
+    return "\n".join([*lines, f"train from them with --config.data.source='array_record:{out}/{PATTERN}'"])
+
+
+def main(argv: list[str]) -> None:
+    """argv: the program, SOURCE and OUT."""
+    if len(argv) != 3:
+        raise UserError("usage: python -m dino_jax.commands.prepare SOURCE OUT, where SOURCE is what data.source takes")
+    values = flags.FLAGS
+    done = prepare(
+        argv[1],
+        argv[2],
+        canvas_size=values.canvas_size,
+        channels=values.channels,
+        shard_images=values.shard_images,
+        workers=values.workers,
+    )
+    print(describe(argv[2], done))
+
+
+def define_flags() -> None:
+    """The command's settings, besides SOURCE and OUT."""
+    flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: as they are", lower_bound=0)
+    flags.DEFINE_integer("channels", 3, "of images made smaller: 1 or 3", lower_bound=1)
+    flags.DEFINE_integer("shard_images", 1024, "images in a file", lower_bound=1)
+    flags.DEFINE_integer("workers", os.cpu_count(), "processes that read, encode and write", lower_bound=0)
+
+
+def _shards(images: int, shard_images: int) -> list[Shard]:
+    count = -(-images // shard_images)
+    firsts = range(0, images, shard_images)
+    return [
+        Shard(f"shard-{k:05d}-of-{count:05d}.array_record", first, min(first + shard_images, images))
+        for k, first in enumerate(firsts)
+    ]
+
+
+def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channels: int) -> Written:
+    left_out: dict[str, str] = {}
+
+    def examples() -> Iterator[Example]:
+        for record in range(shard.first, shard.last):
+            try:
+                image, label = source[record]
+                image = smaller(image, canvas_size, channels) if canvas_size else image
+            except (DecodeError, OSError) as error:
+                left_out[source.name(record)] = getattr(error, "strerror", None) or str(error)
+            else:
+                yield Example(image, label)
+
+    with atomic.file(out / shard.name) as path:
+        images = write_examples(examples(), source.num_classes, str(path))
+        size = path.stat().st_size
+    return Written(shard.name, images, size, left_out)
+
+
+def _finished(out: Path, plan: dict) -> dict[str, Written]:
+    """The files that a run before this one finished. UserError where it was a run of something else."""
+    for unfinished in out.glob(".*.unfinished"):
+        unfinished.unlink()
+    try:
+        manifest = json.loads((out / MANIFEST).read_text())
+        shards = [Written(**shard) for shard in manifest.pop("shards")]
+    except FileNotFoundError:
+        if any(out.glob(PATTERN)):
+            raise UserError(f"{out} holds files of another origin: give another OUT") from None
+        _write_manifest(out, plan, {})
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"can't read {out / MANIFEST} ({error}): remove {out} or give another OUT") from error
+    if differing := [key for key in plan if manifest.get(key) != plan[key]]:
+        was, now = manifest.get(differing[0]), plan[differing[0]]
+        raise UserError(
+            f"{out} was begun with another {differing[0]} ({was}, now {now}): remove it or give another OUT"
+        )
+    whole_ones = [shard for shard in shards if _size(out / shard.name) == shard.bytes]
+    return {shard.name: shard for shard in whole_ones}
+
+
+def _size(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
+def _write_manifest(out: Path, plan: dict, done: dict[str, Written]) -> None:
+    shards = [done[name]._asdict() for name in sorted(done)]
+    with atomic.file(out / MANIFEST) as path:
+        path.write_text(json.dumps({**plan, "shards": shards}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    from dino_jax.commands import prepare as command  # by the name under which worker processes find its functions
+
+    command.define_flags()
+    cli.run(command.main)

@@ -1,0 +1,94 @@
+"""A picture of the crops that a recipe makes of your images, to look at before training on them.
+
+python -m dino_jax.commands.preview --config=configs/vits16.py --config.data.source=folder:photos --images=4
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw, ImageFont
+
+from dino_jax.commands import cli
+from dino_jax.data.multicrop import Crops, multicrop
+from dino_jax.data.pipeline import Batch, train_batches
+from dino_jax.data.sources import open_source
+from dino_jax.errors import UserError
+from dino_jax.training.config_checks import check_config
+from dino_jax.training.step import image_keys
+
+# Pixels: between tiles, of the labels' line, and of a tile's side at least (labels need the width).
+GAP, LABEL_HEIGHT, MIN_TILE = 4, 24, 96
+
+
+def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
+    """The first `images` images of the config's first step as canvases, and their crops in that step (float32)."""
+    check_config(config, devices=1)
+    source = open_source(config.data.source)
+    if not 0 < images <= len(source):
+        raise UserError(f"--images={images}: config.data.source has {len(source)}, set it to between 1 and that")
+    with train_batches(
+        source,
+        batch_size=images,
+        canvas_size=config.data.canvas_size,
+        channels=config.model.in_channels,
+        seed=config.seed,
+    ) as batches:
+        batch = next(batches)
+    keys = image_keys(config.seed, jnp.int32(0), jnp.asarray(batch.position))[:, 0]
+    data = config.data
+    crop = jax.jit(partial(multicrop, crops=config.crops, mean=data.mean, std=data.std, dtype=jnp.float32))
+    return batch, crop(keys, batch.canvas, batch.size)
+
+
+def picture(canvas: np.ndarray, crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
+    """One row an image: canvas uint8 `[S, S, C]`, global crops, local crops, each as large as a global crop.
+
+    Of images that have neither one channel nor three, the first three (or the only two as the first one) are shown.
+    """
+    side = max(crops.global_crops.shape[2], MIN_TILE)
+    columns = [("canvas", canvas)]
+    for name, group in (("global", crops.global_crops), ("local", crops.local_crops)):
+        levels = np.clip(np.round((np.asarray(group) * std + mean) * 255.0), 0, 255).astype(np.uint8)
+        columns += [(name, levels[:, view]) for view in range(levels.shape[1])]
+
+    step = side + GAP
+    sheet = Image.new("RGB", (GAP + step * len(columns), LABEL_HEIGHT + step * len(canvas)), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(LABEL_HEIGHT // 2)
+    for column, (name, images) in enumerate(columns):
+        left = GAP + step * column
+        draw.text((left, LABEL_HEIGHT // 2), f"{name} {images.shape[1]}", "black", font, anchor="lm")
+        for row, image in enumerate(images):
+            tile = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+            # Canvases shrink smoothly; small crops grow by repeating pixels, so that each pixel of theirs is seen.
+            method = Image.Resampling.BICUBIC if tile.shape[0] > side else Image.Resampling.NEAREST
+            sheet.paste(Image.fromarray(tile).resize((side, side), method), (left, LABEL_HEIGHT + step * row))
+    return sheet
+
+
+def main(argv: list[str]) -> None:
+    """Writes the picture to --output."""
+    cli.require_no_arguments(argv)
+    config, output, images = flags.FLAGS.config, Path(flags.FLAGS.output), flags.FLAGS.images
+    if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
+        raise UserError(f"--output={output}: the picture's name must end in .png or .jpg")
+    batch, crops = load_crops(config, images)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        picture(batch.canvas, crops, config.data.mean, config.data.std).save(output)
+    except OSError as error:
+        raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
+    print(f"written to {output}")
+
+
+if __name__ == "__main__":
+    cli.config_file_flag("configs/default.py")
+    flags.DEFINE_string("output", "crops.png", "the picture to write")
+    flags.DEFINE_integer("images", 4, "number of images, a row each")
+    cli.run(main)

@@ -1,0 +1,150 @@
+"""A step that was not finite, once more: what it computed, module by module and image by image.
+
+python -m dino_jax.commands.replay WORKDIR/replay-STEP.json
+
+The file is written when a run stops for it. The state is the checkpoint before that step, or the run's beginning; the
+batches are the same ones, since their order and all randomness are functions of seed and step.
+"""
+
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax import checkpoints
+from dino_jax.commands import cli
+from dino_jax.data.sources import open_source
+from dino_jax.distributed import fsdp, processes, sharding
+from dino_jax.errors import UserError
+from dino_jax.progress import progress
+from dino_jax.training import loop, nonfinite
+from dino_jax.training.config_checks import check_config
+from dino_jax.training.setup import Setup, State, abstract_state, build_setup
+from dino_jax.training.step import gradients, image_keys, train_step
+
+LISTED = 20  # modules and images that the report names
+
+
+class Report(NamedTuple):
+    """What a step computed."""
+
+    metrics: dict[str, float]  # of `train_step`
+    grad_norms: dict[str, float]  # of each module, those that are not finite first, then the largest
+    images: list[tuple[str, str]]  # (name, what of it is not finite: pixels, teacher, student)
+
+
+def replay(file: str | Path) -> Report:
+    """The step that a replay file names, computed again on this process's devices, with progress on stderr.
+
+    Bit for bit what the run saw where devices are of the same kind and number, and the same but for rounding elsewhere.
+    Raises UserError where the file is none, the checkpoint is gone or damaged, or the images are no longer those.
+    """
+    told = nonfinite.read(file)
+    config, step, start = ConfigDict(told["config"]), told["step"], told["checkpoint"]
+    check_config(config, jax.device_count())
+    source = open_source(config.data.source)
+    setup = build_setup(config, loop.check_enough_images(source, config))
+    mesh = sharding.make_mesh(fsdp=config.fsdp)
+    state = state_after(start, Path(file).parent, setup, mesh)
+
+    run_step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
+    with loop.batches_from(start, source, config) as batches:
+        for before in progress(range(start + 1, step), step - start - 1, "steps before", unit="steps"):
+            limit = np.float32(-1 if before in told["skipped"] else np.inf)  # a spike is skipped here, too
+            state, _ = run_step(state, loop.on_devices(next(batches), mesh), limit)
+        batch = next(batches)
+    names = [source.name(int(record)) for record in batch.index]
+    if names != [image["name"] for image in told["images"]]:
+        raise UserError(f"{config.data.source} no longer gives the images of step {step:,}: put the same data there")
+
+    arrays = loop.on_devices(batch, mesh)
+    grads, *_ = jax.jit(partial(gradients, setup, mesh))(state, arrays)
+    broken = jax.device_get(jax.jit(partial(not_finite, setup, mesh))(state, arrays))
+    _, metrics = run_step(state, arrays, np.float32(np.inf))
+    images = [
+        (name, ", ".join(what for what, rows in broken.items() if rows[row]))
+        for row, name in enumerate(names)
+        if any(rows[row] for rows in broken.values())
+    ]
+    return Report({name: float(value) for name, value in jax.device_get(metrics).items()}, module_norms(grads), images)
+
+
+def state_after(step: int, workdir: Path, setup: Setup, mesh: Mesh) -> State:
+    """The state that the run had after a step that it saved, or before its first (0)."""
+    if not step:
+        return loop.first_state(setup, mesh)[0][0]
+    folder = workdir / "checkpoints" / str(step)
+    if not folder.is_dir() or (problem := checkpoints.damage(folder)):
+        what = f"damaged ({problem})" if folder.is_dir() else "gone"
+        raise UserError(f"checkpoint {folder}, from which to replay, is {what}: put a copy back")
+    target = abstract_state(setup, mesh)
+    return fsdp.place(checkpoints.restore_arrays(folder / "state", target), mesh)
+
+
+def not_finite(setup: Setup, mesh: Mesh, state: State, batch) -> dict[str, jax.Array]:
+    """Of each image of the batch, whether its crops, its teacher's or its student's logits hold what is not finite.
+
+    Bool [B] each, under "pixels", "teacher" and "student". Without drop paths.
+    """
+    config, method = setup.config, setup.method
+
+    def own(state, batch):
+        keys = image_keys(config.seed, state.step, batch.position)
+        groups = setup.augment(keys[:, 0], batch).groups
+        gather = partial(fsdp.gather, dtype=method.backbone.dtype)
+        nothing = [None] * len(groups)
+        student, teacher = gather(state.student), gather(state.teacher)
+        student_z, _ = method.embed(student, state.student_stats, groups, nothing)
+        teacher_z, _ = method.embed(teacher, state.teacher_stats, groups[:1], [None])
+
+        def broken(arrays):
+            return ~jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in arrays]).all(0)
+
+        return {
+            "pixels": broken(groups),
+            "teacher": broken([method.prototypes(teacher["head"]["last_layer"], teacher_z)]),
+            "student": broken([method.prototypes(student["head"]["last_layer"], student_z)]),
+        }
+
+    return jax.shard_map(
+        own, mesh=mesh, in_specs=(fsdp.specs(state), sharding.BATCH), out_specs=sharding.BATCH, check_vma=False
+    )(state, batch)
+
+
+def module_norms(grads: Any) -> dict[str, float]:
+    """L2 norm of the gradients of each module, by dotted path: those that are not finite first, then the largest."""
+    modules: dict[str, list] = {}
+    for path, gradient in jax.tree.leaves_with_path(grads):
+        modules.setdefault(jax.tree_util.keystr(path[:-1], simple=True, separator="."), []).append(gradient)
+    norms = {name: float(norm) for name, norm in jax.device_get(jax.jit(_norms)(modules)).items()}
+    return dict(sorted(norms.items(), key=lambda item: (np.isfinite(item[1]), -item[1])))
+
+
+def _norms(modules: dict[str, list]) -> dict[str, jax.Array]:
+    return {name: optax.tree.norm(gradients) for name, gradients in modules.items()}
+
+
+def main(argv: list[str]) -> None:
+    """A replay file in, a report out."""
+    if len(argv) != 2:
+        raise UserError("give one file: python -m dino_jax.commands.replay WORKDIR/replay-STEP.json")
+    config = nonfinite.read(argv[1])["config"]
+    processes.set_cpu_device_count(config["batch_size"], config["accum_steps"])  # as the trainer does
+    metrics, grad_norms, images = replay(argv[1])
+    print(", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "param_norm", "lr")))
+    print(f"gradient norms, {min(LISTED, len(grad_norms))} of {len(grad_norms)} modules:")
+    for name, norm in list(grad_norms.items())[:LISTED]:
+        print(f"  {norm:10.4g}  {name}")
+    print(f"images with what is not finite: {len(images)}")
+    for name, what in images[:LISTED]:
+        print(f"  {name}: {what}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

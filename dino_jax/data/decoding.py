@@ -1,0 +1,158 @@
+"""One stored image to uint8 pixels on the host: decode, orient, convert, resize."""
+
+import io
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from dino_jax.errors import UserError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program to decode, as EPS does
+
+MAX_PIXELS = 100_000_000  # a larger image is refused unread: a few KB of PNG can unpack to gigabytes
+
+ORIENTATION_TAG = 0x0112  # EXIF
+
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class DecodeError(Exception):
+    """An image that cannot be decoded: damaged, truncated, of an unknown format or too large."""
+
+
+def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+    """A stored image as uint8 [H, W, channels].
+
+    Encoded images (bytes) give 1 (gray) or 3 (RGB) channels:
+    - EXIF orientation is applied; of animations and multi-page files the first frame is taken;
+    - palette, CMYK, gray and 1-bit images are converted; transparency is composited on white;
+    - 16-bit gray is divided by 257; float (and 32-bit integer beyond 16 bits) is stretched from its minimum..maximum;
+    - more than MAX_PIXELS is refused from the header, before anything is unpacked.
+
+    Arrays [H, W] or [H, W, C] may have any C that equals `channels`; gray and RGB are converted into each other.
+
+    Raises: DecodeError; UserError where `channels` cannot be had from this kind of image.
+    """
+    return _stack(_open(image, channels)[0])
+
+
+def to_canvas(image: bytes | np.ndarray, canvas_size: int, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """A stored image squeezed to a square, uint8 [S, S, channels], and its original (height, width).
+
+    Bicubic with antialiasing. A much larger JPEG is decoded at a half, a quarter or an eighth of its size, never below
+    S, which is several times faster. Raises like `decode`.
+    """
+    bands, size = _open(image, channels, at_least=canvas_size)
+    shape = (canvas_size, canvas_size)
+    return _stack([band.resize(shape, Image.Resampling.BICUBIC, reducing_gap=3.0) for band in bands]), size
+
+
+def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: int) -> np.ndarray:
+    """Shorter side to `resize` pixels (bicubic), then the central square: uint8 [crop, crop, channels].
+
+    Rounds as torchvision's Resize and CenterCrop do. Raises like `decode`, and UserError if crop > resize.
+    """
+    if crop > resize:
+        raise UserError(f"eval.crop {crop} is larger than eval.resize {resize}: set eval.resize to at least {crop}")
+    bands, (height, width) = _open(image, channels)
+    short = min(height, width)
+    new_width, new_height = int(resize * width / short), int(resize * height / short)
+    if new_width * new_height > MAX_PIXELS:
+        raise DecodeError(f"{width} x {height} pixels are too elongated to resize")
+    left, top = round((new_width - crop) / 2), round((new_height - crop) / 2)
+    resized = [band.resize((new_width, new_height), Image.Resampling.BICUBIC) for band in bands]
+    return _stack([band.crop((left, top, left + crop, top + crop)) for band in resized])
+
+
+def _open(
+    image: bytes | np.ndarray, channels: int, at_least: int | None = None
+) -> tuple[list[Image.Image], tuple[int, int]]:
+    """The decoded image as Pillow images (one for gray and RGB, else one a channel), and its original height, width.
+
+    With `at_least`, a JPEG may come out smaller than it is, but not with a side below that many pixels.
+    """
+    if isinstance(image, np.ndarray):
+        return _array_bands(image, channels), image.shape[:2]
+    if channels not in (1, 3):
+        raise UserError(f"model.in_channels={channels}: encoded images have 1 channel (gray) or 3 (RGB)")
+    try:
+        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+            width, height = picture.size
+            if width * height > MAX_PIXELS:
+                raise DecodeError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+            if at_least:
+                picture.draft("L" if channels == 1 else None, (at_least, at_least))
+            picture.load()
+            orientation = _orientation(picture)
+            upright = _convert(picture, channels)
+    except DecodeError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DecodeError(f"not a whole image file of a known format ({', '.join(FORMATS)})") from error
+    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+        raise DecodeError(f"{type(error).__name__}: {error}") from error
+    if orientation in UPRIGHT:
+        upright = upright.transpose(UPRIGHT[orientation])
+    return [upright], ((width, height) if orientation >= 5 else (height, width))
+
+
+def _orientation(picture: Image.Image) -> int:
+    """EXIF orientation 1..8; 1 where there is none or the EXIF is damaged (the pixels may still be good)."""
+    try:
+        orientation = picture.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:
+        return 1
+    return orientation if orientation in UPRIGHT else 1
+
+
+def _convert(picture: Image.Image, channels: int) -> Image.Image:
+    """To 8-bit gray or RGB. Pillow's own convert would clip 16-bit and float images to white."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = Image.fromarray(_to_uint8(np.asarray(picture)))
+    elif picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    mode = "L" if channels == 1 else "RGB"
+    return picture if picture.mode == mode else picture.convert(mode)
+
+
+def _array_bands(image: np.ndarray, channels: int) -> list[Image.Image]:
+    """An array [H, W] or [H, W, C] as Pillow images."""
+    pixels = np.ascontiguousarray(_to_uint8(image if image.ndim == 3 else image[..., None]))
+    depth = pixels.shape[-1]
+    if depth in (1, 3) and channels in (1, 3):
+        return [_convert(Image.fromarray(pixels[..., 0] if depth == 1 else pixels), channels)]
+    if depth != channels:
+        raise UserError(f"model.in_channels={channels}, but the images have {depth} channels")
+    return [Image.fromarray(pixels[..., c]) for c in range(depth)]
+
+
+def _to_uint8(values: np.ndarray) -> np.ndarray:
+    """Any numbers as 0..255: 16-bit by its full range, wider integers and floats by their own minimum and maximum."""
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == bool:
+        return values.astype(np.uint8) * 255
+    if values.dtype.kind in "iu":
+        if values.min() >= 0 and values.max() <= 65535:
+            return np.round(values / 257).astype(np.uint8)
+        values = values.astype(np.float64)
+    finite = np.isfinite(values)
+    low = values.min(initial=np.inf, where=finite)
+    span = values.max(initial=-np.inf, where=finite) - low
+    if not span > 0:
+        return np.zeros(values.shape, np.uint8)
+    return np.round(np.where(finite, (values - low) / span, 0.0) * 255).astype(np.uint8)
+
+
+def _stack(bands: list[Image.Image]) -> np.ndarray:
+    """Pillow images of one size as uint8 [H, W, C]."""
+    return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=-1)

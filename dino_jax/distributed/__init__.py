@@ -1,0 +1,1 @@
+"""Devices and processes: mesh, fsdp, consistency, watchdog, preemption."""

@@ -1,0 +1,150 @@
+"""Whether all processes run the same thing on the same data, and whether all devices still hold the same state.
+
+Processes that disagree do not fail by themselves: each computes its share of something else, and the mean of the
+gradients hides it. So they compare, at the start, what they are about to do; and, from time to time, what they hold.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, PartitionSpec
+
+from dino_jax import provenance
+from dino_jax.data.sources import Source, names_digest
+from dino_jax.distributed import fsdp, sharding
+from dino_jax.errors import NAMED, UserError, listed
+
+# Of the config: what is each host's own business, and paths. What lies there is compared where it is read.
+OWN = ("distributed.", "data.workers", "data.source", "init_from", "eval.train", "eval.test")
+
+
+def require(describe: Callable[[], Mapping[str, Any]]) -> None:
+    """UserError on every process, unless describe() is the same on all: what differs, and on which process.
+
+    describe: gives plain JSON values by name, the same names everywhere. Not called where there is one process.
+    """
+    if jax.process_count() == 1:
+        return
+    text = json.dumps(describe(), sort_keys=True).encode()
+    digests = multihost_utils.process_allgather(np.frombuffer(hashlib.sha256(text).digest(), np.uint8))
+    if (digests == digests[0]).all():
+        return
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.frombuffer(text.ljust(sizes.max()), np.uint8)
+    told = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    raise UserError(
+        f"the processes do not agree: {listed(differences(told))}: start the same command with the same code, "
+        "libraries and data on every host"
+    )
+
+
+def differences(told: list[Mapping[str, Any]]) -> list[str]:
+    """What processes tell of themselves, in order -> a sentence for each name of which they tell different things."""
+    sentences = []
+    for name in sorted(set().union(*told)):
+        values = [json.dumps(one.get(name)) for one in told]
+        usual = Counter(values).most_common(1)[0][0]
+        strange = [process for process, value in enumerate(values) if value != usual]
+        if strange:
+            others = values.index(usual)
+            said = ", ".join(f"process {process} has {values[process]}" for process in strange[:NAMED])
+            sentences.append(f"{name} ({said}, process {others} {usual})")
+    return sentences
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """The config by dotted name but for what is a host's `OWN`; versions, this package's code, devices, XLA's flags."""
+    flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
+    return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(OWN)} | {
+        **{f"version of {name}": version for name, version in provenance.versions().items()},
+        "version of jaxlib": jaxlib.__version__,
+        "code of dino_jax": _code(),
+        "devices of a host": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
+        "XLA_FLAGS": " ".join(flags),
+    }
+
+
+def data(source: Source) -> dict[str, Any]:
+    """The number of images and a hash of their names, in order."""
+    return {"images of data.source": len(source), "names of images of data.source": names_digest(source)}
+
+
+def program(lowered: jax.stages.Lowered) -> dict[str, str]:
+    """A hash of a jitted function as it is lowered for its arguments, before it is compiled."""
+    return {"compiled step": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]}
+
+
+def require_same_state(state: Any, mesh: Mesh) -> None:
+    """UserError naming the devices whose copy of the state is not that of most others, bit by bit, and what of it.
+
+    state: a tree of arrays laid out as `fsdp.specs` says. Parts of a parameter that is split over `fsdp` are
+    compared with the same parts elsewhere. To be called by all processes at once.
+    """
+    if mesh.shape["data"] == 1:
+        return
+    sums = np.asarray(multihost_utils.process_allgather(checksums(mesh, state), tiled=True))
+    data_size, fsdp, _ = sums.shape
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in jax.tree.leaves_with_path(state)]
+    wrong = []
+    for part in range(fsdp):
+        usual = Counter(row.tobytes() for row in sums[:, part]).most_common(1)[0][0]
+        for copy in range(data_size):
+            where = np.flatnonzero(sums[copy, part] != np.frombuffer(usual, np.uint32))
+            if where.size:
+                device = mesh.devices[copy, part]
+                wrong.append(
+                    f"{device} of process {device.process_index} in {names[where[0]]} and {where.size - 1} more"
+                )
+    if wrong:
+        raise UserError(
+            f"devices hold different copies of the state: {'; '.join(wrong[:NAMED])} ({len(wrong)} of "
+            f"{mesh.devices.size} devices): the same command resumes after the last checkpoint; if it happens again, "
+            "leave the machine out"
+        )
+
+
+@partial(jax.jit, static_argnums=0)
+def checksums(mesh: Mesh, state: Any) -> jax.Array:
+    """Of each device's copy (or part) of each array, the sum of its bits as integers: uint32 [data, fsdp, arrays].
+
+    The sum does not depend on an order, wraps, and changes with any single flipped bit.
+    """
+
+    def own(state):
+        return jnp.stack([_bits(x).sum(dtype=jnp.uint32) for x in jax.tree.leaves(state)])[None, None]
+
+    return jax.shard_map(
+        own, mesh=mesh, in_specs=(fsdp.specs(state),), out_specs=PartitionSpec(*sharding.AXES), check_vma=False
+    )(state)
+
+
+def _bits(x: jax.Array) -> jax.Array:
+    unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(x, unsigned)
+
+
+def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _code() -> str:
+    """A hash of this package's sources: the same version may be another checkout."""
+    root = Path(__file__).parents[1]
+    code = hashlib.sha256()
+    for path in sorted(root.rglob("*.py")):
+        code.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    return code.hexdigest()[:16]

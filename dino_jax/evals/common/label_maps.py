@@ -1,0 +1,68 @@
+"""Label maps as files and pictures: palette PNGs as VOC and DAVIS keep them, with a class or an object a number."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from dino_jax.errors import UserError
+
+MOST_OBJECTS = 20  # in a mask of one's own: more are the colors of a photo, or of a mask saved as JPEG
+
+
+def _palette() -> np.ndarray:
+    """DAVIS's colors, uint8 [256, 3]: three bits of the number for red, green and blue, gray from 22 on."""
+    number, level = np.arange(22), np.array([0, 64, 128, 191])
+    colors = [level[2 * (number >> bit & 1) + (number >> bit + 3 & 1)] for bit in range(3)]
+    return np.concatenate([np.stack(colors, 1), np.arange(22, 256)[:, None].repeat(3, 1)]).astype(np.uint8)
+
+
+PALETTE = _palette()
+
+
+def read_labels(path: Path, knob: str) -> np.ndarray:
+    """The numbers in a palette (or 8-bit gray) PNG, uint8 [H, W]; a UserError of the knob if there are none."""
+    try:
+        with Image.open(path) as picture:
+            mode, labels = picture.mode, np.array(picture)
+    except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of damaged files
+        raise UserError(f"{knob}: {path} can't be read as a label map ({error})") from error
+    if mode not in ("P", "L"):
+        raise UserError(f"{knob}: {path} has colors ({mode}) instead of labels: give the original palette PNG")
+    return labels
+
+
+def read_objects(path: Path, knob: str) -> np.ndarray:
+    """A mask drawn by hand as labels, uint8 [H, W]: black is 0, other colors (or numbers) are 1.. in rising order.
+
+    Raises:
+        UserError: it can't be read, is all black or has more than MOST_OBJECTS colors.
+    """
+    try:
+        with Image.open(path) as picture:
+            pixels = np.array(picture if picture.mode in ("P", "L") else picture.convert("RGB"), np.int64)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
+    if pixels.ndim == 3:
+        pixels = pixels @ np.array([1 << 16, 1 << 8, 1])
+    colors = np.setdiff1d(pixels, [0])
+    if not len(colors):
+        raise UserError(f"{knob}: {path} is all black: paint each object in a color of its own")
+    if len(colors) > MOST_OBJECTS:
+        raise UserError(
+            f"{knob}: {path} has {len(colors):,} colors, at most {MOST_OBJECTS} objects work: save it as PNG, one "
+            "plain color an object, without soft edges"
+        )
+    return np.where(pixels == 0, 0, np.searchsorted(colors, pixels) + 1).astype(np.uint8)
+
+
+def write_labels(path: Path, labels: np.ndarray) -> None:
+    """Writes uint8 [H, W] as a PNG in DAVIS's palette."""
+    picture = Image.fromarray(labels)
+    picture.putpalette(PALETTE.ravel().tolist())
+    picture.save(path)
+
+
+def over(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] with objects tinted in the palette's colors, by labels uint8 [H, W]."""
+    return np.where(labels[..., None] > 0, image // 2 + PALETTE[labels] // 2, image)

@@ -1,0 +1,77 @@
+"""What a linear probe leaves on disk to go on from: one file, written whole or not at all."""
+
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from dino_jax import atomic
+from dino_jax.data.sources import Source
+from dino_jax.errors import UserError
+from dino_jax.evals.common.feature_cache import WAY_OUT
+from dino_jax.evals.common.linear_heads import Probe, ProbeState
+from dino_jax.provenance import plain
+
+FREE = ("workers", "val_every")  # settings that may change between a run and its continuation
+
+
+class Record(NamedTuple):
+    """What was measured after an epoch, for K kinds of features and L learning rates."""
+
+    epoch: int  # epochs done
+    images: int  # test images
+    loss: np.ndarray  # float32 [K, L], mean over the epoch's training images
+    top1: np.ndarray  # float64 [K, L], percent of the test images
+    top5: np.ndarray  # float64 [K, L], likewise; among all classes if there are fewer than five
+
+
+def fingerprint(probe: Probe, variables: dict, train: Source, test: Source) -> dict:
+    """What two runs must share for one to go on with the other's state, as plain JSON."""
+    backbone = hashlib.sha256()
+    for leaf in jax.tree.leaves(variables):
+        backbone.update(np.asarray(leaf).tobytes())
+    settings = {key: value for key, value in plain(probe.config).items() if key not in FREE}
+    return settings | {"images": [len(train), len(test)], "backbone": backbone.hexdigest()}
+
+
+def save_state(file: Path, settings: dict, state: ProbeState, history: list[Record]) -> None:
+    """Writes heads, momentum, step, measurements and settings, whole or not at all. Process 0 writes."""
+    if jax.process_index() > 0:
+        return
+    arrays = flatten_dict({"step": state.step, "heads": state.heads, "momentum": state.momentum}, sep="/")
+    columns = zip(*history, strict=True)
+    measured: dict[str, Any] = {f"history/{key}": np.stack(x) for key, x in zip(Record._fields, columns, strict=False)}
+    with atomic.file(file, WAY_OUT) as unfinished, unfinished.open("wb") as stream:
+        np.savez(stream, settings=json.dumps(settings), **(measured | jax.device_get(arrays)))
+
+
+def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:
+    """{"step", "heads", "momentum"} and the measurements so far; empty if there is nothing to go on with.
+
+    Raises UserError if the file is damaged or holds an unfinished run with other settings.
+    """
+    if not file.is_file():
+        return {}, []
+    try:
+        with np.load(file) as stored:
+            arrays = dict(stored)
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is damaged ({error}): delete it to start anew") from error
+    theirs, saved = json.loads(str(arrays.pop("settings"))), unflatten_dict(arrays, sep="/")
+    columns = saved.pop("history", dict.fromkeys(Record._fields, ()))
+    rows = zip(*(columns[key] for key in Record._fields), strict=True)
+    history = [Record(int(epoch), int(images), *measured) for epoch, images, *measured in rows]
+    other = [key for key in settings if theirs.get(key) != settings[key]]
+    if not other:
+        return saved, history
+    if history and history[-1].epoch == theirs["epochs"]:
+        return {}, []  # that run is finished: this one takes its place
+    raise UserError(
+        f"{file} is of an unfinished run with another {', '.join(other)}: finish that one, delete the file, or set "
+        "--out to another folder"
+    )

@@ -1,0 +1,154 @@
+"""Exact nearest neighbors by cosine similarity, among millions of rows, without a matrix of all similarities."""
+
+import sys
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from dino_jax.distributed.sharding import AXES, BATCH, REPLICATED, make_mesh, replicate
+
+# What a device holds at a time: so many rows of the bank, and their similarities to as many queries as make these.
+BANK_CHUNK = 2**17
+SIMILARITIES = 2**26
+SAY_EVERY = 10.0  # seconds
+
+
+def nearest(bank: np.ndarray, queries: np.ndarray, k: int, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The k rows of a bank that are most similar to each query, best first; of equal ones the lower row.
+
+    The bank goes through the devices once, in chunks, each device with its own part of it; every chunk meets all
+    queries. So a device holds a chunk, the queries and their k best so far, and the host little but the inputs. Says on
+    stderr how far it is where that takes long.
+
+    Args:
+        bank: float32 [N, D] in rows of any length (they are L2-normalized), the same on every process; may be mapped
+            from a file.
+        queries: float32 [T, D], likewise.
+        k: number of neighbors, 1..N.
+        mesh: devices to use; all by default.
+
+    Returns:
+        cosine similarities float32 [T, k] and rows int32 [T, k].
+    """
+    mesh = make_mesh() if mesh is None else mesh
+    share = -(-len(bank) // mesh.size)  # rows of each device
+    chunks = -(-share // BANK_CHUNK)
+    block = _block_size(-(-share // chunks), k)
+    chunk = -(-share // (chunks * block)) * block
+    groups = -(-len(queries) * chunk // SIMILARITIES)
+    group = -(-len(queries) // (groups * mesh.size)) * mesh.size
+    padding = groups * group - len(queries)
+    placed = np.pad(np.asarray(queries, np.float32), ((0, padding), (0, 0))).reshape(groups, group, -1)
+    placed, best = replicate(placed, mesh), _nothing_yet((groups, group, k), mesh)
+    started = said = time.monotonic()
+    for number in range(chunks):
+        vectors = _place(bank, number * chunk, chunk, chunks * chunk, mesh)
+        best = jax.block_until_ready(
+            _search(best, placed, vectors, number * chunk, chunks * chunk, len(bank), block, mesh)
+        )
+        now = time.monotonic()
+        if now - said > SAY_EVERY and number + 1 < chunks:
+            said, done = now, (number + 1) / chunks
+            left = (now - started) / done * (1 - done)
+            print(f"neighbors: {done:.0%} of {len(bank):,} rows searched, {left:,.0f} s left", file=sys.stderr)
+    similarity, row = (np.asarray(x).reshape(groups * group, k)[: len(queries)] for x in _join(best, mesh))
+    return similarity, row
+
+
+def _block_size(chunk: int, k: int) -> int:
+    """Of `_contenders`: a power of two, such that maxima and contenders are about as many."""
+    return 2 ** max(0, round(np.log2(chunk / k) / 2))
+
+
+def _nothing_yet(shape: tuple[int, int, int], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
+    """Similarities and rows [devices, *shape], split over the devices."""
+    sharding = NamedSharding(mesh, BATCH)
+    empty = partial(jax.jit, out_shardings=(sharding, sharding))
+    whole = (mesh.size, *shape)
+    return empty(lambda: (jnp.full(whole, -jnp.inf), jnp.zeros(whole, jnp.int32)))()
+
+
+def _place(bank: np.ndarray, start: int, chunk: int, share: int, mesh: Mesh) -> jax.Array:
+    """[devices, chunk, D] split over the devices: `chunk` rows of each one's share of the bank.
+
+    Beyond the bank's end its last row is repeated, which leaves the largest similarity of its block what it is.
+    """
+
+    def rows(index):
+        first = index[0].indices(mesh.size)[0] * share + start
+        if first + chunk <= len(bank):
+            return np.asarray(bank[None, first : first + chunk], np.float32)
+        return np.asarray(bank[np.minimum(np.arange(first, first + chunk), len(bank) - 1)][None], np.float32)
+
+    return jax.make_array_from_callback((mesh.size, chunk, bank.shape[1]), NamedSharding(mesh, BATCH), rows)
+
+
+def _normalize(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+@partial(jax.jit, static_argnames=("share", "rows", "block", "mesh"), donate_argnums=0)
+def _search(best, queries, vectors, start, share, rows, block, mesh):
+    """The k best after this chunk: best so far [devices, groups, t, k], queries [groups, t, D], vectors as `_place`."""
+
+    def on_device(best, queries, vectors, start):
+        k, vectors = best[0].shape[-1], _normalize(vectors[0])
+        first = jax.lax.axis_index(AXES) * share + start
+
+        def one_group(group):
+            (similarity, row), queries = group
+            product = jnp.matmul(_normalize(queries), vectors.T, precision=jax.lax.Precision.HIGHEST)
+            found, place = _contenders(product, rows - first, k, block)
+            return _top(jnp.concatenate([similarity, found], 1), jnp.concatenate([row, first + place], 1), k)
+
+        best = jax.lax.map(one_group, (jax.tree.map(lambda x: x[0], best), queries))
+        return jax.tree.map(lambda x: x[None], best)
+
+    specs = ((BATCH, BATCH), REPLICATED, BATCH, REPLICATED)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=(BATCH, BATCH), check_vma=False)(
+        best, queries, vectors, start
+    )
+
+
+def _contenders(similarity: jax.Array, real: jax.Array, k: int, block: int) -> tuple[jax.Array, jax.Array]:
+    """[t, n] -> similarities and places [t, k * block], ascending places: the k best of each row are among them.
+
+    They lie in the k blocks with the largest maxima, of equal ones the lower: any block before one of theirs holds
+    something better. To look for k of n / block and then of k * block is quicker than to look for k of n. Places from
+    `real` on only fill the blocks up, see `_place`.
+    """
+    blocks = similarity.reshape(len(similarity), -1, block)
+    maxima = jnp.where(jnp.arange(blocks.shape[1]) * block < real, blocks.max(-1), -jnp.inf)
+    chosen = jnp.sort(jax.lax.top_k(maxima, min(k, blocks.shape[1]))[1], axis=1)
+    values = jnp.take_along_axis(blocks, chosen[:, :, None], axis=1).reshape(len(blocks), -1)
+    places = (chosen[:, :, None] * block + jnp.arange(block)).reshape(len(blocks), -1)
+    return jnp.where(places < real, values, -jnp.inf), places
+
+
+def _top(similarity: jax.Array, row: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+    similarity, place = jax.lax.top_k(similarity, k)
+    return similarity, jnp.take_along_axis(row, place, axis=1)
+
+
+@partial(jax.jit, static_argnames="mesh")
+def _join(best, mesh):
+    """What each device found, [devices, groups, t, k] -> the best of it [groups, t, k], whole everywhere."""
+
+    def on_device(best):
+        # Each device gets all candidates of its share of a group's queries: [t, k] -> [t / devices, devices * k].
+        exchange = partial(jax.lax.all_to_all, axis_name=AXES, split_axis=0, concat_axis=1, tiled=True)
+        return jax.lax.map(
+            lambda group: _top(exchange(group[0]), exchange(group[1]), group[0].shape[-1]),
+            jax.tree.map(lambda x: x[0], best),
+        )
+
+    spec = jax.P(None, AXES)
+    joined = jax.shard_map(on_device, mesh=mesh, in_specs=((BATCH, BATCH),), out_specs=(spec, spec), check_vma=False)(
+        best
+    )
+    # A few numbers a query: whole on every device, so that every process can read them.
+    return jax.lax.with_sharding_constraint(joined, NamedSharding(mesh, REPLICATED))

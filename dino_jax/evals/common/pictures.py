@@ -1,0 +1,176 @@
+"""Pictures of any size: read, made to fit a backbone, through it on all devices, and drawn."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.sources import IMAGE_EXTENSIONS
+from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
+from dino_jax.errors import UserError
+from dino_jax.weights.backbone import Backbone, normalize
+
+# From black over purple and orange to pale yellow, brightness growing evenly: readable in print and to color-blind.
+HEAT = np.array(
+    [
+        (0, 0, 4),
+        (40, 11, 84),
+        (101, 21, 110),
+        (159, 42, 99),
+        (212, 72, 66),
+        (245, 125, 21),
+        (250, 193, 39),
+        (252, 255, 164),
+    ]
+)
+GAP = 4  # pixels between the tiles of a sheet
+
+
+# --- in --------------------------------------------------------------------------------------------------------------
+
+
+def cut(images: np.ndarray, patch: int) -> np.ndarray:
+    """[..., H, W, C] without the rows and columns beyond the last whole patch."""
+    height, width = (side // patch * patch for side in images.shape[-3:-1])
+    return images[..., :height, :width, :]
+
+
+def resized(
+    image: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.BICUBIC
+) -> np.ndarray:
+    """Uint8 [H, W, C] -> uint8 [height, width, C], any number of channels; antialiased where it gets smaller."""
+    if image.shape[:2] == (height, width):
+        return image
+    channels = [Image.fromarray(image[..., c]).resize((width, height), method) for c in range(image.shape[2])]
+    return np.stack([np.asarray(channel) for channel in channels], -1)
+
+
+def read_picture(path: Path, channels: int, knob: str) -> np.ndarray:
+    """A picture as uint8 [H, W, channels] (`data.pipeline.decode`); a UserError of the knob if it can't be read."""
+    try:
+        return decode(path.read_bytes(), channels)
+    except (OSError, DecodeError) as error:
+        raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
+
+
+def fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
+    """The longer side scaled to `size` pixels (0: as it is), then cut to whole patches."""
+    scale = size / max(image.shape[:2]) if size else 1
+    image = cut(resized(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
+    if not image.size:
+        raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
+    return image
+
+
+def picture_paths(images: str) -> list[Path]:
+    """The files that a protocol's `images` names, see `default_config`; UserError if there are none."""
+    paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
+    if len(paths) == 1 and paths[0].is_dir():
+        folder = paths[0]
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+        if not paths:
+            raise UserError(f"--config.images: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
+    if not paths:
+        raise UserError("--config.images is empty: set it to a picture, several with commas between, or a folder")
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"--config.images: no such picture: {path}")
+    return paths
+
+
+# --- through a backbone -----------------------------------------------------------------------------------------------
+
+
+def patch_size(backbone: Backbone) -> int:
+    """Pixels of a patch's side; UserError for a convnet."""
+    if not hasattr(backbone.model, "patch_size"):
+        raise UserError(f"this needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
+    return backbone.model.patch_size
+
+
+def normalized(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """Uint8 [B, H, W, C] -> float32 as the backbone was trained."""
+    as_trained = backbone.card["preprocessing"]
+    return normalize(images, as_trained["mean"], as_trained["std"])
+
+
+def each_of(
+    images: Iterable[np.ndarray], function: Callable, backbone: Backbone, batch_size: int = 1
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each image, and its row of what function(backbone, normalized images [B, H, W, C]) gives.
+
+    Batches are split over the devices of this process, and `batch_size` rounded up to a multiple of their number.
+
+    images: uint8 [H, W, C], all of one size; no more than a batch of them is held at a time.
+    """
+    mesh, images = make_mesh().local_mesh, iter(images)
+    backbone = dataclasses.replace(backbone, variables=replicate(jax.device_get(backbone.variables), mesh))
+    size = -(-batch_size // mesh.size) * mesh.size
+    while batch := list(itertools.islice(images, size)):
+        # The last batch is filled up, so that one program serves all.
+        filled = np.stack(batch + batch[-1:] * (size - len(batch)))
+        rows = np.asarray(function(backbone, shard_batch(normalized(backbone, filled), mesh)))
+        yield from zip(batch, rows, strict=False)
+
+
+def patch_grid(backbone: Backbone, images: jax.Array | np.ndarray) -> jax.Array:
+    """Normalized images [B, H, W, C] -> the last block's patch tokens [B, H/patch, W/patch, D].
+
+    Raises UserError for a convnet.
+    """
+    patch_size(backbone)
+    found = backbone(images)  # type: ignore[arg-type]
+    return found.patches.reshape(len(images), *found.grid, -1)  # type: ignore[union-attr,misc]
+
+
+# --- out -------------------------------------------------------------------------------------------------------------
+
+
+def upsample(maps: np.ndarray, factor: int) -> np.ndarray:
+    """[..., h, w] -> [..., h * factor, w * factor], each value repeated."""
+    return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
+
+
+def as_rgb(image: np.ndarray) -> np.ndarray:
+    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel is shown gray, of more than three the first three."""
+    return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
+
+
+def heat(values: np.ndarray) -> np.ndarray:
+    """Float [h, w] -> uint8 [h, w, 3], from black at the smallest value to pale yellow at the largest."""
+    low, high = values.min(), values.max()
+    at = (values - low) / max(high - low, 1e-12) * (len(HEAT) - 1)
+    return np.stack([np.interp(at, np.arange(len(HEAT)), channel) for channel in HEAT.T], -1).astype(np.uint8)
+
+
+def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120) -> None:
+    """Writes rows of pictures under their titles as one PNG; the longer side of each is scaled to `tile` pixels."""
+    tiles = [{title: _fit(picture, tile) for title, picture in row.items()} for row in rows]
+    widest = max(picture.width for row in tiles for picture in row.values())
+    heights = [max(picture.height for picture in row.values()) for row in tiles]
+    font, header = ImageFont.load_default(), 14
+    size = (len(rows[0]) * (widest + GAP) + GAP, header + sum(heights) + (len(rows) + 1) * GAP)
+    sheet = Image.new("RGB", size, "white")
+    for column, title in enumerate(rows[0]):
+        ImageDraw.Draw(sheet).text((GAP + column * (widest + GAP), 2), title, fill="black", font=font)
+    y = header + GAP
+    for row, height in zip(tiles, heights, strict=True):
+        for column, picture in enumerate(row.values()):
+            sheet.paste(picture, (GAP + column * (widest + GAP), y))
+        y += height + GAP
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def _fit(picture: np.ndarray, tile: int) -> Image.Image:
+    height, width = picture.shape[:2]
+    scale = tile / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    # Small pictures stay pixels: a blurred patch grid would hide how coarse it is.
+    method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
+    return Image.fromarray(np.ascontiguousarray(picture)).resize(size, method)

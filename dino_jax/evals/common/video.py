@@ -1,0 +1,99 @@
+"""Video files, frame by frame, by PyAV: an optional dependency (`pip install av`), imported when it is needed."""
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dino_jax.errors import UserError
+
+
+class Video(NamedTuple):
+    """What `read_video` finds in a file."""
+
+    frames: Iterator[np.ndarray]  # uint8 [H, W, 3], upright, decoded as they are asked for
+    rate: Fraction  # frames a second
+    length: int  # frames, as the file says; 0 where it says nothing
+
+
+def read_video(path: Path) -> Video:
+    """Opens a video. The first stream of pictures counts; frames of other sizes than the first are scaled to it.
+
+    A file that is damaged further on gives the frames before that, and a line on stderr.
+
+    Raises:
+        UserError: PyAV is missing, or the file is missing, no video or empty.
+    """
+    av = _pyav()
+    if not path.is_file():
+        raise UserError(f"--config.video: no such file: {path}")
+    try:
+        container = av.open(str(path))
+        if not container.streams.video:
+            raise UserError(f"--config.video: {path} has no pictures in it: give a video")
+        stream = container.streams.video[0]
+        frames = _decode(av, container, path)
+        first = next(frames, None)
+    except av.error.FFmpegError as error:
+        raise UserError(f"--config.video: {path} can't be read as a video ({error.strerror})") from error
+    if first is None:
+        raise UserError(f"--config.video: {path} has no frames: give a video that plays")
+    rate = Fraction(stream.average_rate or stream.guessed_rate or 25)
+    return Video(itertools.chain([first], frames), rate, stream.frames)
+
+
+def _decode(av, container, path: Path) -> Iterator[np.ndarray]:
+    size: dict[str, int] = {}
+    done = 0
+    with container:
+        try:
+            for frame in container.decode(video=0):
+                size = size or {"width": frame.width, "height": frame.height}
+                pixels = frame.reformat(**size, format="rgb24").to_ndarray()
+                # Phones store pictures as the sensor lies and note by how much to turn them anticlockwise.
+                yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
+                done += 1
+        except av.error.FFmpegError as error:
+            if not done:
+                raise
+            print(f"{path}: damaged after {done} frames ({error.strerror}): the rest is left out", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that appends a frame, uint8 [H, W, 3], all of one size. H.264, or MPEG-4 where PyAV lacks it.
+
+    Raises:
+        UserError: PyAV is missing.
+    """
+    av = _pyav()
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream: Any = container.add_stream(codec, rate=rate.limit_denominator(1001))
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
+
+        def write(pixels: np.ndarray) -> None:
+            height, width = pixels.shape[:2]
+            # Colors are stored for squares of 2 x 2 pixels: sides have to be even.
+            even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
+            if not stream.codec_context.is_open:
+                stream.height, stream.width = even.shape[:2]
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(even), format="rgb24")))
+
+        yield write
+        container.mux(stream.encode())
+
+
+def _pyav():
+    try:
+        import av
+    except ImportError as error:
+        raise UserError("videos need PyAV: pip install av") from error
+    return av

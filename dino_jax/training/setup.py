@@ -1,0 +1,168 @@
+"""From a config to what the train step needs: the method with its modules, schedules, augmentation, and a state."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dino_jax import dino
+from dino_jax.data.multicrop import Crops, multicrop
+from dino_jax.distributed import fsdp, sharding
+from dino_jax.models import DINOHead, build_backbone
+from dino_jax.training import chunked_loss, optimizers, schedules
+from dino_jax.training.flops import count_flops
+
+State = Any  # a method's own dataclass of arrays: step, student, teacher, *_stats, opt_state, and more
+
+
+class Method(Protocol):
+    """What the train step asks of a method; `dino.DINO` documents each."""
+
+    @property
+    def backbone(self) -> Any:
+        """The backbone's module."""
+
+    @property
+    def head(self) -> Any:
+        """The head's module."""
+
+    def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> State:
+        """The state before the first step, without the optimizer's."""
+
+    def losses(
+        self, student: dict, state: State, crops: Crops, drop_paths: Sequence, teacher_temp: jax.Array
+    ) -> tuple[dict, dict, dict]:
+        """Losses by name, means over the batch, new batch norm statistics."""
+
+    def embed(self, params: dict, stats: dict, groups: Sequence, drop_paths: Sequence) -> tuple[jax.Array, dict]:
+        """Groups of crops -> unit vectors [B, V, bottleneck], new batch norm statistics."""
+
+    def prototypes(self, last_layer: dict, z: jax.Array) -> jax.Array:
+        """Unit vectors [..., bottleneck] -> logits [..., K]."""
+
+    def update(self, state: State, means: dict, teacher_momentum: jax.Array) -> State:
+        """The state with what no gradient trains moved on."""
+
+    def signals(self, state: State, losses: dict, means: dict) -> dict:
+        """Scalars to log beside the losses."""
+
+
+class Setup(NamedTuple):
+    """What stays the same in every step of a run.
+
+    `augment(keys [B], batch) -> Crops` is the first thing that happens to a batch, a pytree whose leaves have `B` rows
+    and whose `position` (int32 [B]) is each image's place in the *global* batch.
+    """
+
+    config: ConfigDict
+    method: Method
+    schedules: schedules.Schedules
+    augment: Callable[..., Crops]
+
+
+class DeviceBatch(NamedTuple):
+    """Fields of a `Batch` that are sent to the devices."""
+
+    canvas: jax.Array  # uint8 [B, S, S, C]
+    size: jax.Array  # float32 [B, 2]
+    position: jax.Array  # int32 [B]
+
+
+def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
+    """The method of config.dino, with the loss that does not hold all logits at once."""
+    settings = config.dino
+    center_momentum = settings.center_momentum if settings.centering else 1.0
+    return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
+
+
+METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino}  # config.method -> (config, backbone, head) -> method
+
+
+def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
+    """The method with its modules, schedules and augmentation of a config."""
+    dtype = compute_dtype(config.dtype)
+    backbone = build_backbone(
+        config.model.arch,
+        patch_size=config.model.patch_size,
+        image_size=config.crops.global_size,
+        remat=config.model.remat,
+        unroll=config.model.unroll,
+        attention=config.model.attention,
+        dtype=dtype,
+        axis_name=sharding.AXES,
+        gather=fsdp.gather if config.fsdp > 1 else None,
+    )
+    head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
+
+    def augment(keys, batch):
+        with jax.named_scope("crops"):
+            return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
+
+    method = METHODS[config.method](config, backbone, head)
+    return Setup(config, method, schedules.from_config(config, steps_per_epoch), augment)
+
+
+def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
+    """Shapes, dtypes and shardings of a global batch."""
+    B, side = config.batch_size, config.data.canvas_size
+    rows: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.NamedSharding(mesh, sharding.BATCH))
+    return DeviceBatch(
+        canvas=rows((B, side, side, config.model.in_channels), np.uint8),
+        size=rows((B, 2), np.float32),
+        position=rows((B,), np.int32),
+    )
+
+
+def compute_dtype(name: str) -> jnp.dtype:
+    """`auto` is bfloat16 where matrix units want it, float32 on a CPU, which only emulates it."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
+    """A fresh state on the devices, a function of config.seed."""
+    config = setup.config
+    shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
+    key = jax.random.key(config.seed)
+
+    def init(key: jax.Array) -> State:
+        state = setup.method.init(key, shape)
+        return state.replace(opt_state=optimizers.build(config.optim).init(state.student))
+
+    return jax.jit(init, out_shardings=fsdp.shardings(jax.eval_shape(init, key), mesh))(key)
+
+
+def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
+    """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
+    shapes = jax.eval_shape(lambda: init_state(setup, mesh))
+    return jax.tree.map(
+        lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+        shapes,
+        fsdp.shardings(shapes, mesh),
+    )
+
+
+def flops_per_image(setup: Setup) -> float:
+    """Model FLOPs of a step for one image: student forward and backward (3 x forward), teacher forward."""
+    countable = setup.config.copy_and_resolve_references()
+    countable.model.attention = "xla"  # a fused kernel shows no products
+    crops, method = setup.config.crops, build_setup(countable, steps_per_epoch=1).method
+    channels = setup.config.model.in_channels
+
+    def forward(size):
+        images = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
+        backbone = jax.eval_shape(method.backbone.init, jax.random.key(0), images)
+        features = jax.eval_shape(method.backbone.apply, backbone, images)
+        head = jax.eval_shape(method.head.init, jax.random.key(0), features)
+        return sum(
+            count_flops(module.apply, variables, x)
+            for module, variables, x in ((method.backbone, backbone, images), (method.head, head, features))
+        )
+
+    teacher = 2 * forward(crops.global_size)
+    return 3 * (teacher + crops.local_number * forward(crops.local_size)) + teacher

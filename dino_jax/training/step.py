@@ -1,0 +1,146 @@
+"""The train step: gradients over a sharded batch, the optimizer, and the guard against values that are not finite.
+
+It runs any method that has the functions of `Method`; `dino_jax.dino.DINO` is one. One program runs over the mesh. Its
+gradient is a `jax.shard_map`, written for one device's share of the batch; everything after it is written for whole
+arrays.
+"""
+
+import ctypes
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from dino_jax.distributed import fsdp, sharding
+from dino_jax.models.vit import drop_path_factors
+from dino_jax.training import optimizers
+from dino_jax.training.setup import Setup, State, abstract_batch
+
+Metrics = dict[str, jax.Array]
+
+
+def train_step(
+    setup: Setup, mesh: Mesh, state: State, batch: Any, max_grad_norm: float | jax.Array = jnp.inf
+) -> tuple[State, Metrics]:
+    """One step on the global batch: the student by gradient, then the rest of the state by the method's own rule.
+
+    A loss or a gradient that is not finite, or a gradient norm above `max_grad_norm`, changes nothing but `step`;
+    metrics["skipped"] is 1 then. Returns the new state and scalar metrics.
+    """
+    now = setup.schedules.at(state.step)
+    grads, losses, means, stats = gradients(setup, mesh, state, batch)
+
+    optimizer = optimizers.build(setup.config.optim, now.lr, now.weight_decay, now.last_layer_frozen)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
+    student = optax.apply_updates(state.student, updates)
+    new = state.replace(student=student, opt_state=opt_state, **stats)
+    new = setup.method.update(new, means, now.teacher_momentum)
+
+    loss, grad_norm = total_loss(setup, losses), optax.tree.norm(grads)
+    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= max_grad_norm)
+    new = jax.tree.map(partial(jnp.where, finite), new, state)
+    new = jax.lax.with_sharding_constraint(new, fsdp.shardings(new, mesh))
+
+    metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
+    metrics |= setup.method.signals(new, losses, means)
+    metrics |= {"grad_norm": grad_norm, "param_norm": optax.tree.norm(new.student), "skipped": 1.0 - finite}
+    metrics |= {name: value for name, value in now._asdict().items() if name != "last_layer_frozen"}
+    return new.replace(step=state.step + 1), metrics
+
+
+def total_loss(setup: Setup, losses: dict[str, jax.Array]) -> jax.Array:
+    """The sum of the method's losses, each times its weight in config.loss_weights."""
+    return sum((setup.config.loss_weights[name] * value for name, value in losses.items()), jnp.float32(0))
+
+
+def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[dict, dict, dict, dict]:
+    """The student's gradient, losses by name and the method's means over the global batch; new batch norm statistics.
+
+    Statistics come by their field of the state.
+    """
+    # check_vma=False keeps JAX from adding gradient reductions of its own where replicated parameters are used.
+    return jax.shard_map(
+        partial(share_of_gradients, setup),
+        mesh=mesh,
+        in_specs=(fsdp.specs(state), sharding.BATCH),
+        out_specs=(fsdp.specs(state.student), *[sharding.REPLICATED] * 3),
+        check_vma=False,
+    )(state, batch)
+
+
+def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[dict, dict, dict, dict]:
+    """`gradients` on one device's share, inside `shard_map`; everything is reduced over devices once, at the end."""
+    config, method = setup.config, setup.method
+    gather = partial(fsdp.gather, dtype=method.backbone.dtype)
+    state = state.replace(teacher=gather(state.teacher))
+    teacher_temp = setup.schedules.at(state.step).teacher_temp
+
+    def part(stats: dict, rows: Any) -> tuple[dict, dict]:
+        """New statistics, and what is averaged over the batch, of some of the share's images."""
+        keys = image_keys(config.seed, state.step, rows.position)
+        crops = setup.augment(keys[:, 0], rows)
+        rate = config.model.drop_path_rate
+        drop_paths = [
+            drop_path_factors(keys[:, 1 + i], rate, method.backbone.depth, group.shape[1]) if rate else None
+            for i, group in enumerate(crops.groups)
+        ]
+
+        def loss(student: dict) -> tuple[jax.Array, tuple]:
+            found = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp)
+            return total_loss(setup, found[0]), found
+
+        grads, (losses, means, new_stats) = jax.grad(loss, has_aux=True)(state.student)
+        return new_stats, {"grads": grads, "losses": losses, "means": means}
+
+    stats = {"student_stats": state.student_stats, "teacher_stats": state.teacher_stats}
+    stats, sums = accumulate(part, stats, batch, config.accum_steps)
+    means = fsdp.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # all that crosses devices
+    return means["grads"], means["losses"], means["means"], stats
+
+
+def accumulate(part: Callable, carry: Any, rows: Any, steps: int) -> tuple[Any, Any]:
+    """Runs part(carry, rows) -> (carry, values) on `rows` in that many parts in turn, and sums the values."""
+    if steps == 1:  # XLA keeps a loop of one turn, which costs a fifth of the step on a CPU
+        return part(carry, rows)
+    parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows)
+    shapes = jax.eval_shape(lambda carry, parts: part(carry, jax.tree.map(lambda x: x[0], parts)), carry, parts)[1]
+
+    def add(carried: tuple, rows: Any) -> tuple[tuple, None]:
+        carry, new = part(carried[0], rows)
+        return (carry, jax.tree.map(jnp.add, carried[1], new)), None
+
+    (carry, sums), _ = jax.lax.scan(add, (carry, jax.tree.map(jnp.zeros_like, shapes)), parts)
+    return carry, sums
+
+
+def image_keys(seed: int, step: jax.Array, position: jax.Array) -> jax.Array:
+    """Keys [B, 3] of each image: for its crops, and for its drop paths in the global and in the local crops.
+
+    All randomness of an image comes from its position in the *global* batch, so that a run does not depend on how many
+    devices or hosts share it.
+    """
+    step_key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda place: jax.random.split(jax.random.fold_in(step_key, place), 3))(position)
+
+
+def lower_step(setup: Setup, mesh: Mesh, state: State) -> jax.stages.Lowered:
+    """`train_step` for the setup's batches, ready to compile; the compiled program donates its state.
+
+    state: arrays, or `setup.abstract_state`.
+    """
+    step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
+    return step.lower(state, abstract_batch(setup.config, mesh), np.float32(np.inf))
+
+
+def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program. The half GiB of host memory that compilation leaves allocated goes back to the system."""
+    program = lowered.compile()
+    with suppress(AttributeError, OSError, TypeError):  # only glibc has it
+        ctypes.CDLL(None).malloc_trim(0)
+    return program

@@ -1,0 +1,141 @@
+"""A trained backbone for people who do not train: load it, preprocess images, get features."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from PIL import Image
+from PIL.ExifTags import Base
+
+from dino_jax.data.decoding import DecodeError, eval_image
+from dino_jax.errors import UserError
+from dino_jax.models import build_backbone
+from dino_jax.models.vit import ViT
+from dino_jax.weights import load
+
+
+@flax.struct.dataclass
+class Features:
+    """What a backbone says of B images."""
+
+    cls: jax.Array  # [B, D]: the CLS token after the final norm (ViT), pooled features (convnet)
+    patches: jax.Array | None  # [B, N, D]: one for each patch, row by row, after the final norm; None for a convnet
+    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False)  # rows and columns of the N patches
+
+
+@dataclass(frozen=True, eq=False)  # hashed by identity, so that jax.jit(backbone) works
+class Backbone:
+    """A module with its variables ({"params", "batch_stats"}) and its model card (see `checkpoints.model_card`).
+
+    Its methods are jitted, and work inside `jax.jit` and `jax.vmap` and on images sharded over devices.
+    """
+
+    model: nn.Module
+    variables: dict
+    card: dict
+
+    def __call__(self, images: jax.Array) -> Features:
+        """Features of normalized images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
+        return self.last_blocks(images, 1)[0]
+
+    def last_blocks(self, images: jax.Array, n: int) -> list[Features]:
+        """Features after each of a ViT's last n blocks (and the final norm), oldest first.
+
+        The reference's `get_intermediate_layers`. Raises UserError for n > 1 of a convnet or more than its blocks.
+        """
+        blocks = self.model.depth if isinstance(self.model, ViT) else 1
+        if not 1 <= n <= blocks:
+            raise UserError(f"last_blocks of {n}: {self.config['arch']} gives features of 1 to {blocks} blocks")
+        return _features(self.model, self.variables, images, n)
+
+    def attention(self, images: jax.Array) -> jax.Array:
+        """Self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]: rows are queries, CLS comes first.
+
+        The reference's `get_last_selfattention`. Raises UserError for a convnet, which has none.
+        """
+        if not isinstance(self.model, ViT):
+            raise UserError(f"{self.config['arch']} has no attention: give a vision transformer")
+        return _attention(self.model, self.variables, images)
+
+    @property
+    def config(self) -> dict:
+        """The card's architecture: arch, patch_size, in_channels, image_size, embed_dim."""
+        return self.card["architecture"]
+
+    def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> np.ndarray:
+        """PIL images, uint8 arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
+
+        Resizes, crops the center and normalizes as the model was trained. Raises UserError for an image that cannot be
+        decoded, by its place in the list.
+        """
+        trained = self.card["preprocessing"]
+        crops = [self._center_crop(place, image) for place, image in enumerate(images)]
+        return normalize(np.stack(crops), trained["mean"], trained["std"])
+
+    def _center_crop(self, place: int, image: Image.Image | np.ndarray | bytes) -> np.ndarray:
+        trained = self.card["preprocessing"]
+        try:
+            stored = _encode(image) if isinstance(image, Image.Image) else image
+            return eval_image(
+                stored, resize=trained["resize"], crop=trained["crop"], channels=self.config["in_channels"]
+            )
+        except (DecodeError, OSError) as error:
+            raise UserError(f"image {place} to preprocess cannot be decoded ({error}): leave it out") from error
+
+
+def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """uint8 [..., C] -> float32 (image / 255 - mean) / std, on the host for NumPy arrays, on the device for JAX's."""
+    return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def load_backbone(path: str | Path, *, image_size: int | None = None, in_channels: int | None = None) -> Backbone:
+    """The backbone at a path, float32, on the default device of each process.
+
+    path: a run's workdir (its teacher) or its `export` folder; a .pth or .safetensors file of the official code (bare
+    backbone or full checkpoint: its teacher), of timm, torchvision (ResNet) or Hugging Face (`ViTModel`); a Hugging
+    Face folder. Architecture and sizes are read off the tensors; .pth files are read without running their pickle.
+    image_size, in_channels: only if the weights are to be changed for other images, see `load.load_weights`.
+
+    Raises UserError if the path holds nothing of that kind, or tensors are missing, not used or of a wrong shape.
+    """
+    return backbone_of(load.load_weights(path, training=False, image_size=image_size, in_channels=in_channels))
+
+
+def backbone_of(found: load.Pretrained) -> Backbone:
+    """The teacher's backbone of loaded weights."""
+    variables = {"params": found.teacher.params["backbone"], "batch_stats": found.teacher.stats["backbone"]}
+    architecture = found.card["architecture"]
+    model = build_backbone(
+        architecture["arch"], patch_size=architecture["patch_size"], image_size=architecture["image_size"]
+    )
+    return Backbone(model, jax.tree.map(jnp.asarray, variables), found.card)
+
+
+@partial(jax.jit, static_argnums=(0, 3))
+def _features(model: nn.Module, variables: dict, images: jax.Array, n: int) -> list[Features]:
+    if not isinstance(model, ViT):
+        return [Features(cls=model.apply(variables, images), patches=None, grid=None)]  # type: ignore[arg-type]
+    grid = images.shape[1] // model.patch_size, images.shape[2] // model.patch_size
+    blocks: Any = model.apply(variables, images, n, method="last_tokens")
+    return [Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid) for tokens in blocks]
+
+
+@partial(jax.jit, static_argnums=0)
+def _attention(model: nn.Module, variables: dict, images: jax.Array) -> jax.Array:
+    return model.apply(variables, images, method="last_attention")  # type: ignore[return-value]
+
+
+def _encode(image: Image.Image) -> bytes:
+    """Lossless, so that a PIL image of any mode (palette, CMYK, 16-bit) or orientation is read as its file would be."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[Base.Orientation] = image.getexif().get(Base.Orientation, 1)
+    (image.convert("RGBA") if image.has_transparency_data else image).save(file, "TIFF", exif=exif)
+    return file.getvalue()

@@ -1,0 +1,215 @@
+"""ViTs of Hugging Face transformers: names from and to the official ones, and the folder that `from_pretrained` reads.
+
+Names are those of `ViTModel` on disk; those that it has in memory since transformers 5, and the prefix of
+`ViTForImageClassification`, are read too. Tensors keep their layout: only query, key and value are apart there.
+
+A folder written here says what the reference does: LayerNorm eps 1e-6, and the card's preprocessing (the reference's is
+shorter side to 256, bicubic, center 224). Folders of the DINO weights on the hub say otherwise: eps 1e-12 (we compute
+with 1e-6), and the whole image squeezed to 224 x 224, bilinear. Read from such a folder, the model card says shorter
+side to 224, center 224: the same view of a square image. Set the resize to 256 for numbers to compare with published.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from dino_jax import atomic
+from dino_jax.errors import UserError
+from dino_jax.models import VITS, build_backbone
+from dino_jax.weights import tensor_files
+from dino_jax.weights.official import renamed
+
+# Hugging Face's module or parameter -> the official one, outside of blocks and inside.
+STEM = {
+    "embeddings.cls_token": "cls_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed.proj",
+    "layernorm": "norm",
+}
+BLOCK = {
+    "layernorm_before": "norm1",
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
+    "attention.output.dense": "attn.proj",
+    "layernorm_after": "norm2",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
+BLOCK_IN_MEMORY = {
+    "attention.q_proj": "attn.query",
+    "attention.k_proj": "attn.key",
+    "attention.v_proj": "attn.value",
+    "attention.o_proj": "attn.proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+QKV = ("query", "key", "value")
+
+NAME = re.compile(r"(?:vit\.)?(?:(?:encoder\.layer|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
+OFFICIAL_NAME = re.compile(r"(?:blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
+
+
+def is_huggingface(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are a transformers model's."""
+    return any(name.removeprefix("vit.").startswith("embeddings.") for name in names)
+
+
+def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Hugging Face names -> official ones, query, key and value joined to qkv.
+
+    What has no place in a backbone (pooler, classifier) keeps its name. Where one of query, key and value is missing,
+    so is qkv: the others stay apart.
+    """
+    official = renamed(tensors, _official_name)
+    for query in [name for name in official if ".attn.query." in name]:
+        names = [query.replace("query", part) for part in QKV]
+        if all(name in official for name in names):
+            official[query.replace("query", "qkv")] = np.concatenate([official.pop(name) for name in names])
+    return official
+
+
+def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Official names of a backbone -> those of `ViTModel` on disk, qkv split: the inverse of `to_official`."""
+    apart: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if ".attn.qkv." in name:
+            apart |= {name.replace("qkv", part): piece for part, piece in zip(QKV, np.split(tensor, 3), strict=True)}
+        else:
+            apart[name] = tensor
+    return {_huggingface_name(name): tensor for name, tensor in apart.items()}
+
+
+def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Mapping) -> None:
+    """Writes a ViT's tensors (official names) and what its `model_card` says as a new folder, whole or not at all.
+
+    `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` read it; add_pooling_layer=False spares the
+    warning about a pooler, which DINO has not. Raises UserError for a convnet's card.
+    """
+    architecture, folder = card["architecture"], Path(folder)
+    if architecture["arch"] not in VITS:
+        raise UserError(f"the Hugging Face form is for ViTs, and this is a {architecture['arch']}: use --to=timm")
+    processor = _processor(card["preprocessing"], architecture["in_channels"])
+    with atomic.folder(folder) as unfinished:
+        tensor_files.write(unfinished / "model.safetensors", from_official(tensors))
+        _write_json(unfinished / "config.json", _config(architecture))
+        _write_json(unfinished / "preprocessor_config.json", processor)
+
+
+def read_folder_settings(folder: str | Path) -> dict[str, Any]:
+    """What a folder's JSON files say that its tensors cannot: num_attention_heads; preprocessing, as a card has it.
+
+    {"num_attention_heads": int, "preprocessing": {"resize": int, "crop": int, "mean": [C], "std": [C]}}, without what
+    is not said. Raises UserError for a damaged file and for an activation other than the exact GELU.
+    """
+    config, processor = (_read_json(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        raise UserError(f"{folder} is of a ViT with activation {activation!r}: give one with the exact 'gelu'")
+    settings: dict[str, Any] = {}
+    if "num_attention_heads" in config:
+        settings["num_attention_heads"] = config["num_attention_heads"]
+    if preprocessing := _sizes(processor) | _statistics(processor):
+        settings["preprocessing"] = preprocessing
+    return settings
+
+
+def _official_name(name: str) -> str:
+    """Its own name for what has no place in a backbone."""
+    layer, module, kind = _parts(NAME, name)
+    if layer is None:
+        return STEM[module] + kind if module in STEM else name
+    inside = BLOCK | BLOCK_IN_MEMORY
+    return f"blocks.{layer}.{inside[module]}{kind}" if module in inside else name
+
+
+def _huggingface_name(name: str) -> str:
+    layer, module, kind = _parts(OFFICIAL_NAME, name)
+    inverse = {official: huggingface for huggingface, official in (STEM if layer is None else BLOCK).items()}
+    return ("" if layer is None else f"encoder.layer.{layer}.") + inverse[module] + kind
+
+
+def _parts(pattern: re.Pattern, name: str) -> tuple[str | None, str, str]:
+    """Number of the block (None outside of blocks), module, and ".weight", ".bias" or nothing."""
+    layer, module, kind = pattern.fullmatch(name).groups()  # type: ignore[union-attr]
+    return layer, module, kind or ""
+
+
+def _config(architecture: Mapping) -> dict[str, Any]:
+    """ViTConfig."""
+    model: Any = build_backbone(architecture["arch"])
+    return {
+        "architectures": ["ViTModel"],
+        "model_type": "vit",
+        "hidden_size": model.embed_dim,
+        "num_hidden_layers": model.depth,
+        "num_attention_heads": model.num_heads,
+        "intermediate_size": model.mlp_ratio * model.embed_dim,
+        "image_size": architecture["image_size"],
+        "patch_size": architecture["patch_size"],
+        "num_channels": architecture["in_channels"],
+        "qkv_bias": True,
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-6,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+
+
+def _processor(preprocessing: Mapping, channels: int) -> dict[str, Any]:
+    """BitImageProcessor's settings: ViTImageProcessor neither keeps the aspect ratio nor crops."""
+    return {
+        "image_processor_type": "BitImageProcessor",
+        "do_convert_rgb": channels == 3,
+        "do_resize": True,
+        "size": {"shortest_edge": preprocessing["resize"]},
+        "resample": Image.Resampling.BICUBIC,
+        "do_center_crop": True,
+        "crop_size": {"height": preprocessing["crop"], "width": preprocessing["crop"]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing["mean"]),
+        "image_std": list(preprocessing["std"]),
+    }
+
+
+def _sizes(processor: Mapping) -> dict[str, int]:
+    """The card's resize and crop; without a center crop both are the size."""
+    resize = _side(processor.get("size"))
+    crop = _side(processor.get("crop_size")) if processor.get("do_center_crop") else resize
+    return {"resize": resize, "crop": crop or resize} if resize else {}
+
+
+def _side(size: Any) -> int | None:
+    """The shorter side of an int, [height, width], {"height", "width"} or {"shortest_edge"}; None if not said."""
+    if isinstance(size, Mapping):
+        size = [value for key, value in size.items() if key in ("shortest_edge", "height", "width") and value]
+    sides = size if isinstance(size, list) else [size]
+    return min(sides) if sides and None not in sides else None
+
+
+def _statistics(processor: Mapping) -> dict[str, list[float]]:
+    """The card's mean and std."""
+    if processor.get("do_normalize") is False:
+        return {"mean": [0.0], "std": [1.0]}
+    names = {"mean": "image_mean", "std": "image_std"}
+    return {name: list(processor[key]) for name, key in names.items() if processor.get(key)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """{} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}): copy it again") from error
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,178 @@
+"""Files of named tensors, read and written: safetensors and torch.save's (.pth, .pt, .bin)."""
+
+import mmap
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from dino_jax import atomic
+from dino_jax.errors import UserError
+from dino_jax.weights import torch_pickle
+from dino_jax.weights.torch_pickle import Unreadable
+
+DTYPES = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+EXPECTED = "weights as .safetensors or as torch.save's .pth"
+MAX_ENTRIES = 1_000_000  # dicts that hold one another can stand for more than any memory takes
+
+
+def read(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a file by their dotted names ("teacher.backbone.cls_token"), in the file's order.
+
+    What kind of file it is, its content says, not its name. Nested dicts are flattened; what is no tensor (an epoch,
+    arguments, None) is left out. Arrays (float64, float32, float16, bfloat16, integers, bool) are read-only views of
+    the mapped file: their data is read when it is used. Code in a file is never run (`torch_file`).
+
+    Raises UserError if the file is absent, damaged, not of weights, or wants code to be run.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}: give {EXPECTED}")
+    try:
+        with open(path, "rb") as file:
+            if not os.fstat(file.fileno()).st_size:
+                raise Unreadable("is empty: download or copy it again")
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            start = mapped[:512]
+            if torch_pickle.is_torch_file(start):
+                arrays = _tensors(torch_pickle.read(file, mapped))
+            elif start[8:9] == b"{":
+                arrays = _read_safetensors(path, mapped)
+            else:
+                raise Unreadable(_not_weights(start))
+        if not arrays:
+            raise Unreadable(f"holds no named tensors: expected {EXPECTED}")
+        return arrays
+    except Unreadable as error:
+        raise UserError(f"{path} {error}") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What a safetensors file that `read` has read says of itself; {} for torch's files, which say nothing."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except SafetensorError:
+        return {}
+
+
+def write(path: str | Path, tree: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a dict of arrays, flat or nested, to `path`: whole, or not at all.
+
+    `.safetensors` stores nested names with dots, and `metadata`, for which the others have no place; `.pth` and `.pt`
+    store plain dicts of torch tensors, nested as given, and need torch. Raises UserError for another suffix, where
+    torch is missing, or where the path can't be written.
+    """
+    path = Path(path)
+    if path.suffix not in WRITERS:
+        raise UserError(f"can't write {path}: name it .safetensors, or .pth for torch.save's format")
+    if not path.parent.is_dir():
+        raise UserError(f"can't write {path}: {path.parent} is no folder")
+    with atomic.file(path) as unfinished:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # of the user's umask; safetensors lets nobody else read its files
+        try:
+            WRITERS[path.suffix](unfinished, tree, metadata or {})
+        except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a full disk
+            raise UserError(f"can't write {path} ({error}): {atomic.WAY_OUT}") from error
+        unfinished.chmod(mode)
+
+
+def _read_safetensors(path: Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
+    """The library checks the header (tensors fill the file, one after the other), but would copy the data."""
+    arrays = {}
+    position = 8 + int.from_bytes(mapped[:8], "little")
+    try:
+        with safe_open(path, framework="np") as file:
+            for name in file.offset_keys():
+                tensor = file.get_slice(name)
+                if tensor.get_dtype() not in DTYPES:
+                    raise Unreadable(
+                        f"holds {name[:100]!a} as {tensor.get_dtype()}: expected one of {', '.join(DTYPES)}"
+                    )
+                arrays[name] = np.ndarray(tensor.get_shape(), DTYPES[tensor.get_dtype()], mapped, position)
+                position += arrays[name].nbytes
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise Unreadable(f"is truncated or damaged ({error}): download or copy it again") from error
+    return arrays
+
+
+def _not_weights(start: bytes) -> str:
+    """What a file that begins with `start` probably is."""
+    if start.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the weights it points to: run `git lfs pull`, or download the file itself"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
+        return "is a web page, not weights: download the file itself (on a hub, its raw or download link)"
+    if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return f"is a pickle, but not of torch.save: expected {EXPECTED}"
+    return f"is no file of weights (it begins with {start[:12]!r}): expected {EXPECTED}"
+
+
+def _tensors(tree: Any) -> dict[str, np.ndarray]:
+    """A torch file's tensors by dotted name."""
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        for count, (name, leaf) in enumerate(_walk(tree)):
+            if count == MAX_ENTRIES:
+                raise Unreadable(f"is refused: its dicts hold more than {MAX_ENTRIES} entries")
+            if isinstance(leaf, torch_pickle.Tensor):
+                if name in arrays:
+                    raise Unreadable(f"holds two tensors named {name[:100]!a}")
+                arrays[name] = leaf.array()
+    except RecursionError as error:
+        raise Unreadable("is refused: a dict in it holds itself") from error
+    return arrays
+
+
+def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything in nested dicts, and the dicts themselves, by dotted name."""
+    for key, value in tree.items() if isinstance(tree, Mapping) else ():
+        yield f"{prefix}{key}", value
+        yield from _walk(value, f"{prefix}{key}.")
+
+
+def _write_safetensors(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
+    # The library writes the memory of an array as it lies, so a transposed one must be made contiguous.
+    arrays = {name: np.asarray(leaf, order="C") for name, leaf in _walk(tree) if not isinstance(leaf, Mapping)}
+    save_file(
+        arrays, path, metadata={"format": "pt", **metadata}
+    )  # PyTorch's names and layouts; transformers asks for it
+
+
+def _write_torch(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
+    try:
+        import torch  # imported here because it's no dependency
+    except ImportError as error:
+        raise UserError(f"{path.suffix} files need torch: write .safetensors, or `pip install torch`") from error
+
+    def convert(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: convert(child) for key, child in value.items()}
+        array = np.array(value, order="C")  # a copy, because torch warns of arrays that it can't write to
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    with open(path, "wb") as file:
+        torch.save(convert(tree), file)
+
+
+WRITERS = {".safetensors": _write_safetensors, ".pth": _write_torch, ".pt": _write_torch}

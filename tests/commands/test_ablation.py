@@ -1,0 +1,152 @@
+"""The ablation command, shortened: table, figures, picture, and what it reports of runs that fail."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from PIL import Image, ImageColor
+from tiny import SHORT, tiny_config
+
+from dino_jax.commands import ablation
+from dino_jax.training import loop
+
+ROOT = Path(__file__).parents[2]
+LN_K = math.log(256)
+KNN = {"eval__train": "demo:train:3", "eval__test": "demo:test:3", "eval__k": 5}
+
+
+def run(*arguments):
+    command = [sys.executable, "-m", "dino_jax.commands.ablation", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_table_figures_and_picture_and_nothing_twice(tmp_path, monkeypatch):
+    done = run(f"--workdir={tmp_path}", "--cells=no_centering,no_multicrop", *SHORT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "ablation.json").read_text())
+    assert list(report["cells"]) == ["no_centering", "no_multicrop"]
+    for name, figures in report["cells"].items():
+        assert figures["loss"] == pytest.approx(figures["teacher_entropy"] + figures["kl"], abs=1e-4)
+        assert figures["verdict"] in done.stdout
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert (config["dino"]["centering"], config["crops"]["local_number"]) == {
+            "no_centering": (False, 4),
+            "no_multicrop": (True, 0),
+        }[name]
+    for figures in (report["pixels"], report["untrained"], *report["cells"].values()):
+        assert 0 <= figures["few"] <= 100
+        assert 0 <= figures["full"] <= 100
+    for title in ("raw pixels", "untrained network", "no centering", "no multi-crop"):
+        assert f"\n{title} " in done.stdout
+    with Image.open(tmp_path / "ablation.png") as picture:
+        assert min(picture.size) > 300
+
+    monkeypatch.setattr(loop, "train", None)  # would fail
+    for name, figures in report["cells"].items():
+        config = ConfigDict(json.loads((tmp_path / name / "config.json").read_text()))
+        assert ablation.run_cell(config, tmp_path / name).items() <= figures.items()
+
+
+def test_unknown_cell_is_one_line(tmp_path):
+    done = run(f"--workdir={tmp_path}", "--cells=full,no_teacher")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("error: --cells=full,no_teacher: give some of full,no_momentum")
+
+
+def test_run_that_is_not_finite_is_a_result_and_not_repeated(tmp_path, monkeypatch):
+    config = tiny_config(optim__lr=1e30, optim__warmup_epochs=0, optim__clip_grad=0.0, crops__local_number=0, **KNN)
+    figures = ablation.run_cell(config, tmp_path)
+    assert ablation.verdict(figures, LN_K, 30.0).startswith("stopped: ")
+    assert " at step " in figures["stopped"]
+    assert figures["few"] is None
+    report = {"bank": "a", "bank_full": "b", "ln_k": LN_K, "cells": {"full": figures | {"verdict": "stopped: nan"}}}
+    line = ablation.table(report | dict.fromkeys(("pixels", "untrained"), {"few": 1, "full": 2})).splitlines()[-1]
+    assert line.split()[:3] == ["DINO", "-", "-"]
+    assert line.endswith("stopped: nan")
+
+    monkeypatch.setattr(loop, "train", None)  # would fail
+    assert ablation.run_cell(config, tmp_path) == figures
+
+
+def test_a_run_of_other_settings_is_trained(tmp_path, monkeypatch):
+    (tmp_path / "report.json").write_text(json.dumps({"config": {"epochs": 1}, "figures": {}}))
+
+    def train(config, workdir):
+        raise InterruptedError
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(InterruptedError):
+        ablation.run_cell(tiny_config(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "mean_target_entropy", "knn", "expected"),
+    [
+        (0.0, 0.0, 25, "collapsed: one prototype"),
+        (0.9 * LN_K, LN_K, 60, "learns"),
+        (0.01, 0.8 * LN_K, 60, "learns"),  # sure of itself, of each image something else
+        (0.9 * LN_K, LN_K, 25, "no better than untrained"),
+        (0.99 * LN_K, LN_K, 60, "collapsed: uniform"),
+        (0.8 * LN_K, 0.81 * LN_K, 60, "collapsed: one answer"),
+    ],
+)
+def test_verdict(entropy, mean_target_entropy, knn, expected):
+    figures = {"teacher_entropy": entropy, "mean_target_entropy": mean_target_entropy, "few": knn, "stopped": None}
+    assert ablation.verdict(figures, LN_K, untrained=30.0) == expected
+
+
+def test_final_figures_are_means_of_the_end():
+    curve = {"step": np.arange(20), **{name: np.arange(20.0) for name in ablation.SCALARS}}
+    assert ablation.final(curve)["loss"] == 18.5  # the last tenth: 18 and 19
+    empty = {"step": np.array([]), **{name: np.array([]) for name in ablation.SCALARS}}
+    assert ablation.final(empty)["loss"] is None
+
+
+def test_picture_draws_each_line_where_its_numbers_are():
+    steps = np.arange(0.0, 1001, 50)
+
+    def curve(entropy, kl):
+        return {"step": steps, "teacher_entropy": entropy + 0 * steps, "kl": kl + 0 * steps}
+
+    curves = {
+        "no_sharpening": curve(LN_K, 0.0),
+        "no_centering": curve(0.0, 1.0),
+        "no_multicrop": curve(LN_K * steps / 1000, 2.0),  # a ramp
+        "no_momentum": {"step": np.array([]), "teacher_entropy": np.array([]), "kl": np.array([])},
+    }
+    sheet = np.asarray(ablation.picture(curves, LN_K).convert("RGB")).astype(int)
+    middle = (sheet.shape[1] - ablation.LEGEND) // 2
+
+    def rows_and_columns(name, left, right):
+        color = np.array(ImageColor.getrgb(ablation.CELLS[name].color))
+        rows, columns = np.nonzero(np.abs(sheet[:, left:right] - color).max(-1) < 10)
+        assert len(rows), name
+        return rows, columns + left
+
+    top, bottom = (rows_and_columns(name, 0, middle)[0].mean() for name in ("no_sharpening", "no_centering"))
+    rows, columns = rows_and_columns("no_multicrop", 0, middle)
+    ramp = np.polyfit(columns, rows, 1)
+    # Half a pixel is what the grid of pixels leaves open at each end.
+    assert ramp[0] == pytest.approx((top - bottom) / ablation.PANEL[0], rel=0.02)
+    assert np.polyval(ramp, ablation.MARGIN[0] + ablation.PANEL[0] / 2) == pytest.approx((top + bottom) / 2, abs=1)
+
+    legend = 2 * middle
+    none, one, two = (
+        rows_and_columns(name, middle, legend)[0].mean() for name in ("no_sharpening", "no_centering", "no_multicrop")
+    )
+    assert none == pytest.approx(bottom, abs=1)  # both panels stand on 0
+    assert one == pytest.approx((none + two) / 2, abs=1)
+    rows_and_columns("no_momentum", legend, sheet.shape[1])  # named, though nothing of it was logged
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"),
+    [(6.2, [0, 2, 4, 6]), (0.3, [0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3]), (9000, range(0, 9001, 2000))],
+)
+def test_ticks_are_round(end, expected):
+    assert list(ablation.ticks(end)) == pytest.approx(list(expected))

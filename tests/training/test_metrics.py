@@ -1,0 +1,104 @@
+import json
+import re
+import resource
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dino_jax.errors import UserError
+from dino_jax.training.metrics import Logger, Rate, format_duration
+
+
+def lines(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
+    logger = Logger(tmp_path, total_steps=6000, steps_per_epoch=375)
+    scalars = {"loss": jnp.float32(5.1234), "images_per_second": 612.3, "data_wait": 0.004, "lr": 1e-3}
+    logger.log(1000, scalars)  # the pace until here was compilation
+    assert capsys.readouterr().out.endswith("ETA ?\n")
+    logger.log(1200, scalars)
+    logger.close()
+    assert lines(tmp_path)[1] == {"step": 1200, **scalars, "loss": pytest.approx(5.1234)}
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    pattern = r"step 1,200/6,000  epoch 3\.2  loss 5\.123  612 images/s  data wait 0\.4%  ETA \d+:\d\d\n"
+    assert re.fullmatch(pattern, capsys.readouterr().out)
+
+
+def test_scalars_without_a_loss_are_all_shown(tmp_path, capsys):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(5, {"knn_top1": 81.25})
+    logger.close()
+    assert capsys.readouterr().out == "step 5/10  epoch 1.0  knn_top1 81.25\n"
+
+
+def test_a_loss_that_is_not_finite_keeps_the_json_valid(tmp_path):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(1, {"loss": np.nan})
+    logger.close()
+    assert lines(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    for step in range(1, 6):
+        logger.log(step, {"loss": step})
+    logger.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5, start_step=3)
+    logger.log(4, {"loss": 40})
+    logger.close()
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger.log(1, {"loss": 1.0})
+    logger.info("hello")
+    logger.close()
+    assert not list(tmp_path.iterdir())
+    assert not capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (432, "7:12"), (3605, "1:00:05"), (360000, "100:00:00")])
+def test_format_duration(seconds, text):
+    assert format_duration(seconds) == text
+
+
+def test_rate_counts_between_readings_what_the_devices_wait_for():
+    now = [100.0]
+    rate = Rate(clock=lambda: now[0])
+    with rate.waiting(busy=lambda: False):
+        now[0] += 1.0
+    with rate.waiting(busy=lambda: True):  # behind a step that goes on
+        now[0] += 1.0
+    rate.add(64)
+    now[0] += 2.0
+    assert rate.read() == {"images_per_second": 16.0, "data_wait": 0.25}
+    now[0] += 60.0  # an evaluation
+    rate.reset()
+    rate.add(10)
+    now[0] += 1.0
+    assert rate.read() == {"images_per_second": 10.0, "data_wait": 0.0}
+
+
+def test_a_full_disk_ends_the_log_with_one_line_and_does_not_hang(tmp_path, capsys):
+    """As a full disk, a quota stops a file in its middle; capsys because pytest's own capture is a file, too."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    logger = Logger(tmp_path, total_steps=1000, steps_per_epoch=10)
+
+    def log_for_ever():
+        for step in range(10_000):
+            logger.log(step, {"loss": 1.0})
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"can't write {tmp_path}"):
+            log_for_ever()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
