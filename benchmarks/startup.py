@@ -30,7 +30,7 @@ GOALS = {"ViT-S/16, batch 4": "15, 5", "the demo": "10"}
 def start(folder: Path, config: str, *settings: str) -> tuple[float, float]:
     """Seconds that compilation takes of a run in `folder`, and all until its first step is done; it is ended there."""
     command = [sys.executable, "train.py", f"--config=configs/{config}.py", f"--workdir={folder / 'run'}", *settings]
-    command.append("--config.eval.knn_every_epochs=0")
+    command.append("--config.evals.knn.every_epochs=0")
     shutil.rmtree(folder / "run", ignore_errors=True)
     cache = {"JAX_COMPILATION_CACHE_DIR": str(folder / "programs")}
     said = ""

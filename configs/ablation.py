@@ -13,5 +13,5 @@ def get_config():
     config = demo.get_config()
     config.epochs = 24
     config.log_every = 50
-    config.eval.knn_every_epochs = 0
+    config.evals.knn.every_epochs = 0
     return config

@@ -24,6 +24,7 @@ def get_config() -> ConfigDict:
     # products take JAX's default precision (TF32, bfloat16 passes) unless JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.dtype = "auto"
     config.log_every = 50  # steps
+    config.writers = "console,jsonl,tensorboard"  # where scalars go: some of console, jsonl, tensorboard, wandb
     # Weights to start from: whatever dino_jax.load_backbone takes; empty: a random start. A resumed run reads its own.
     config.init_from = ""
     config.init_heads = True  # also heads and center, where init_from has them
@@ -106,14 +107,18 @@ def get_config() -> ConfigDict:
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], per channel (ImageNet)
     config.data.std = (0.229, 0.224, 0.225)
 
-    config.eval = ConfigDict()
+    config.eval = ConfigDict()  # how images are prepared for evaluation; exported with the backbone
     config.eval.resize = 256  # pixels, shorter side
     config.eval.crop = 224  # pixels
     config.eval.batch_size = 256  # images
-    config.eval.train = ""  # bank of labeled images for k-NN while training; empty: data.source
-    config.eval.test = ""  # labeled queries; empty: no k-NN while training
-    config.eval.k = 20  # neighbors
-    config.eval.knn_every_epochs = 10  # also before the first step and after the last; 0: never
+
+    # Evaluations while training, each with its period and settings.
+    config.evals = ConfigDict()
+    config.evals.knn = ConfigDict()
+    config.evals.knn.every_epochs = 10  # also before the first step and after the last; 0: never
+    config.evals.knn.train = ""  # bank of labeled images; empty: data.source
+    config.evals.knn.test = ""  # labeled queries; empty: no k-NN while training
+    config.evals.knn.k = 20  # neighbors
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1_000

@@ -44,8 +44,8 @@ def get_config():
     config.data.std = (0.25,)
     config.eval.resize = 32
     config.eval.crop = 32
-    config.eval.train = "demo:train:30"
-    config.eval.test = "demo:test"
-    config.eval.knn_every_epochs = 4
+    config.evals.knn.train = "demo:train:30"
+    config.evals.knn.test = "demo:test"
+    config.evals.knn.every_epochs = 4
     config.checkpoint.every_steps = 2_000
     return config

@@ -8,9 +8,9 @@ SHORT = [
     "--config.batch_size=16",
     "--config.log_every=1",
     "--config.data.source=demo:train:8",
-    "--config.eval.train=demo:train:3",
-    "--config.eval.test=demo:test:3",
-    "--config.eval.k=5",
+    "--config.evals.knn.train=demo:train:3",
+    "--config.evals.knn.test=demo:test:3",
+    "--config.evals.knn.k=5",
 ]
 
 
@@ -25,9 +25,9 @@ def tiny_config(**changes):
     config.head.bottleneck_dim = 16
     config.crops.local_number = 2
     config.data.source = "demo:train:8"  # 80 images: 5 steps an epoch
-    config.eval.knn_every_epochs = 0
-    config.eval.train = ""
-    config.eval.test = ""
+    config.evals.knn.every_epochs = 0
+    config.evals.knn.train = ""
+    config.evals.knn.test = ""
     config.checkpoint.every_steps = 4
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
     return config

@@ -58,7 +58,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"--cells={','.join(names)}: give some of {','.join(CELLS)}")
     set_cpu_device_count(config.batch_size)
     check_config(config, jax.device_count())
-    report: dict = {"config": plain(config), "bank": config.eval.train, "bank_full": config.data.source}
+    report: dict = {"config": plain(config), "bank": config.evals.knn.train, "bank_full": config.data.source}
     report["ln_k"] = math.log(config.head.out_dim)
     report["pixels"] = demo.knn_top1(config, None)._asdict()
     report["untrained"] = demo.knn_top1(config, demo.untrained(config))._asdict()

@@ -28,6 +28,7 @@ from dino_jax.evals.knn import knn_accuracy
 from dino_jax.models import build_backbone
 from dino_jax.provenance import versions
 from dino_jax.training import loop
+from dino_jax.training.evaluators import feature_table
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights.backbone import Backbone, load_backbone
 
@@ -62,8 +63,8 @@ def untrained(config) -> Backbone:
 
 def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
     """k-NN top-1 in percent of pixels, untrained network and teacher, with the bank of few labels and the whole one."""
-    report: dict = {"k": config.eval.k, "bank": config.eval.train}
-    report |= {"bank_full": config.data.source, "test": config.eval.test}
+    report: dict = {"k": config.evals.knn.k, "bank": config.evals.knn.train}
+    report |= {"bank_full": config.data.source, "test": config.evals.knn.test}
     for what, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
         accuracy = knn_top1(config, backbone)
         report |= {f"knn_top1{what}": accuracy.few, f"knn_top1{what}_full_bank": accuracy.full}
@@ -73,16 +74,16 @@ def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
 class Accuracy(NamedTuple):
     """k-NN top-1 in percent."""
 
-    few: float  # with config.eval.train as the bank
+    few: float  # with config.evals.knn.train as the bank
     full: float  # with all that is trained on
 
 
 def knn_top1(config, backbone: Backbone | None) -> Accuracy:
     """k-NN top-1 with both banks, of raw pixels without a backbone. Raises UserError for a source without labels."""
-    mesh, k, queries = make_mesh(), config.eval.k, open_source(config.eval.test)
+    mesh, k, queries = make_mesh(), config.evals.knn.k, open_source(config.evals.knn.test)
     test = _features(queries, "queries", backbone, config, mesh)
     top1 = []
-    for spec in (config.eval.train, config.data.source):
+    for spec in (config.evals.knn.train, config.data.source):
         bank = open_source(spec)
         train = _features(bank, "bank", backbone, config, mesh)
         rows = train.features, train.labels, test.features, test.labels
@@ -127,10 +128,8 @@ def _features(source, what: str, backbone: Backbone | None, config, mesh):
     """Features of a source, of its raw pixels (0 to 1) without a backbone."""
     if backbone is None:
         channels = config.model.in_channels
-        return loop.feature_table(
-            raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels
-        )
-    return loop.feature_table(
+        return feature_table(raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels)
+    return feature_table(
         backbone.model.apply, backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
     )
 

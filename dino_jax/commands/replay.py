@@ -45,7 +45,7 @@ def replay(file: str | Path) -> Report:
     Bit for bit what the run saw where devices are of the same kind and number, and the same but for rounding elsewhere.
     Raises UserError where the file is none, the checkpoint is gone or damaged, or the images are no longer those.
     """
-    told = nonfinite.read(file)
+    told = nonfinite.read_replay_file(file)
     config, step, start = ConfigDict(told["config"]), told["step"], told["checkpoint"]
     check_config(config, jax.device_count())
     source = open_source(config.data.source)
@@ -134,7 +134,7 @@ def main(argv: list[str]) -> None:
     """A replay file in, a report out."""
     if len(argv) != 2:
         raise UserError("give one file: python -m dino_jax.commands.replay WORKDIR/replay-STEP.json")
-    config = nonfinite.read(argv[1])["config"]
+    config = nonfinite.read_replay_file(argv[1])["config"]
     processes.set_cpu_device_count(config["batch_size"], config["accum_steps"])  # as the trainer does
     metrics, grad_norms, images = replay(argv[1])
     print(", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "param_norm", "lr")))

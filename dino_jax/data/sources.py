@@ -25,7 +25,7 @@ IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", "
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line ends, bytes that are not UTF-8
 RECORD_HEADER = struct.Struct("<4sii")  # magic, label, number of classes: see ArrayRecordSource
 RECORD_MAGIC = b"DJX1"
-KNOB = "data.source (or eval.train, eval.test)"
+KNOB = "data.source (or evals.knn.train, evals.knn.test)"
 
 
 class Example(NamedTuple):

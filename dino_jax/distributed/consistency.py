@@ -26,7 +26,7 @@ from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import NAMED, UserError, listed
 
 # Of the config: what is each host's own business, and paths. What lies there is compared where it is read.
-OWN = ("distributed.", "data.workers", "data.source", "init_from", "eval.train", "eval.test")
+OWN = ("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test")
 
 
 def require(describe: Callable[[], Mapping[str, Any]]) -> None:
@@ -76,7 +76,7 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def data(source: Source) -> dict[str, Any]:
-    """The number of images and a hash of their names, in order."""
+    """The number of images of config.data.source, and a hash of their names in order."""
     return {"images of data.source": len(source), "names of images of data.source": names_digest(source)}
 
 

@@ -264,8 +264,8 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
     for k in ks:
         if not isinstance(k, int) or not 1 <= k <= rows:
             raise UserError(
-                f"k={k} neighbors of {rows} training images: set --config.k (in training: --config.eval.k) to whole "
-                f"numbers from 1 to {rows}"
+                f"k={k} neighbors of {rows} training images: set --config.k (in training: --config.evals.knn.k) to "
+                f"whole numbers from 1 to {rows}"
             )
 
 

@@ -7,9 +7,12 @@ from dino_jax.models import RESNETS, VITS
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import OPTIMIZERS
 from dino_jax.training.schedules import TEACHER_UPDATES
+from dino_jax.training.setup import METHODS
+from dino_jax.training.writers import WRITERS
 
 CHOICES = {
     "model.arch": (*VITS, *RESNETS),
+    "method": tuple(METHODS),
     "optim.name": OPTIMIZERS,
     "dino.teacher_update": TEACHER_UPDATES,
     "dtype": ("auto", "float32", "bfloat16"),
@@ -47,8 +50,8 @@ AT_LEAST = {
     "data.workers": 0,
     "data.stall_timeout": 0,
     "eval.batch_size": 1,
-    "eval.k": 1,
-    "eval.knn_every_epochs": 0,
+    "evals.knn.k": 1,
+    "evals.knn.every_epochs": 0,
     "checkpoint.every_steps": 1,
     "checkpoint.keep_last": 1,
     "checkpoint.keep_every_steps": 0,
@@ -110,6 +113,8 @@ def _check_values(config) -> None:
         raise UserError(
             f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to some of {','.join(ADAPTATIONS)}"
         )
+    if unknown := [name for name in config.writers.split(",") if name not in ("", *WRITERS)]:
+        raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to some of {','.join(WRITERS)}")
     if not 0 <= (rate := config.model.drop_path_rate) < 1:
         raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more, below 1")
 

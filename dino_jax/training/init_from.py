@@ -77,8 +77,8 @@ def _said(found: Pretrained, config: ConfigDict, heads: bool) -> str:
     why = "it has no projection head" if config.init_heads else "init_heads is False"
     return (
         f"{start}; {why}: heads and center are fresh. Until they have learnt, their targets are arbitrary and pull the "
-        "features away from what they were: compare k-NN with that of step 0 (--config.eval.test), and try a lower "
-        "--config.optim.lr"
+        "features away from what they were: compare k-NN with that of step 0 (--config.evals.knn.test), and try a "
+        "lower --config.optim.lr"
     )
 
 

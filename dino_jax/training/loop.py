@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from dino_jax import checkpoints
@@ -18,13 +16,13 @@ from dino_jax.distributed import consistency, fsdp, processes, sharding
 from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
-from dino_jax.evals import knn
-from dino_jax.evals.common.extraction import FeatureTable, tabulate
-from dino_jax.training import metrics
+from dino_jax.training import writers
 from dino_jax.training.config_checks import check_config
+from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
 from dino_jax.training.init_from import start_from
-from dino_jax.training.nonfinite import Skipped
+from dino_jax.training.nonfinite import StepGuard
+from dino_jax.training.rate import Rate
 from dino_jax.training.setup import (
     DeviceBatch,
     Setup,
@@ -35,13 +33,16 @@ from dino_jax.training.setup import (
     init_state,
 )
 from dino_jax.training.step import compile_lowered, lower_step
+from dino_jax.training.writers import Logger
 
 
 def train(config: ConfigDict, workdir: str | Path) -> State:
-    """Pretrains, or goes on where `workdir` stopped, and returns the state at the end.
+    """Pretrains, or resumes where `workdir` stopped, and returns the final state.
 
-    Raises UserError for what the user can mend: settings, data, a workdir of another run; NotFiniteError, which is one,
-    for a loss, a gradient or parameters that are not finite; Stopped, after saving, where a signal asked for it.
+    Raises:
+        UserError: a setting, the data or the workdir does not fit; the message says what to change.
+        NotFiniteError: a UserError; the loss, the gradient or the parameters are not finite.
+        Stopped: a signal asked the run to stop; it has saved before.
     """
     processes.initialize(config.distributed)
     consistency.require(lambda: consistency.settings(config))
@@ -63,17 +64,27 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         restored = checkpoints.restore(manager, shapes, config)
         (state, start), origin = (restored, "") if restored else first_state(setup, mesh)
         checkpoints.write_config(workdir, config)
-        logger = metrics.Logger(workdir, total_steps, steps_per_epoch, start)
+        logger = Logger(writers.Run(Path(workdir), config, total_steps, steps_per_epoch, start))
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
-        evaluate = knn_evaluation(setup, source, mesh, logger)
-        skipped = Skipped(config, workdir, source, saved=start)
-        run, done, stopped = Run(setup, mesh, source, logger, watchdog, skipped), start, False
+        evaluators = build_evaluators(setup, source, mesh, steps_per_epoch, logger.info)
+        guard = StepGuard(config, workdir, source, last_saved=start)
+        run, done, stopped = Run(setup, mesh, source, logger, watchdog, guard), start, False
 
-        def save():
-            run.settle()  # nothing broken is ever saved
+        def save() -> None:
+            run.settle()  # a state that is not finite is never saved
             watchdog.beat("checkpoint", done)
             checkpoints.save(manager, done, state, config)
-            skipped.saved = done
+            guard.last_saved = done
+
+        def evaluate() -> None:
+            due = [evaluator for evaluator in evaluators if evaluator.due(done, total_steps)]
+            if due:
+                run.settle()
+                watchdog.beat("evaluation", done)
+                with stop.interruptible():
+                    for evaluator in due:
+                        logger.log(done, evaluator.evaluate(state))
+                run.rate.reset()
 
         with batches_from(start, source, config) as batches:
             try:
@@ -81,9 +92,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
                     watchdog.beat("compile", start + 1)
                     run.compile(state)  # while the readers start
                 if start == 0:
-                    watchdog.beat("evaluation", 0)
-                    with stop.interruptible():
-                        evaluate(state)
+                    evaluate()
                 while done < total_steps:
                     watchdog.beat("data", done + 1)
                     with run.rate.waiting(run.busy), stop.interruptible():
@@ -93,18 +102,13 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
                         raise Interrupted
                     if done == total_steps or done % config.checkpoint.every_steps == 0:
                         save()
-                    if done == total_steps or done % (max(config.eval.knn_every_epochs, 1) * steps_per_epoch) == 0:
-                        run.settle()
-                        watchdog.beat("evaluation", done)
-                        with stop.interruptible():
-                            evaluate(state)
-                        run.rate.reset()
+                    evaluate()
             except Interrupted:
                 stopped = True
                 if done:
                     save()
                 manager.wait_until_finished()
-                # Said here, because what comes last is the end of the readers, who may hang.
+                # Printed before the readers are closed, because one that hangs may delay that.
                 logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
         watchdog.beat("export", done)
         manager.wait_until_finished()
@@ -116,30 +120,30 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
 
 
 class Run:
-    """One step after the other: fetch, dispatch, and look at the step before while the devices work on this one."""
+    """Runs steps: dispatches one, then checks and logs the one before while the devices work."""
 
     def __init__(
         self,
         setup: Setup,
         mesh: jax.sharding.Mesh,
         source: Source,
-        logger: metrics.Logger,
+        logger: Logger,
         watchdog: Watchdog,
-        skipped: Skipped,
+        guard: StepGuard,
     ):
-        self.rate = metrics.Rate()
-        self._watchdog, self._skipped = watchdog, skipped
+        self.rate = Rate()
+        self._watchdog, self._guard = watchdog, guard
         self._setup, self._mesh, self._source, self._logger = setup, mesh, source, logger
         self._config = setup.config
         peak = peak_flops(jax.devices()[0])
         self._utilization = peak and flops_per_image(setup) / (peak * jax.device_count())  # at one image a second
         self._bad: set[int] = set()
-        self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not looked at
+        self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not checked
         self._started = time.perf_counter()
         self._first = True
 
     def compile(self, state: State) -> None:
-        """Makes the program of the step. Raises UserError if processes make different ones, or it needs too much."""
+        """Compiles the step. Raises UserError if processes compile different programs, or memory runs out."""
         lowered = lower_step(self._setup, self._mesh, state)
         consistency.require(lambda: consistency.program(lowered))
         with readable_out_of_memory():
@@ -151,7 +155,7 @@ class Run:
         self._watchdog.beat("step", done)
         self._note_bad(batch)
         with readable_out_of_memory():
-            state, scalars = self._train_step(state, on_devices(batch, self._mesh), self._skipped.max_grad_norm())
+            state, scalars = self._train_step(state, on_devices(batch, self._mesh), self._guard.max_grad_norm())
             self.settle()
             self._running = done, scalars, batch.index
             if self._first:
@@ -165,15 +169,15 @@ class Run:
         return self._running is not None and not self._running[1]["loss"].is_ready()
 
     def settle(self) -> None:
-        """Waits for the last dispatched step, checks it and logs it if due.
+        """Waits for the last dispatched step, checks it, and logs it if due.
 
-        Raises NotFiniteError if the parameters after it are not finite, or where too many steps in a row were skipped.
+        Raises NotFiniteError if its parameters are not finite or too many steps in a row were skipped.
         """
         if self._running is None:
             return
         (done, scalars, index), self._running = self._running, None
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-        values |= self._skipped.look(done, values, index)
+        values |= self._guard.check(done, values, index)
         self.rate.add(self._config.batch_size)
         if done % self._config.log_every == 0:
             self._logger.log(done, values | ({} if self._first else self._speed()))
@@ -194,7 +198,7 @@ class Run:
             if record not in self._bad:
                 self._bad.add(record)
                 name = self._source.name(record)
-                # Each process knows only of its own share of the images.
+                # Each process knows only its own share of the images.
                 print(f"cannot decode {name}: another image stands in for it ({len(self._bad)} so far)", flush=True)
         limit = self._config.data.max_bad_fraction
         if len(self._bad) > limit * len(self._source):
@@ -206,13 +210,13 @@ class Run:
 
 
 def on_devices(batch, mesh: jax.sharding.Mesh) -> DeviceBatch:
-    """This process's `Batch` -> what the devices need of the global one, split over them."""
+    """This process's `Batch` -> the global DeviceBatch, split over the devices."""
     return sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), mesh)
 
 
 @contextmanager
 def readable_out_of_memory():
-    """Turns XLA's page about a full device into one line."""
+    """Turns XLA's report of a full device into one line."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -225,7 +229,7 @@ def readable_out_of_memory():
 
 
 def check_enough_images(source: Source, config: ConfigDict) -> int:
-    """Whole batches in an epoch; UserError if there is not one."""
+    """Number of full batches in an epoch. Raises UserError if the source has fewer images than a batch."""
     if len(source) < config.batch_size:
         raise UserError(
             f"data.source has {len(source)} images, fewer than a batch of {config.batch_size}: "
@@ -235,7 +239,7 @@ def check_enough_images(source: Source, config: ConfigDict) -> int:
 
 
 def first_state(setup: Setup, mesh: jax.sharding.Mesh) -> tuple[tuple[State, int], str]:
-    """The state before step 1, random or from config.init_from, with the step, 0; and a line on where it is from."""
+    """The state before step 1, random or from config.init_from, with its step, 0; and a line that says its origin."""
     state = init_state(setup, mesh)
     if not setup.config.init_from:
         return (state, 0), ""
@@ -264,66 +268,6 @@ def export_teacher(workdir: str | Path, state: State, config: ConfigDict) -> Non
     card = checkpoints.model_card(config, int(state.step))
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
     checkpoints.write_export(Path(workdir) / "export", {"variables": variables}, card)
-
-
-def feature_table(apply_fn, variables, source: Source, what: str, config: ConfigDict, mesh, mean, std) -> FeatureTable:
-    """`tabulate` of a source with the evaluation settings of a run's config."""
-    return tabulate(
-        apply_fn,
-        variables,
-        source,
-        what,
-        mesh,
-        batch_size=config.eval.batch_size,
-        resize=config.eval.resize,
-        crop=config.eval.crop,
-        channels=config.model.in_channels,
-        mean=mean,
-        std=std,
-        workers=config.data.workers,
-    )
-
-
-def knn_evaluation(setup: Setup, source: Source, mesh: jax.sharding.Mesh, logger: metrics.Logger):
-    """evaluate(state): logs k-NN top-1 of teacher and student; does nothing where labels or settings are missing."""
-    config = setup.config
-    if not config.eval.knn_every_epochs or not config.eval.test:
-        logger.info("no k-NN while training: eval.test or eval.knn_every_epochs is not set")
-        return lambda state: None
-    bank = processes.on_every_process(lambda: open_source(config.eval.train), size=len) if config.eval.train else source
-    queries = processes.on_every_process(lambda: open_source(config.eval.test), size=len)
-    if not (bank.num_classes and queries.num_classes):
-        logger.info("no k-NN while training: eval.train or eval.test has no labels")
-        return lambda state: None
-
-    knn.check_classes(bank, queries)
-    apply = setup.method.backbone.apply
-
-    def both(variables, images):
-        """Features of teacher and student side by side, so that each image is read once."""
-        features: list = [apply(variables[who], images) for who in ("teacher", "student")]
-        return jnp.concatenate(features, axis=-1)
-
-    def table(source, variables, what):
-        return feature_table(both, variables, source, what, config, mesh, config.data.mean, config.data.std)
-
-    def evaluate(state):
-        variables = {
-            "teacher": {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]},
-            "student": {"params": state.student["backbone"], "batch_stats": state.student_stats["backbone"]},
-        }
-        variables = fsdp.unshard(variables, mesh)
-        train, test = table(bank, variables, "k-NN bank"), table(queries, variables, "k-NN queries")
-        scalars = {}
-        for i, who in enumerate(variables):
-            rows, answers = (np.split(t.features, 2, axis=1)[i] for t in (train, test))
-            accuracy = knn.knn_accuracy(
-                rows, train.labels, answers, test.labels, (config.eval.k,), num_classes=bank.num_classes, mesh=mesh
-            )
-            scalars[f"knn_top1_{who}"] = accuracy[config.eval.k][0]
-        logger.log(int(state.step), scalars)
-
-    return evaluate
 
 
 def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, start: int) -> str:

@@ -1,6 +1,6 @@
-"""Steps that were left out because their loss or gradient was not finite: counted, and too many in a row end the run.
+"""Skips steps with a non-finite loss or gradient: counts them, and ends the run after too many in a row.
 
-The step itself leaves the state as it is then (`dino.train_step`). Here the host looks at what it reports.
+The step itself then leaves the state unchanged (`step.train_step`). Here the host acts on what it reports.
 """
 
 import json
@@ -23,29 +23,29 @@ FEW = 100  # norms that make a quantile
 NAMED = 8  # images that a message lists
 
 
-class Skipped:
-    """Looks at each step's metrics, in order.
+class StepGuard:
+    """Checks each step's metrics, in order.
 
-    `saved` is for the caller to keep: the step of the last checkpoint, 0 where the run has none.
+    The caller keeps `last_saved` up to date: the step of the last checkpoint, 0 if the run has none.
     """
 
-    def __init__(self, config: ConfigDict, workdir: str | Path, source: Source, saved: int):
-        self.saved = saved
+    def __init__(self, config: ConfigDict, workdir: str | Path, source: Source, last_saved: int):
+        self.last_saved = last_saved
         self._config, self._workdir, self._source = config, workdir, source
-        self._steps: list[int] = []  # that were skipped
+        self._skipped: list[int] = []  # steps
         self._in_a_row = 0
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
-    def look(self, step: int, values: dict[str, float], index: np.ndarray) -> dict[str, float]:
-        """Scalars to log with step's own `values`: skipped_steps, of this process's run, and grad_norm_q99.
+    def check(self, step: int, values: dict[str, float], index: np.ndarray) -> dict[str, float]:
+        """Returns scalars to log beside the step's own `values`: skipped_steps and grad_norm_q99.
 
-        The latter is the 0.99 quantile of the norms of the last `WINDOW` steps that were not skipped. index: int32 [b],
-        this process's records of the step, as in `pipeline.Batch`. Raises NotFiniteError, with a file for
-        `dino_jax.commands.replay`, for parameters that are not finite, which nothing mends, and where more than
-        config.optim.max_skipped steps in a row were skipped.
+        skipped_steps counts since the process started. grad_norm_q99 is the 0.99 quantile of the gradient norms of the
+        last `WINDOW` steps that were not skipped. index: int32 [b], this process's records of the step, as in
+        `pipeline.Batch`. Raises NotFiniteError, after writing a file for `dino-jax replay`, if the parameters are not
+        finite, which nothing repairs, or if more than config.optim.max_skipped steps in a row were skipped.
         """
         if values["skipped"]:
-            self._steps.append(step)
+            self._skipped.append(step)
             self._in_a_row += 1
         else:
             self._in_a_row = 0
@@ -55,21 +55,21 @@ class Skipped:
         if values["skipped"] and jax.process_index() == 0:
             said = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
             print(
-                f"step {step:,} is skipped ({said}): {self._in_a_row} in a row, {len(self._steps)} in all", flush=True
+                f"step {step:,} is skipped ({said}): {self._in_a_row} in a row, {len(self._skipped)} in all", flush=True
             )
         quantile = {"grad_norm_q99": float(np.quantile(self._norms, 0.99))} if self._norms else {}
-        return {"skipped_steps": float(len(self._steps))} | quantile
+        return {"skipped_steps": float(len(self._skipped))} | quantile
 
     def max_grad_norm(self) -> np.float32:
-        """The gradient norm above which the next step is to be skipped: config.optim.skip_above times the quantile."""
+        """The gradient norm above which the next step is skipped: config.optim.skip_above times the quantile."""
         times = self._config.optim.skip_above
         if not times or len(self._norms) < FEW:
             return np.float32(np.inf)
         return np.float32(times * np.quantile(self._norms, 0.99))
 
     def _give_up(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
-        before = [other for other in self._steps if self.saved < other < step]
-        file = write(self._workdir, self._config, self._source, step, self.saved, before, index)
+        before = [other for other in self._skipped if self.last_saved < other < step]
+        file = write_replay_file(self._workdir, self._config, self._source, step, self.last_saved, before, index)
         names = ", ".join(self._source.name(int(record)) for record in index[:NAMED])
         what = next(
             (name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])), "grad_norm"
@@ -83,7 +83,7 @@ class Skipped:
         )
 
 
-def write(
+def write_replay_file(
     workdir: str | Path,
     config: ConfigDict,
     source: Source,
@@ -92,9 +92,9 @@ def write(
     skipped: list[int],
     index: np.ndarray,
 ) -> Path:
-    """Writes `workdir/replay-STEP.json`, on process 0, and returns its path. To be called by all processes.
+    """Writes `workdir/replay-STEP.json` on process 0 and returns its path. All processes must call it.
 
-    saved: the step of the last checkpoint, 0 for none; skipped: the steps since then that changed nothing; index: int32
+    saved: the step of the last checkpoint, 0 for none. skipped: the steps since then that changed nothing. index: int32
     [b], this process's records of `step`.
     """
     path = Path(workdir) / f"replay-{step}.json"
@@ -114,8 +114,8 @@ def write(
     return path
 
 
-def read(file: str | Path) -> dict[str, Any]:
-    """What `write` wrote. Raises UserError where the file is something else."""
+def read_replay_file(file: str | Path) -> dict[str, Any]:
+    """What `write_replay_file` wrote. Raises UserError if the file is something else."""
     try:
         told = json.loads(Path(file).read_text(encoding="utf-8"))
         return {name: told[name] for name in ("step", "seed", "checkpoint", "skipped", "images", "versions", "config")}

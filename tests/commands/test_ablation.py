@@ -17,7 +17,7 @@ from dino_jax.training import loop
 
 ROOT = Path(__file__).parents[2]
 LN_K = math.log(256)
-KNN = {"eval__train": "demo:train:3", "eval__test": "demo:test:3", "eval__k": 5}
+KNN = {"evals__knn__train": "demo:train:3", "evals__knn__test": "demo:test:3", "evals__knn__k": 5}
 
 
 def run(*arguments):

@@ -24,7 +24,7 @@ TINY = [  # tiny_config() as flags, but longer
     "--config.head.bottleneck_dim=16",
     "--config.crops.local_number=0",
     "--config.data.source=demo:train:8",
-    "--config.eval.knn_every_epochs=0",
+    "--config.evals.knn.every_epochs=0",
     "--config.checkpoint.every_steps=4",
 ]
 
@@ -60,16 +60,16 @@ def last_step(text):
 
 
 KNN = [
-    "--config.eval.knn_every_epochs=1",
-    "--config.eval.train=demo:train:400",
-    "--config.eval.test=demo:test",
-    "--config.eval.k=5",
+    "--config.evals.knn.every_epochs=1",
+    "--config.evals.knn.train=demo:train:400",
+    "--config.evals.knn.test=demo:test",
+    "--config.evals.knn.k=5",
 ]
 PHASES = {  # what the run has said, seconds after it, flags
     "evaluation": ("step 5/60", 0.1, KNN),
     "step": ("step 6/60", 0.0, []),
     "saving": ("step 8/60", 0.0, ["--config.head.out_dim=65536"]),
-    "start": ("no k-NN", 0.3, []),
+    "start": ("no knn evaluation", 0.3, []),
 }
 
 
@@ -89,7 +89,7 @@ def test_sigterm_saves_and_exits_with_75_in_any_phase(tmp_path, phase):
 
 def test_sigterm_while_the_compiler_works_does_not_wait_for_it(tmp_path):
     process, said = start(tmp_path / "run", "--config.model.arch=vit_small", JAX_COMPILATION_CACHE_DIR="")
-    wait_until(process, said, "no k-NN")
+    wait_until(process, said, "no knn evaluation")
     time.sleep(2)
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()

@@ -15,7 +15,12 @@ from dino_jax.training.init_from import start_from
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights import load, tensor_files
 
-KNN = {"eval__knn_every_epochs": 1, "eval__train": "demo:train:4", "eval__test": "demo:test:4", "eval__k": 5}
+KNN = {
+    "evals__knn__every_epochs": 1,
+    "evals__knn__train": "demo:train:4",
+    "evals__knn__test": "demo:test:4",
+    "evals__knn__k": 5,
+}
 
 
 def fresh(config):

@@ -33,16 +33,16 @@ TINY = [  # tiny_config() as flags, but longer
     "--config.head.bottleneck_dim=16",
     "--config.crops.local_number=2",
     "--config.data.source=demo:train:8",
-    "--config.eval.knn_every_epochs=0",
+    "--config.evals.knn.every_epochs=0",
     "--config.checkpoint.every_steps=4",
 ]
 
 
 KNN = [
-    "--config.eval.knn_every_epochs=12",
-    "--config.eval.train=demo:train:4",
-    "--config.eval.test=demo:test:2",
-    "--config.eval.k=5",
+    "--config.evals.knn.every_epochs=12",
+    "--config.evals.knn.train=demo:train:4",
+    "--config.evals.knn.test=demo:test:2",
+    "--config.evals.knn.k=5",
 ]
 
 
@@ -202,7 +202,9 @@ def test_sigterm_saves_and_the_same_command_resumes(tmp_path):
 
 
 def test_knn_while_training(tmp_path, capsys):
-    config = tiny_config(eval__train="demo:train:4", eval__test="demo:test:2", eval__k=5, eval__knn_every_epochs=1)
+    config = tiny_config(
+        evals__knn__train="demo:train:4", evals__knn__test="demo:test:2", evals__knn__k=5, evals__knn__every_epochs=1
+    )
     loop.train(config, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "knn_top1_teacher" in line] == [0, 5, 10]

@@ -24,7 +24,7 @@ TINY = [  # tiny_config() as flags
     "--config.head.hidden_dim=32",
     "--config.head.bottleneck_dim=16",
     "--config.crops.local_number=0",
-    "--config.eval.knn_every_epochs=0",
+    "--config.evals.knn.every_epochs=0",
     "--config.distributed.num_processes=2",
 ]
 

@@ -1,14 +1,20 @@
 import json
 import re
 import resource
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
-from dino_jax.training.metrics import Logger, Rate, format_duration
+from dino_jax.training.writers import Logger, Run, format_duration
+
+
+def open_logger(workdir, total_steps, steps_per_epoch, start_step=0, writers="console,jsonl,tensorboard"):
+    return Logger(Run(workdir, ConfigDict({"writers": writers}), total_steps, steps_per_epoch, start_step))
 
 
 def lines(workdir):
@@ -16,7 +22,7 @@ def lines(workdir):
 
 
 def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
-    logger = Logger(tmp_path, total_steps=6000, steps_per_epoch=375)
+    logger = open_logger(tmp_path, 6000, 375)
     scalars = {"loss": jnp.float32(5.1234), "images_per_second": 612.3, "data_wait": 0.004, "lr": 1e-3}
     logger.log(1000, scalars)  # the pace until here was compilation
     assert capsys.readouterr().out.endswith("ETA ?\n")
@@ -29,27 +35,27 @@ def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
 
 
 def test_scalars_without_a_loss_are_all_shown(tmp_path, capsys):
-    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger = open_logger(tmp_path, 10, 5)
     logger.log(5, {"knn_top1": 81.25})
     logger.close()
     assert capsys.readouterr().out == "step 5/10  epoch 1.0  knn_top1 81.25\n"
 
 
 def test_a_loss_that_is_not_finite_keeps_the_json_valid(tmp_path):
-    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger = open_logger(tmp_path, 10, 5)
     logger.log(1, {"loss": np.nan})
     logger.close()
     assert lines(tmp_path) == [{"step": 1, "loss": None}]
 
 
 def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
-    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger = open_logger(tmp_path, 10, 5)
     for step in range(1, 6):
         logger.log(step, {"loss": step})
     logger.close()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
-    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5, start_step=3)
+    logger = open_logger(tmp_path, 10, 5, start_step=3)
     logger.log(4, {"loss": 40})
     logger.close()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
@@ -57,7 +63,7 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
 
 def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    logger = Logger(tmp_path, total_steps=10, steps_per_epoch=5)
+    logger = open_logger(tmp_path, 10, 5)
     logger.log(1, {"loss": 1.0})
     logger.info("hello")
     logger.close()
@@ -70,27 +76,10 @@ def test_format_duration(seconds, text):
     assert format_duration(seconds) == text
 
 
-def test_rate_counts_between_readings_what_the_devices_wait_for():
-    now = [100.0]
-    rate = Rate(clock=lambda: now[0])
-    with rate.waiting(busy=lambda: False):
-        now[0] += 1.0
-    with rate.waiting(busy=lambda: True):  # behind a step that goes on
-        now[0] += 1.0
-    rate.add(64)
-    now[0] += 2.0
-    assert rate.read() == {"images_per_second": 16.0, "data_wait": 0.25}
-    now[0] += 60.0  # an evaluation
-    rate.reset()
-    rate.add(10)
-    now[0] += 1.0
-    assert rate.read() == {"images_per_second": 10.0, "data_wait": 0.0}
-
-
 def test_a_full_disk_ends_the_log_with_one_line_and_does_not_hang(tmp_path, capsys):
     """As a full disk, a quota stops a file in its middle; capsys because pytest's own capture is a file, too."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    logger = Logger(tmp_path, total_steps=1000, steps_per_epoch=10)
+    logger = open_logger(tmp_path, 1000, 10)
 
     def log_for_ever():
         for step in range(10_000):
@@ -102,3 +91,25 @@ def test_a_full_disk_ends_the_log_with_one_line_and_does_not_hang(tmp_path, caps
             log_for_ever()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
+    """Its files hold length-prefixed JSON values behind their names; no network is needed."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for start in (0, 2):  # a run, and its continuation
+        logger = open_logger(tmp_path, 10, 5, start_step=start, writers="wandb")
+        logger.log(start + 1, {"loss": 1.5, "lr": 0.1})
+        logger.close()
+    assert wandb.run is None
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    assert len({path.stem for path in files}) == 1  # the id, which joins them
+    stored = b"".join(path.read_bytes() for path in files)
+    assert re.findall(rb"_step\x82\x01.(\d+)", stored) == [b"1", b"3"]
+    assert re.findall(rb"loss\x82\x01.([\d.]+)", stored) == [b"1.5", b"1.5"]
+
+
+def test_without_wandb_the_way_out_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"writers=wandb needs wandb: pip install 'dino_jax\[wandb\]'"):
+        open_logger(tmp_path, 10, 5, writers="wandb")

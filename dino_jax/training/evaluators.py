@@ -1,0 +1,117 @@
+"""Evaluations while training, as `config.evals` names them: each with its period and settings.
+
+To add one, write a function like `knn_evaluator`, name it in `EVALUATORS`, and give its settings a section in
+configs/default.py.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dino_jax.data.sources import Source, open_source
+from dino_jax.distributed import fsdp
+from dino_jax.distributed.processes import on_every_process
+from dino_jax.evals import knn
+from dino_jax.evals.common.extraction import FeatureTable, tabulate
+from dino_jax.training.setup import Setup, State
+
+Evaluate = Callable[[State], dict[str, float]]
+
+
+class Unavailable(NamedTuple):
+    """Why an evaluation does not run."""
+
+    reason: str
+
+
+class Evaluator(NamedTuple):
+    """An evaluation and its period."""
+
+    every_steps: int
+    evaluate: Evaluate  # state -> scalars to log
+
+    def due(self, step: int, total_steps: int) -> bool:
+        """Whether to run after this step: before the first, after the last, and every so many between."""
+        return step in (0, total_steps) or step % self.every_steps == 0
+
+
+def build_evaluators(
+    setup: Setup, source: Source, mesh: Mesh, steps_per_epoch: int, info: Callable[[str], None]
+) -> list[Evaluator]:
+    """The evaluators of config.evals that can run. info: receives a line for each that cannot."""
+    evaluators = []
+    for name, settings in setup.config.evals.items():
+        if settings.every_epochs:
+            built = EVALUATORS[name](setup, settings, source, mesh)
+        else:
+            built = Unavailable(f"evals.{name}.every_epochs is 0")
+        if isinstance(built, Unavailable):
+            info(f"no {name} evaluation while training: {built.reason}")
+        else:
+            evaluators.append(Evaluator(max(1, round(settings.every_epochs * steps_per_epoch)), built))
+    return evaluators
+
+
+def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh) -> Evaluate | Unavailable:
+    """k-NN top-1 in percent of teacher and student. `source` is the bank where settings.train names none."""
+    if not settings.test:
+        return Unavailable("evals.knn.test is not set")
+    bank = on_every_process(lambda: open_source(settings.train), size=len) if settings.train else source
+    queries = on_every_process(lambda: open_source(settings.test), size=len)
+    if not (bank.num_classes and queries.num_classes):
+        return Unavailable("evals.knn.train or evals.knn.test has no labels")
+    knn.check_classes(bank, queries)
+    backbone, config = setup.method.backbone, setup.config
+
+    def both(variables: dict, images: jax.Array) -> jax.Array:
+        """Features of teacher and student side by side, so that each image is read once."""
+        return jnp.concatenate([backbone.apply(variables[who], images) for who in ("teacher", "student")], axis=-1)
+
+    def evaluate(state: State) -> dict[str, float]:
+        variables = {
+            "teacher": {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]},
+            "student": {"params": state.student["backbone"], "batch_stats": state.student_stats["backbone"]},
+        }
+        variables = fsdp.unshard(variables, mesh)
+        train, test = (
+            feature_table(both, variables, rows, what, config, mesh, config.data.mean, config.data.std)
+            for rows, what in ((bank, "k-NN bank"), (queries, "k-NN queries"))
+        )
+        scalars = {}
+        for i, who in enumerate(variables):
+            rows, answers = (np.split(table.features, 2, axis=1)[i] for table in (train, test))
+            accuracy = knn.knn_accuracy(
+                rows, train.labels, answers, test.labels, (settings.k,), num_classes=bank.num_classes, mesh=mesh
+            )
+            scalars[f"knn_top1_{who}"] = accuracy[settings.k][0]
+        return scalars
+
+    return evaluate
+
+
+EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Unavailable]] = {"knn": knn_evaluator}
+
+
+def feature_table(
+    apply_fn: Callable, variables: Any, source: Source, what: str, config: ConfigDict, mesh: Mesh, mean: Any, std: Any
+) -> FeatureTable:
+    """`tabulate` of a source with the image sizes and batch size of config.eval."""
+    return tabulate(
+        apply_fn,
+        variables,
+        source,
+        what,
+        mesh,
+        batch_size=config.eval.batch_size,
+        resize=config.eval.resize,
+        crop=config.eval.crop,
+        channels=config.model.in_channels,
+        mean=mean,
+        std=std,
+        workers=config.data.workers,
+    )

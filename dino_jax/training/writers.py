@@ -1,0 +1,231 @@
+"""Where a run's scalars go: the console, metrics.jsonl, TensorBoard, Weights & Biases.
+
+A writer has two methods (`Writer`). To add one, write the class and name it in `WRITERS`.
+"""
+
+import json
+import math
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from ml_collections import ConfigDict
+
+from dino_jax import atomic
+from dino_jax.errors import UserError
+from dino_jax.provenance import plain
+
+Scalars = Mapping[str, float]
+
+
+class Run(NamedTuple):
+    """What a writer may need to know of the run that it serves."""
+
+    workdir: Path
+    config: ConfigDict
+    total_steps: int
+    steps_per_epoch: int
+    start_step: int  # 0, or the step after which the run resumes: what was logged beyond it no longer holds
+
+
+class Writer(Protocol):
+    """Receives the scalars of one step at a time, in order."""
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Records the scalars. Raises OSError where the disk refuses."""
+
+    def close(self) -> None:
+        """Flushes and releases what the writer holds."""
+
+
+class ConsoleWriter:
+    """Prints a line per step.
+
+    With a `loss` among the scalars it is a progress line: position, loss, `images_per_second`, `data_wait` and the time
+    left at the run's mean pace, evaluations and saves included. Without one it shows all scalars.
+    """
+
+    def __init__(self, run: Run):
+        self._run = run
+        self._pace_from = (run.start_step, time.monotonic())
+        self._first_line = True
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Prints the line."""
+        position = [f"step {step:,}/{self._run.total_steps:,}", f"epoch {step / self._run.steps_per_epoch:.1f}"]
+        if "loss" in scalars:
+            shown = [*_progress(scalars), f"ETA {self._time_left(step)}"]
+        else:
+            shown = [f"{name} {value:.4g}" for name, value in scalars.items()]
+        print("  ".join([*position, *shown]), flush=True)
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _time_left(self, step: int) -> str:
+        now = time.monotonic()
+        from_step, from_time = self._pace_from
+        if self._first_line:  # the pace so far was mostly that of compilation
+            self._first_line, self._pace_from = False, (step, now)
+            return "?"
+        return format_duration((now - from_time) / (step - from_step) * (self._run.total_steps - step))
+
+
+class JsonlWriter:
+    """Appends a JSON object per step to `workdir/metrics.jsonl`, with null for a value that is not finite."""
+
+    def __init__(self, run: Run):
+        path = run.workdir / "metrics.jsonl"
+        _drop_after(path, run.start_step if run.start_step else -1)  # a fresh run logs step 0 itself
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Appends the line and flushes it."""
+        finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Writes event files to `workdir/tensorboard`, and tells TensorBoard to drop steps beyond the one resumed from."""
+
+    def __init__(self, run: Run):
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        (run.workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
+        # Events are written at once: the thread of SummaryWriter would die of a full disk, and its queue then block the
+        # run forever.
+        self._events = EventsWriter(str(run.workdir / "tensorboard" / "events"))
+        purge_later = SessionLog(status=SessionLog.START)
+        self._events.write_event(Event(wall_time=time.time(), step=run.start_step + 1, session_log=purge_later))
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Writes an event per scalar and flushes them."""
+        for name, value in scalars.items():
+            summary = self._scalar(name, value)
+            self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._events.close()
+
+
+class WandbWriter:
+    """Logs to Weights & Biases: offline, to `workdir/wandb`, unless WANDB_MODE says otherwise.
+
+    A resumed run keeps its id (`workdir/wandb/id`), so that `wandb sync` joins its parts.
+    """
+
+    def __init__(self, run: Run):
+        try:
+            import wandb
+        except ImportError as error:
+            raise UserError(
+                "writers=wandb needs wandb: pip install 'dino_jax[wandb]', or leave it out of --config.writers"
+            ) from error
+        id_file = run.workdir / "wandb" / "id"
+        if not id_file.is_file():
+            with atomic.file(id_file) as unfinished:
+                unfinished.write_text(secrets.token_hex(4), encoding="utf-8")
+        os.environ.setdefault("WANDB_MODE", "offline")
+        self._run = wandb.init(
+            project="dino_jax",
+            id=id_file.read_text(encoding="utf-8"),
+            dir=run.workdir,
+            config=plain(run.config),
+            resume="allow",
+            # The console and the machine's load are not part of what was asked to be logged.
+            settings=wandb.Settings(console="off", silent=True, x_disable_stats=True, x_disable_meta=True),
+        )
+
+    def write(self, step: int, scalars: Scalars) -> None:
+        """Logs the scalars under their step."""
+        self._run.log(dict(scalars), step=step)
+
+    def close(self) -> None:
+        """Ends the run, which flushes it."""
+        self._run.finish()
+
+
+WRITERS: dict[str, Callable[[Run], Writer]] = {
+    "console": ConsoleWriter,
+    "jsonl": JsonlWriter,
+    "tensorboard": TensorBoardWriter,
+    "wandb": WandbWriter,
+}
+
+
+class Logger:
+    """Hands scalars to the writers that config.writers names. Only process 0 writes; elsewhere all methods do nothing.
+
+    A run that resumes first drops what an earlier run logged beyond that step, so that no step appears twice.
+    """
+
+    def __init__(self, run: Run):
+        self._workdir = run.workdir
+        self._active = jax.process_index() == 0
+        self._writers: list[Writer] = []
+        if self._active:
+            with atomic.disk_errors(run.workdir):
+                run.workdir.mkdir(parents=True, exist_ok=True)
+                self._writers = [WRITERS[name](run) for name in run.config.writers.split(",") if name]
+
+    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Records the scalars (anything that `float` takes) of one step. Raises UserError where the disk refuses."""
+        if self._active:
+            values = {name: float(value) for name, value in scalars.items()}
+            with atomic.disk_errors(self._workdir):
+                for writer in self._writers:
+                    writer.write(int(step), values)
+
+    def info(self, text: str) -> None:
+        """Prints a line."""
+        if self._active:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Closes all writers."""
+        for writer in self._writers:
+            writer.close()
+
+
+def _progress(values: Scalars) -> Iterator[str]:
+    yield f"loss {values['loss']:.3f}"
+    if "images_per_second" in values:
+        yield f"{values['images_per_second']:,.0f} images/s"
+    if "data_wait" in values:
+        yield f"data wait {values['data_wait']:.1%}"
+
+
+def format_duration(seconds: float) -> str:
+    """7:12 for 432 seconds, 1:00:05 for 3605."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _drop_after(path: Path, last_step: int) -> None:
+    """Rewrites the JSON lines without those of later steps and without a half-written line."""
+    if not path.exists():
+        return
+    valid = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                valid.append(line + "\n")
+        except json.JSONDecodeError:
+            continue
+    with atomic.file(path) as rewritten:
+        rewritten.write_text("".join(valid), encoding="utf-8")
