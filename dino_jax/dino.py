@@ -7,7 +7,7 @@ keeps any one prototype from dominating, and sharpening keeps the output from be
 Shapes: `B` images, `G` = 2 global crops, `L` local crops, `V` = G + L views, `D` bottleneck, `K` prototypes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ from dino_jax.data.multicrop import Crops
 from dino_jax.models.layers import apply_in_training
 
 Params = dict[str, Any]  # {"backbone": ..., "head": ...}; `*_stats` below are the running statistics of batch norm
+Function = Callable[..., Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
@@ -51,7 +52,7 @@ def loss(q: jax.Array, student_logits: jax.Array, temp: float) -> jax.Array:
     return (pairs * (1 - jnp.eye(G, V))).sum() / (B * G * (V - 1))  # all pairs but a view with itself
 
 
-def loss_from_head(q: jax.Array, z: jax.Array, prototypes: Callable, last_layer: Params, temp: float) -> jax.Array:
+def loss_from_head(q: jax.Array, z: jax.Array, prototypes: Function, last_layer: Params, temp: float) -> jax.Array:
     """`loss` of the logits prototypes(last_layer, z), for unit vectors z [B, V, D]."""
     return loss(q, prototypes(last_layer, z), temp)
 
@@ -79,7 +80,7 @@ class DINO:
     head: nn.Module
     student_temp: float
     center_momentum: float  # 1 switches centering off: the center stays at 0
-    loss_from_head: Callable[..., jax.Array] = loss_from_head  # or `training.chunked_loss`, which takes less memory
+    loss_from_head: Function = loss_from_head  # or `training.chunked_loss`, which takes less memory
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> TrainState:
         """A random student, its copy as the teacher, a zero center. image_shape: [H, W, C] of a global crop."""
@@ -92,8 +93,8 @@ class DINO:
         return TrainState(jnp.int32(0), student, teacher, stats, teacher_stats, jnp.zeros(self.head.out_dim), ())
 
     def losses(
-        self, student: Params, state: TrainState, crops: Crops, drop_paths: Sequence, teacher_temp: jax.Array
-    ) -> tuple[dict, dict, dict]:
+        self, student: Params, state: TrainState, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
+    ) -> tuple[Params, Params, Params]:
         """Runs a batch through both networks. drop_paths: factors for each of `crops.groups`, or None.
 
         Returns the losses by name, means over the batch, and the new batch norm statistics by their TrainState field.
@@ -114,13 +115,12 @@ class DINO:
         means = {"logits": teacher_logits.mean((0, 1)), "targets": q.mean((0, 1)), "entropy": entropy(q).mean()}
         return {"dino": value}, means, {"student_stats": student_stats, "teacher_stats": teacher_stats}
 
-    def update(self, state: TrainState, means: dict, teacher_momentum: jax.Array) -> TrainState:
+    def update(self, state: TrainState, means: Params, teacher_momentum: jax.Array) -> TrainState:
         """Moves what no gradient trains: the teacher after the student's step, and the center."""
         teacher = update_teacher(state.teacher, state.student, teacher_momentum)
-        center = update_center(state.center, means["logits"], self.center_momentum)
-        return state.replace(teacher=teacher, center=center)
+        return state.replace(teacher=teacher, center=update_center(state.center, means["logits"], self.center_momentum))
 
-    def signals(self, state: TrainState, losses: dict, means: dict) -> dict:
+    def signals(self, state: TrainState, losses: Params, means: Params) -> Params:
         """Scalars that tell learning from collapse, which the loss alone does not (paper, section 5.3)."""
         return {
             "teacher_entropy": means["entropy"],
@@ -129,7 +129,7 @@ class DINO:
             "center_norm": jnp.linalg.norm(state.center),
         }
 
-    def embed(self, params: Params, stats: Params, groups: Sequence, drop_paths: Sequence) -> tuple[jax.Array, Params]:
+    def embed(self, params: Params, stats: Params, groups: list[Any], drop_paths: list[Any]) -> tuple[Any, Params]:
         """Groups of equally large crops [B, V_i, H, W, C] -> unit vectors float32 [B, V, D], new statistics.
 
         One backbone call a group, as its batch norm is per crop size; the head's MLP sees all views together, as its

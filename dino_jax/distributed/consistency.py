@@ -1,7 +1,7 @@
-"""Whether all processes run the same thing on the same data, and whether all devices still hold the same state.
+"""Consistency: do all processes run the same thing on the same data, and do all devices hold the same state?
 
-Processes that disagree do not fail by themselves: each computes its share of something else, and the mean of the
-gradients hides it. So they compare, at the start, what they are about to do; and, from time to time, what they hold.
+Processes that disagree do not fail by themselves. Each computes its share of something else, and the mean of the
+gradients hides it. They therefore compare what they are about to do at the start, and what they hold from time to time.
 """
 
 import hashlib
@@ -25,14 +25,14 @@ from dino_jax.data.sources import Source, names_digest
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import NAMED, UserError, listed
 
-# Of the config: what is each host's own business, and paths. What lies there is compared where it is read.
-OWN = ("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test")
+# Settings that may differ between hosts, and paths; what a path holds is compared when it is read.
+PER_HOST = ("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test")
 
 
-def require(describe: Callable[[], Mapping[str, Any]]) -> None:
-    """UserError on every process, unless describe() is the same on all: what differs, and on which process.
+def require_same(describe: Callable[[], Mapping[str, Any]]) -> None:
+    """Raises UserError on every process, with what differs and where, unless describe() is the same on all of them.
 
-    describe: gives plain JSON values by name, the same names everywhere. Not called where there is one process.
+    describe: returns plain JSON values by name, the same names everywhere. It is not called if there is one process.
     """
     if jax.process_count() == 1:
         return
@@ -50,7 +50,7 @@ def require(describe: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def differences(told: list[Mapping[str, Any]]) -> list[str]:
-    """What processes tell of themselves, in order -> a sentence for each name of which they tell different things."""
+    """Descriptions of the processes, in order -> a sentence for each name whose values differ."""
     sentences = []
     for name in sorted(set().union(*told)):
         values = [json.dumps(one.get(name)) for one in told]
@@ -64,9 +64,9 @@ def differences(told: list[Mapping[str, Any]]) -> list[str]:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The config by dotted name but for what is a host's `OWN`; versions, this package's code, devices, XLA's flags."""
+    """The config by dotted name without `PER_HOST`, versions, a hash of this package's code, devices, XLA's flags."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
-    return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(OWN)} | {
+    return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(PER_HOST)} | {
         **{f"version of {name}": version for name, version in provenance.versions().items()},
         "version of jaxlib": jaxlib.__version__,
         "code of dino_jax": _code(),
@@ -81,15 +81,15 @@ def data(source: Source) -> dict[str, Any]:
 
 
 def program(lowered: jax.stages.Lowered) -> dict[str, str]:
-    """A hash of a jitted function as it is lowered for its arguments, before it is compiled."""
+    """A hash of a jitted function, lowered for its arguments but not yet compiled."""
     return {"compiled step": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]}
 
 
 def require_same_state(state: Any, mesh: Mesh) -> None:
-    """UserError naming the devices whose copy of the state is not that of most others, bit by bit, and what of it.
+    """Raises UserError naming the devices whose copy of the state differs in a bit from that of most others.
 
     state: a tree of arrays laid out as `fsdp.specs` says. Parts of a parameter that is split over `fsdp` are
-    compared with the same parts elsewhere. To be called by all processes at once.
+    compared with the same parts elsewhere. All processes must call it at once.
     """
     if mesh.shape["data"] == 1:
         return
@@ -116,12 +116,12 @@ def require_same_state(state: Any, mesh: Mesh) -> None:
 
 @partial(jax.jit, static_argnums=0)
 def checksums(mesh: Mesh, state: Any) -> jax.Array:
-    """Of each device's copy (or part) of each array, the sum of its bits as integers: uint32 [data, fsdp, arrays].
+    """The sum of each device's copy (or part) of each array, its bits read as integers: uint32 [data, fsdp, arrays].
 
-    The sum does not depend on an order, wraps, and changes with any single flipped bit.
+    The sum wraps, does not depend on the order of elements, and changes with any single flipped bit.
     """
 
-    def own(state):
+    def own(state: Any) -> jax.Array:
         return jnp.stack([_bits(x).sum(dtype=jnp.uint32) for x in jax.tree.leaves(state)])[None, None]
 
     return jax.shard_map(
@@ -134,7 +134,7 @@ def _bits(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, unsigned)
 
 
-def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
@@ -142,7 +142,7 @@ def _flat(tree: Mapping, prefix: str = "") -> dict[str, Any]:
 
 
 def _code() -> str:
-    """A hash of this package's sources: the same version may be another checkout."""
+    """A hash of this package's sources, since checkouts of the same version may differ."""
     root = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

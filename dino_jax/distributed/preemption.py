@@ -1,10 +1,11 @@
-"""SIGTERM and Ctrl-C as a wish to stop: the run saves, then ends with a code by which a scheduler starts it again."""
+"""Preemption: after SIGTERM or Ctrl-C the run saves, then exits with code 75, by which a scheduler restarts it."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,15 +15,15 @@ from dino_jax.distributed.watchdog import end
 from dino_jax.errors import Stopped
 
 
-class Interrupted(BaseException):  # no library is to take it for an error of its own
-    """The signal came in a block that may be left anywhere."""
+class Interrupted(BaseException):  # not an Exception, so that no library handles it
+    """The signal arrived in a block that may be left at any point."""
 
 
 class StopSignal:
-    """Within its block a first SIGTERM or Ctrl-C is a wish to stop; a second one ends the process at once.
+    """Within its block a first SIGTERM or Ctrl-C asks the run to stop; a second one ends the process at once.
 
-    What does not come to an end within `grace` seconds of it (a compilation, a stalled disk) is cut off: the process
-    exits with `Stopped.exit_code`, and its last checkpoint counts.
+    If the run has not ended `grace` seconds later (during a compilation, or on a stalled disk) the process exits with
+    `Stopped.exit_code`, and its last checkpoint counts.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -33,8 +34,8 @@ class StopSignal:
     def __enter__(self) -> "StopSignal":
         self._received = self._interruptible = False
         self._done = threading.Event()
-        # Python runs handlers between two lines of the main thread, which may be deep in a compiler for minutes; the
-        # number of the signal comes through this pipe at once.
+        # Python runs handlers between two lines of the main thread, which may be inside a compiler for minutes; the
+        # number of the signal arrives through this pipe at once.
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._previous_fd = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
@@ -43,7 +44,7 @@ class StopSignal:
         self._watch.start()
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._previous_fd)
@@ -53,16 +54,16 @@ class StopSignal:
         os.close(self._read)
 
     def requested(self, agree: bool) -> bool:
-        """Whether to stop now. Several processes decide together, in the steps in which all say `agree`."""
+        """Whether to stop now. Several processes decide together, in the steps for which all pass `agree`."""
         if jax.process_count() == 1:
             return self._received
         return agree and bool(multihost_utils.process_allgather(np.int32(self._received)).any())
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """A block in which the signal raises Interrupted: one that waits, or whose work is easily done again.
+        """A block in which the signal raises Interrupted: one that waits, or whose work is cheap to repeat.
 
-        Of several processes none may leave the others alone: there the signal waits for `requested`.
+        With several processes none may leave the others alone, so the signal waits for `requested`.
         """
         self._interruptible = jax.process_count() == 1
         try:
@@ -72,9 +73,9 @@ class StopSignal:
         finally:
             self._interruptible = False
 
-    def _receive(self, number, frame) -> None:
+    def _receive(self, number: int, frame: Any) -> None:
         self._received = True
-        signal.signal(number, self._previous[number])
+        signal.signal(number, self._previous[signal.Signals(number)])
         if self._interruptible:
             self._interruptible = False
             raise Interrupted

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import numpy as np
@@ -15,10 +15,11 @@ T = TypeVar("T")
 
 
 def set_cpu_device_count(batch_size: int, parts: int = 1) -> None:
-    """Splits the CPU into devices, unless XLA_FLAGS is set: small operations, sorts above all, don't share cores well.
+    """Splits the CPU into devices, unless XLA_FLAGS is set. Call it before anything else uses JAX.
 
-    At most one a core, as many as the batch's `parts` (over processes, in time) divide over, and no more than 8, since
-    each holds all weights. Before anything else uses JAX. Accelerators are as many as there are.
+    Small operations, sorts above all, use one core each. There is at most one device per core and at most 8, since each
+    holds all weights, and the number divides a batch in `parts` (over processes, in time). It does not affect
+    accelerators.
     """
     if "XLA_FLAGS" not in os.environ:
         most = min(os.cpu_count() or 1, 8)
@@ -26,10 +27,10 @@ def set_cpu_device_count(batch_size: int, parts: int = 1) -> None:
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))
 
 
-def initialize(distributed) -> None:
-    """Joins this process to the others, once, before anything touches a device. `distributed`: config.distributed.
+def initialize(distributed: Any) -> None:
+    """Joins this process to the others, once, before anything touches a device. distributed: config.distributed.
 
-    Cloud TPU pods, SLURM and MPI are detected (`auto`); elsewhere give coordinator, num_processes and process_id.
+    Cloud TPU pods, SLURM and MPI are detected (`auto`); elsewhere set coordinator, num_processes and process_id.
     """
     if jax.distributed.is_initialized() or not (distributed.auto or distributed.num_processes > 1):
         return
@@ -43,22 +44,20 @@ def initialize(distributed) -> None:
             f"distributed.process_id {distributed.process_id} is none of {distributed.num_processes} processes: "
             f"set --config.distributed.process_id to 0..{distributed.num_processes - 1}"
         )
-    where = (
-        {}
-        if distributed.auto
-        else {
-            "coordinator_address": distributed.coordinator,
-            "num_processes": distributed.num_processes,
-            "process_id": distributed.process_id,
-        }
-    )
+    where = {
+        "coordinator_address": distributed.coordinator,
+        "num_processes": distributed.num_processes,
+        "process_id": distributed.process_id,
+    }
     timeout = distributed.timeout
     late = f"not all processes have met in {timeout} s: start each of them, or raise --config.distributed.timeout"
     try:
-        # JAX's own time-outs abort with pages, so that they come after ours.
+        # JAX's own time-outs abort with pages of text, so they come after ours.
         with deadline(timeout, late):
             jax.distributed.initialize(
-                **where, initialization_timeout=timeout + 60, heartbeat_timeout_seconds=2 * distributed.heartbeat
+                **({} if distributed.auto else where),
+                initialization_timeout=timeout + 60,
+                heartbeat_timeout_seconds=2 * distributed.heartbeat,
             )
     except (ValueError, RuntimeError) as error:
         raise UserError(
@@ -67,9 +66,9 @@ def initialize(distributed) -> None:
 
 
 def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
-    """make() on each process. A UserError on one is one on all, and so is a result of another size than elsewhere.
+    """Calls make() on each process. A UserError on one ends all, and so does a result whose size differs.
 
-    Otherwise the others would wait for ever for the one that gave up.
+    Without it, the other processes would wait forever for the one that gave up.
     """
     problem = result = None
     try:

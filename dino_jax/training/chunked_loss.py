@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 
 
-def loss_from_head(q: jax.Array, z: jax.Array, prototypes: Callable, last_layer: Any, temp: float) -> jax.Array:
+def loss_from_head(
+    q: jax.Array, z: jax.Array, prototypes: Callable[..., jax.Array], last_layer: Any, temp: float
+) -> jax.Array:
     """The value and gradients of `dino.loss_from_head`, up to float32 rounding, in a fraction of its memory.
 
     q: targets [B, G, K]. z: unit vectors [B, V, D], global crops first. All parameters of `last_layer` have K as their

@@ -1,4 +1,4 @@
-"""Work: the FLOPs of a function, and what a device can do of them in a second."""
+"""FLOPs of a function, and the peak rates of devices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -41,7 +41,7 @@ def peak_flops(device: jax.Device) -> float | None:
     return PEAK_FLOPS.get(device.device_kind)
 
 
-def count_flops(fn: Callable, *args: Any) -> int:
+def count_flops(fn: Callable[..., Any], *args: Any) -> int:
     """FLOPs of `fn(*args)` over all devices: 2 for each multiply-add of its matrix products and convolutions.
 
     Arguments may be arrays or jax.ShapeDtypeStructs; nothing is computed. Loops of known length count every turn (which

@@ -45,10 +45,10 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         Stopped: a signal asked the run to stop; it has saved before.
     """
     processes.initialize(config.distributed)
-    consistency.require(lambda: consistency.settings(config))
+    consistency.require_same(lambda: consistency.settings(config))
     check_config(config, jax.device_count())
     source = processes.on_every_process(lambda: open_source(config.data.source), size=len)
-    consistency.require(lambda: consistency.data(source))
+    consistency.require_same(lambda: consistency.data(source))
     steps_per_epoch = check_enough_images(source, config)
     total_steps = config.epochs * steps_per_epoch
     mesh = sharding.make_mesh(fsdp=config.fsdp)
@@ -145,7 +145,7 @@ class Run:
     def compile(self, state: State) -> None:
         """Compiles the step. Raises UserError if processes compile different programs, or memory runs out."""
         lowered = lower_step(self._setup, self._mesh, state)
-        consistency.require(lambda: consistency.program(lowered))
+        consistency.require_same(lambda: consistency.program(lowered))
         with readable_out_of_memory():
             self._train_step: Callable = compile_lowered(lowered)
         self._compiled = time.perf_counter()

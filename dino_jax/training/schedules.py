@@ -1,4 +1,4 @@
-"""What changes during training: pure functions from the step to a value, built once from the config.
+"""Schedules: pure functions from the step to a value, built once from the config.
 
 Reference: dino `utils.cosine_scheduler` and the teacher temperature of `DINOLoss`. All return float32 scalars and work
 under `jit`. Epochs become steps here and nowhere else.
@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 Schedule = Callable[[jax.Array], jax.Array]
 
@@ -45,7 +46,7 @@ def cosine(base: float, final: float, total_steps: int, warmup_steps: int = 0, w
     The cosine is one step short of `final` at the last step, as in the reference.
     """
 
-    def schedule(step):
+    def schedule(step: jax.Array) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         warmup = warmup_start + (base - warmup_start) * step / max(warmup_steps - 1, 1)
         progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
@@ -58,7 +59,7 @@ def cosine(base: float, final: float, total_steps: int, warmup_steps: int = 0, w
 def temperature(start: float, final: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
     """Linear from `start` to `final` over `warmup_epochs`, constant within an epoch, then `final`."""
 
-    def schedule(step):
+    def schedule(step: jax.Array) -> jax.Array:
         epoch = jnp.asarray(step) // steps_per_epoch
         warmup = start + (final - start) * epoch / max(warmup_epochs - 1, 1)
         return jnp.where(epoch < warmup_epochs, warmup, final).astype(jnp.float32)
@@ -79,7 +80,7 @@ def teacher_momentum(update: str, start: float, end: float, total_steps: int, st
     }[update]
 
 
-def from_config(config, steps_per_epoch: int) -> Schedules:
+def from_config(config: ConfigDict, steps_per_epoch: int) -> Schedules:
     """All schedules of a run. lr is `optim.lr * batch_size / 256` at its peak; `optim.min_lr` does not scale."""
     dino, optim = config.dino, config.optim
     total_steps = config.epochs * steps_per_epoch
@@ -88,7 +89,7 @@ def from_config(config, steps_per_epoch: int) -> Schedules:
         teacher_temp = temperature(
             dino.warmup_teacher_temp, dino.teacher_temp, dino.warmup_teacher_temp_epochs, steps_per_epoch
         )
-    else:  # a teacher no sharper than the student
+    else:  # the teacher is no sharper than the student
         teacher_temp = temperature(dino.student_temp, dino.student_temp, 0, steps_per_epoch)
     return Schedules(
         lr=cosine(optim.lr * config.batch_size / 256, optim.min_lr, total_steps, optim.warmup_epochs * steps_per_epoch),

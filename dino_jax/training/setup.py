@@ -1,6 +1,6 @@
 """From a config to what the train step needs: the method with its modules, schedules, augmentation, and a state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from dino_jax.models import DINOHead, build_backbone
 from dino_jax.training import chunked_loss, optimizers, schedules
 from dino_jax.training.flops import count_flops
 
+Tree = dict[str, Any]
 State = Any  # a method's own dataclass of arrays: step, student, teacher, *_stats, opt_state, and more
 
 
@@ -34,20 +35,20 @@ class Method(Protocol):
         """The state before the first step, without the optimizer's."""
 
     def losses(
-        self, student: dict, state: State, crops: Crops, drop_paths: Sequence, teacher_temp: jax.Array
-    ) -> tuple[dict, dict, dict]:
+        self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
+    ) -> tuple[Tree, Tree, Tree]:
         """Losses by name, means over the batch, new batch norm statistics."""
 
-    def embed(self, params: dict, stats: dict, groups: Sequence, drop_paths: Sequence) -> tuple[jax.Array, dict]:
+    def embed(self, params: Tree, stats: Tree, groups: list[Any], drop_paths: list[Any]) -> tuple[jax.Array, Tree]:
         """Groups of crops -> unit vectors [B, V, bottleneck], new batch norm statistics."""
 
-    def prototypes(self, last_layer: dict, z: jax.Array) -> jax.Array:
+    def prototypes(self, last_layer: Tree, z: jax.Array) -> jax.Array:
         """Unit vectors [..., bottleneck] -> logits [..., K]."""
 
-    def update(self, state: State, means: dict, teacher_momentum: jax.Array) -> State:
+    def update(self, state: State, means: Tree, teacher_momentum: jax.Array) -> State:
         """The state with what no gradient trains moved on."""
 
-    def signals(self, state: State, losses: dict, means: dict) -> dict:
+    def signals(self, state: State, losses: Tree, means: Tree) -> Tree:
         """Scalars to log beside the losses."""
 
 
@@ -98,7 +99,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
     )
     head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
 
-    def augment(keys, batch):
+    def augment(keys: jax.Array, batch: DeviceBatch) -> Crops:
         with jax.named_scope("crops"):
             return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
@@ -118,7 +119,7 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """`auto` is bfloat16 where matrix units want it, float32 on a CPU, which only emulates it."""
+    """The dtype of activations. `auto` is bfloat16 on accelerators and float32 on a CPU, which emulates bfloat16."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
@@ -138,7 +139,7 @@ def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
 
 
 def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
-    """Shapes, dtypes and shardings of the state, for restoring one without making a fresh one first."""
+    """Shapes, dtypes and shardings of the state, to restore one without creating a fresh one first."""
     shapes = jax.eval_shape(lambda: init_state(setup, mesh))
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -154,7 +155,7 @@ def flops_per_image(setup: Setup) -> float:
     crops, method = setup.config.crops, build_setup(countable, steps_per_epoch=1).method
     channels = setup.config.model.in_channels
 
-    def forward(size):
+    def forward(size: int) -> int:
         images = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
         backbone = jax.eval_shape(method.backbone.init, jax.random.key(0), images)
         features = jax.eval_shape(method.backbone.apply, backbone, images)

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models.vit import drop_path_factors
 from dino_jax.training import optimizers
-from dino_jax.training.setup import Setup, State, abstract_batch
+from dino_jax.training.setup import Setup, State, Tree, abstract_batch
 
 Metrics = dict[str, jax.Array]
 
@@ -59,7 +59,7 @@ def total_loss(setup: Setup, losses: dict[str, jax.Array]) -> jax.Array:
     return sum((setup.config.loss_weights[name] * value for name, value in losses.items()), jnp.float32(0))
 
 
-def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[dict, dict, dict, dict]:
+def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[Tree, Tree, Tree, Tree]:
     """The student's gradient, losses by name and the method's means over the global batch; new batch norm statistics.
 
     Statistics come by their field of the state.
@@ -74,14 +74,14 @@ def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[dict,
     )(state, batch)
 
 
-def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[dict, dict, dict, dict]:
+def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[Tree, Tree, Tree, Tree]:
     """`gradients` on one device's share, inside `shard_map`; everything is reduced over devices once, at the end."""
     config, method = setup.config, setup.method
     gather = partial(fsdp.gather, dtype=method.backbone.dtype)
     state = state.replace(teacher=gather(state.teacher))
     teacher_temp = setup.schedules.at(state.step).teacher_temp
 
-    def part(stats: dict, rows: Any) -> tuple[dict, dict]:
+    def part(stats: Tree, rows: Any) -> tuple[Tree, Tree]:
         """New statistics, and what is averaged over the batch, of some of the share's images."""
         keys = image_keys(config.seed, state.step, rows.position)
         crops = setup.augment(keys[:, 0], rows)
@@ -91,7 +91,7 @@ def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[dict, di
             for i, group in enumerate(crops.groups)
         ]
 
-        def loss(student: dict) -> tuple[jax.Array, tuple]:
+        def loss(student: Tree) -> tuple[jax.Array, tuple[Tree, Tree, Tree]]:
             found = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp)
             return total_loss(setup, found[0]), found
 
@@ -104,14 +104,14 @@ def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[dict, di
     return means["grads"], means["losses"], means["means"], stats
 
 
-def accumulate(part: Callable, carry: Any, rows: Any, steps: int) -> tuple[Any, Any]:
+def accumulate(part: Callable[..., tuple[Any, Any]], carry: Any, rows: Any, steps: int) -> tuple[Any, Any]:
     """Runs part(carry, rows) -> (carry, values) on `rows` in that many parts in turn, and sums the values."""
     if steps == 1:  # XLA keeps a loop of one turn, which costs a fifth of the step on a CPU
         return part(carry, rows)
     parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows)
     shapes = jax.eval_shape(lambda carry, parts: part(carry, jax.tree.map(lambda x: x[0], parts)), carry, parts)[1]
 
-    def add(carried: tuple, rows: Any) -> tuple[tuple, None]:
+    def add(carried: tuple[Any, Any], rows: Any) -> tuple[tuple[Any, Any], None]:
         carry, new = part(carried[0], rows)
         return (carry, jax.tree.map(jnp.add, carried[1], new)), None
 

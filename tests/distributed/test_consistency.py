@@ -41,13 +41,13 @@ def scaled(factor):
 shape = jax.ShapeDtypeStruct((3,), np.float32)
 same = tiny_config(data__workers=me, distributed__process_id=me)
 other = tiny_config(optim__lr=0.001 if me else 0.0005)
-outcome("same config", lambda: consistency.require(lambda: consistency.settings(same)))
-outcome("other config", lambda: consistency.require(lambda: consistency.settings(other)))
-outcome("same data", lambda: consistency.require(lambda: consistency.data(open_source("demo:train:2"))))
+outcome("same config", lambda: consistency.require_same(lambda: consistency.settings(same)))
+outcome("other config", lambda: consistency.require_same(lambda: consistency.settings(other)))
+outcome("same data", lambda: consistency.require_same(lambda: consistency.data(open_source("demo:train:2"))))
 split = ("train", "test")[me]
-outcome("other data", lambda: consistency.require(lambda: consistency.data(open_source(f"demo:{split}:2"))))
-outcome("same program", lambda: consistency.require(lambda: consistency.program(scaled(2).lower(shape))))
-outcome("other program", lambda: consistency.require(lambda: consistency.program(scaled(2 + me).lower(shape))))
+outcome("other data", lambda: consistency.require_same(lambda: consistency.data(open_source(f"demo:{split}:2"))))
+outcome("same program", lambda: consistency.require_same(lambda: consistency.program(scaled(2).lower(shape))))
+outcome("other program", lambda: consistency.require_same(lambda: consistency.program(scaled(2 + me).lower(shape))))
 
 mesh = sharding.make_mesh()
 state = {"center": np.arange(5, dtype=np.float32), "step": np.int32(3)}
