@@ -4,7 +4,7 @@ A student network learns to match the output of a teacher network across crops o
 moving average of the student. Two operations on the teacher's output keep both from collapsing to a constant: centering
 keeps any one prototype from dominating, and sharpening keeps the output from becoming uniform.
 
-Shapes: `B` images, `G` = 2 global crops, `L` local crops, `V` = G + L views, `D` bottleneck, `K` prototypes.
+Shapes: `B` images, `G` = 2 global crops, `V` = G + L views with `L` local crops, `D` bottleneck, `K` prototypes.
 """
 
 from collections.abc import Callable
@@ -127,6 +127,7 @@ class DINO:
             "kl": losses["dino"] - means["entropy"],
             "mean_target_entropy": entropy(means["targets"]),
             "center_norm": jnp.linalg.norm(state.center),
+            "student_temp": jnp.float32(self.student_temp),
         }
 
     def embed(self, params: Params, stats: Params, groups: list[Any], drop_paths: list[Any]) -> tuple[Any, Params]:
