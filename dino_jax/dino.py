@@ -133,8 +133,7 @@ class DINO:
     def embed(self, params: Params, stats: Params, groups: list[Any], drop_paths: list[Any]) -> tuple[Any, Params]:
         """Groups of equally large crops [B, V_i, H, W, C] -> unit vectors float32 [B, V, D], new statistics.
 
-        One backbone call a group, as its batch norm is per crop size; the head's MLP sees all views together, as its
-        batch norm must. The last step, the logits, is `prototypes`.
+        The backbone's batch norm is per crop size, so each group is a call; the head's is over all views together.
         """
         features, backbone_stats = [], stats["backbone"]
         for crops, drop_path in zip(groups, drop_paths, strict=True):
