@@ -1,7 +1,7 @@
-"""Files and folders that are there whole or not at all, and a disk that refuses as one line.
+"""Atomic writes: a file or folder is replaced when the new one is complete; disk errors become one line.
 
-What is written goes to a sibling first and is renamed when it is complete, so that whoever is killed, or finds the disk
-full, leaves what was there before.
+New content is written beside the target and renamed when complete. A process that is killed or finds the disk full
+leaves the old content in place.
 """
 
 import os
@@ -14,14 +14,14 @@ from pathlib import Path
 from dino_jax.errors import UserError
 
 WAY_OUT = "make room or give another path"
-TENSORSTORE_ERRNO = re.compile(r"\[os_error_code='(\d+)'\]")  # Orbax's writer knows of no OSError
+TENSORSTORE_ERRNO = re.compile(r"\[os_error_code='(\d+)'\]")  # Orbax raises ValueError, not OSError
 
 
 @contextmanager
 def disk_errors(path: str | Path, way_out: str = WAY_OUT) -> Iterator[None]:
     """Turns a full disk, a missing permission and the like into one line that names `path` and the way out.
 
-    Raises UserError for any OSError of its block, and for what Orbax makes of one.
+    Raises UserError if the block raises OSError or its equivalent in Orbax.
     """
     try:
         yield
@@ -34,29 +34,29 @@ def disk_errors(path: str | Path, way_out: str = WAY_OUT) -> Iterator[None]:
 
 @contextmanager
 def file(path: str | Path, way_out: str = WAY_OUT) -> Iterator[Path]:
-    """A path beside `path` for the block to write a file to. At its end that is flushed to the disk and becomes `path`.
+    """Yields a temporary path beside `path`. After the block, the file there is flushed to disk and renamed to `path`.
 
-    Folders above are made. At any error `path` stays as it was; raises UserError like `disk_errors`.
+    Creates parent folders. On any error `path` stays unchanged. Raises UserError like `disk_errors`.
     """
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # others may write the same file at the same time
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # other processes may write the same file
     try:
         with disk_errors(path, way_out):
             path.parent.mkdir(parents=True, exist_ok=True)
-            yield beside
-            with open(beside, "rb") as written:
+            yield unfinished
+            with open(unfinished, "rb") as written:
                 os.fsync(written.fileno())
-            os.replace(beside, path)
+            os.replace(unfinished, path)
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
+            unfinished.unlink(missing_ok=True)
 
 
 @contextmanager
 def folder(path: str | Path, way_out: str = WAY_OUT) -> Iterator[Path]:
-    """An empty folder beside `path` for the block to fill, which takes the place of `path` at its end.
+    """Yields an empty folder beside `path` for the block to fill, which then replaces `path`.
 
-    At any error `path` stays as it was; raises UserError like `disk_errors`.
+    On any error `path` stays unchanged. Raises UserError like `disk_errors`.
     """
     path = Path(path)
     try:
@@ -68,20 +68,20 @@ def folder(path: str | Path, way_out: str = WAY_OUT) -> Iterator[Path]:
 
 
 def unfinished_folder(path: Path) -> Path:
-    """Where a folder is while it is being written, by one process or, between `begin_` and `finish_folder`, by many."""
+    """Returns the path of a folder while one process, or many between `begin_folder` and `finish_folder`, write it."""
     return path.with_name(f"{path.name}.tmp")
 
 
 def begin_folder(path: Path) -> Path:
-    """Makes `unfinished_folder(path)` anew, with the folders above it."""
-    beside = unfinished_folder(path)
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    return beside
+    """Creates `unfinished_folder(path)`, empty, and its parent folders."""
+    unfinished = unfinished_folder(path)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir(parents=True)
+    return unfinished
 
 
 def finish_folder(path: Path) -> None:
-    """Renames `unfinished_folder(path)` to `path`; what was there is `path`.previous for a moment, then gone."""
+    """Renames `unfinished_folder(path)` to `path`. The old folder is `path`.previous until it is deleted."""
     previous = path.with_name(f"{path.name}.previous")
     if path.exists():
         shutil.rmtree(previous, ignore_errors=True)
@@ -91,7 +91,7 @@ def finish_folder(path: Path) -> None:
 
 
 def _reason(error: OSError | ValueError) -> str | None:
-    """What the system says, or None where it is not the system that complains."""
+    """Returns the message of the operating system, or None if the error has another cause."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     found = TENSORSTORE_ERRNO.search(str(error))

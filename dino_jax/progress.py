@@ -1,4 +1,4 @@
-"""How far long work is, for who waits."""
+"""Progress reporting for long work."""
 
 import sys
 import time
@@ -16,23 +16,23 @@ def progress(
     size: Callable[[T], int] = lambda item: 1,
     every: float = 10.0,
 ) -> Iterator[T]:
-    """Passes items on and says on stderr how far, how fast and how long still.
+    """Yields the items and prints progress, rate and remaining time to stderr.
 
     Args:
-        items: what is worked through.
-        total: units in all; 0 where that is unknown.
-        what: to call the items.
-        unit: of which an item holds `size(item)`.
-        size: see unit.
-        every: seconds from line to line.
+        items: the work.
+        total: number of units in all items, 0 if unknown.
+        what: name of the work, at the start of each line.
+        unit: name of the units.
+        size: number of units in an item.
+        every: seconds between lines.
     """
-    start = said = time.monotonic()
+    start = last = time.monotonic()
     done = 0
     for item in items:
         yield item
         done += size(item)
         now = time.monotonic()
-        if now - said >= every:
-            said, rate = now, done / (now - start)
+        if now - last >= every:
+            last, rate = now, done / (now - start)
             of, left = (f" of {total:,}", f", {max(total - done, 0) / rate:,.0f} s left") if total else ("", "")
             print(f"{what}: {done:,}{of} {unit}, {rate:,.1f} {unit}/s{left}", file=sys.stderr)

@@ -9,23 +9,27 @@ Prints a table, and writes it as ablation.json beside ablation.png, the two kind
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax.commands import cli, demo
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import NotFiniteError, UserError
+from dino_jax.evals.common.plots import new_figure, require_matplotlib
 from dino_jax.provenance import plain, versions
 from dino_jax.training import loop
 from dino_jax.training.config_checks import check_config
 from dino_jax.weights.backbone import load_backbone
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 
 class Cell(NamedTuple):
@@ -48,6 +52,7 @@ CELLS = {
 SCALARS = ("loss", "teacher_entropy", "kl", "mean_target_entropy")
 FINAL = 0.1  # share of the logged steps, the last ones, whose means are the final figures
 NEAR = 0.05  # of ln K: as near as this to an end counts as there
+INK, FAINT = "#333333", "#DDDDDD"
 
 
 def main(argv: list[str]) -> None:
@@ -56,6 +61,7 @@ def main(argv: list[str]) -> None:
     config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells
     if not names or set(names) - set(CELLS):
         raise UserError(f"--cells={','.join(names)}: give some of {','.join(CELLS)}")
+    require_matplotlib()
     set_cpu_device_count(config.batch_size)
     check_config(config, jax.device_count())
     report: dict = {"config": plain(config), "bank": config.evals.knn.train, "bank_full": config.data.source}
@@ -74,7 +80,7 @@ def main(argv: list[str]) -> None:
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     report["versions"] = versions()
     (workdir / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
-    picture({name: read_curve(workdir / name) for name in names}, report["ln_k"]).save(workdir / "ablation.png")
+    draw_curves({name: read_curve(workdir / name) for name in names}, report["ln_k"]).savefig(workdir / "ablation.png")
     print(f"\n{table(report)}\nwritten: {workdir / 'ablation.json'}, {workdir / 'ablation.png'}")
 
 
@@ -158,99 +164,42 @@ def table(report: Mapping) -> str:
     return "\n".join(lines)
 
 
-# Pixels of the picture: a panel's axes, what is around them, the legend's column.
-PANEL, MARGIN, LEGEND = (430, 300), (52, 44, 56, 56), 200  # width, height; left, top, right, bottom
-FONT, SMALL = 15, 13
-INK, FAINT = "#333333", "#DDDDDD"
-FINER = 3  # it is drawn so many times larger and shrunk, which makes smooth lines
+def draw_curves(curves: Mapping[str, Mapping[str, np.ndarray]], ln_k: float) -> "Figure":
+    """Draws teacher entropy and KL over steps, a line per cell (see `read_curve`), as in figure 7 of the paper."""
+    figure = new_figure(12, 4)
+    entropy, kl = figure.subplots(1, 2)
+    _draw_panel(entropy, curves, "teacher_entropy", "teacher entropy, nats")
+    entropy.axhline(ln_k, color=INK, linestyle="--", linewidth=1, zorder=2)
+    entropy.annotate("ln K", (1, ln_k), (6, 0), entropy.get_yaxis_transform(), "offset points", va="center")
+    entropy.set_ylim(0, 1.1 * ln_k)
+    _draw_panel(kl, curves, "kl", "KL(teacher || student), nats")
+    kl.set_ylim(bottom=0)
+    handles = dict(zip(_front_to_back(curves)[::-1], entropy.lines, strict=False))
+    legend = figure.legend(handles=[handles[name] for name in curves], loc="outside right upper", frameon=False)
+    for line in legend.get_lines():
+        line.set_linewidth(4)
+    return figure
 
 
-class Panel(NamedTuple):
-    """A pair of axes from 0 to `top` and 0 to `end`; pixels are those of the finished picture."""
-
-    left: float  # pixels
-    end: float  # of the x axis, steps
-    top: float  # of the y axis, nats
-
-    def at(self, x: float, y: float) -> tuple[float, float]:
-        """Pixel of a point."""
-        width, height = PANEL
-        return self.left + width * x / self.end, MARGIN[1] + height * (1 - y / self.top)
-
-
-def picture(curves: Mapping[str, Mapping[str, np.ndarray]], ln_k: float) -> Image.Image:
-    """Teacher entropy and KL over steps, a line for each cell (`read_curve`), as in figure 7 of the paper."""
-    end = max((curve["step"][-1] for curve in curves.values() if len(curve["step"])), default=1)
-    highest = max((curve["kl"].max() for curve in curves.values() if len(curve["step"])), default=1)
-    left, top, right, bottom = MARGIN
-    width, height = left + PANEL[0] + right, top + PANEL[1] + bottom
-    pen = Pen((2 * width + LEGEND, height))
-    panels = (
-        ("teacher_entropy", "teacher entropy, nats", 1.12 * ln_k),
-        ("kl", "KL(teacher || student), nats", 1.05 * highest),
-    )
-    for number, (scalar, title, highest) in enumerate(panels):
-        panel = Panel(number * width + left, end, highest)
-        draw_axes(pen, panel, title)
-        if scalar == "teacher_entropy":
-            pen.dashed(panel.at(0, ln_k), panel.at(end, ln_k))
-            pen.text((panel.at(end, ln_k)[0] + 6, panel.at(end, ln_k)[1]), "ln K", "lm", SMALL)
-        names = sorted(curves, key=lambda name: name != "full")
-        for above, name in reversed(list(enumerate(names))):
-            points = [panel.at(x, y) for x, y in zip(curves[name]["step"], curves[name][scalar], strict=True)]
-            # Lines that lie on one another are all seen: what is drawn first is the widest.
-            pen.line(points, CELLS[name].color, 1.8 + 0.5 * above)
-    for place, name in enumerate(curves):
-        x, y = 2 * width, top + 10 + 24 * place
-        pen.line([(x, y), (x + 26, y)], CELLS[name].color, 4)
-        pen.text((x + 34, y), CELLS[name].title, "lm")
-    return pen.finished()
+def _draw_panel(axes: "Axes", curves: Mapping[str, Mapping[str, np.ndarray]], scalar: str, title: str) -> None:
+    names = _front_to_back(curves)
+    for depth, name in reversed(list(enumerate(names))):
+        curve, cell = curves[name], CELLS[name]
+        # Lines that coincide stay visible: the further back a line is, the wider. Lines at 0 cover the x axis.
+        width = 1.2 + 0.45 * depth
+        axes.plot(curve["step"], curve[scalar], cell.color, label=cell.title, linewidth=width, clip_on=False, zorder=3)
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel("step", loc="right")
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.locator_params(nbins=6)
+    axes.set_xlim(0, max((curve["step"][-1] for curve in curves.values() if len(curve["step"])), default=1))
+    axes.grid(axis="y", color=FAINT)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_axes(pen: "Pen", panel: Panel, title: str) -> None:
-    """Frame, numbers, faint lines at them, title."""
-    for x in ticks(panel.end):
-        pen.text((panel.at(x, 0)[0], panel.at(0, 0)[1] + 6), f"{x:,.0f}", "mt", SMALL)
-    for y in ticks(panel.top):
-        pen.line([panel.at(0, y), panel.at(panel.end, y)], FAINT if y else INK, 1)
-        pen.text((panel.left - 7, panel.at(0, y)[1]), f"{y:g}", "rm", SMALL)
-    pen.line([panel.at(0, 0), panel.at(0, panel.top)], INK, 1)
-    pen.text((panel.at(panel.end, 0)[0], panel.at(0, 0)[1] + 26), "step", "rt", SMALL)
-    pen.text((panel.left, MARGIN[1] - 14), title, "lb")
-
-
-def ticks(end: float, most: int = 6) -> Sequence[float]:
-    """At most so many and one round numbers from 0 to `end`, evenly spaced: by 1, 2 or 5 times a power of ten."""
-    power = 10.0 ** math.floor(math.log10(end / most))
-    step = next(step for step in (power, 2 * power, 5 * power, 10 * power) if end / step <= most)
-    return [round(place * step, 10) for place in range(int(end / step + 1e-9) + 1)]
-
-
-class Pen:
-    """Draws on a white sheet; places and widths are pixels of the finished picture."""
-
-    def __init__(self, size: tuple[int, int]):
-        self._sheet = Image.new("RGB", (size[0] * FINER, size[1] * FINER), "white")
-        self._draw = ImageDraw.Draw(self._sheet)
-
-    def line(self, points: Sequence[tuple[float, float]], color: str, width: float) -> None:
-        """A line through the points; nothing for less than two."""
-        if len(points) > 1:
-            self._draw.line([(x * FINER, y * FINER) for x, y in points], color, round(width * FINER), joint="curve")
-
-    def dashed(self, start: tuple[float, float], end: tuple[float, float]) -> None:
-        """A level line in dashes."""
-        for x in np.arange(start[0], end[0], 10):
-            self.line([(x, start[1]), (min(x + 6, end[0]), start[1])], INK, 1.5)
-
-    def text(self, at: tuple[float, float], text: str, anchor: str, size: int = FONT) -> None:
-        """Text with its anchor (Pillow's letters) there."""
-        font = ImageFont.load_default(size * FINER)
-        self._draw.text((at[0] * FINER, at[1] * FINER), text, INK, font, anchor=anchor)
-
-    def finished(self) -> Image.Image:
-        """The picture in its size."""
-        return self._sheet.reduce(FINER)
+def _front_to_back(curves: Mapping[str, object]) -> list[str]:
+    """Names of the cells in the order in which their lines cover each other: DINO is in front of all others."""
+    return sorted(curves, key=lambda name: name != "full")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ from PIL import Image
 from dino_jax import atomic
 from dino_jax.commands import cli
 from dino_jax.data.decoding import DecodeError, decode
-from dino_jax.data.sources import Example, Source, names_digest, open_source, write_examples
+from dino_jax.data.sources import Example, Source, names_digest, open_source
+from dino_jax.data.sources.array_record import write_examples
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
 from dino_jax.progress import progress

@@ -1,1 +1,1 @@
-"""Sources of images, the host pipeline, and the crops made on the device."""
+"""Sources of images, the input pipeline on the host, and the augmentation on the device."""

@@ -1,4 +1,4 @@
-"""One stored image to uint8 pixels on the host: decode, orient, convert, resize."""
+"""Decoding on the host: from a stored image to uint8 pixels, upright, in the wanted channels and size."""
 
 import io
 
@@ -7,9 +7,9 @@ from PIL import Image, UnidentifiedImageError
 
 from dino_jax.errors import UserError
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # nothing that runs a program to decode, as EPS does
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs a program to decode, as EPS does
 
-MAX_PIXELS = 100_000_000  # a larger image is refused unread: a few KB of PNG can unpack to gigabytes
+MAX_PIXELS = 100_000_000  # larger images are refused by their header: a few KB of PNG can unpack to gigabytes
 
 ORIENTATION_TAG = 0x0112  # EXIF
 
@@ -25,30 +25,30 @@ UPRIGHT = {
 
 
 class DecodeError(Exception):
-    """An image that cannot be decoded: damaged, truncated, of an unknown format or too large."""
+    """An image cannot be decoded: it is damaged, truncated, too large or of an unknown format."""
 
 
 def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
-    """A stored image as uint8 [H, W, channels].
+    """Decodes a stored image to uint8 [H, W, channels].
 
-    Encoded images (bytes) give 1 (gray) or 3 (RGB) channels:
-    - EXIF orientation is applied; of animations and multi-page files the first frame is taken;
+    Encoded images (bytes) have 1 (gray) or 3 (RGB) channels:
+    - EXIF orientation is applied; the first frame of animations and multi-page files is used;
     - palette, CMYK, gray and 1-bit images are converted; transparency is composited on white;
-    - 16-bit gray is divided by 257; float (and 32-bit integer beyond 16 bits) is stretched from its minimum..maximum;
-    - more than MAX_PIXELS is refused from the header, before anything is unpacked.
+    - 16-bit gray is divided by 257; float, and 32-bit integers beyond 16 bits, are stretched from minimum..maximum;
+    - images of more than MAX_PIXELS are refused by their header, before anything is unpacked.
 
     Arrays [H, W] or [H, W, C] may have any C that equals `channels`; gray and RGB are converted into each other.
 
-    Raises: DecodeError; UserError where `channels` cannot be had from this kind of image.
+    Raises: DecodeError; UserError if this kind of image cannot give `channels` channels.
     """
     return _stack(_open(image, channels)[0])
 
 
 def to_canvas(image: bytes | np.ndarray, canvas_size: int, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """A stored image squeezed to a square, uint8 [S, S, channels], and its original (height, width).
+    """Squeezes a stored image to a square, uint8 [S, S, channels]; returns it and the original (height, width).
 
-    Bicubic with antialiasing. A much larger JPEG is decoded at a half, a quarter or an eighth of its size, never below
-    S, which is several times faster. Raises like `decode`.
+    Bicubic with antialiasing. A much larger JPEG is decoded at a half, a quarter or an eighth of its size, but not
+    below S, which is several times faster. Raises like `decode`.
     """
     bands, size = _open(image, channels, at_least=canvas_size)
     shape = (canvas_size, canvas_size)
@@ -56,9 +56,9 @@ def to_canvas(image: bytes | np.ndarray, canvas_size: int, channels: int) -> tup
 
 
 def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: int) -> np.ndarray:
-    """Shorter side to `resize` pixels (bicubic), then the central square: uint8 [crop, crop, channels].
+    """Resizes the shorter side to `resize` pixels (bicubic) and crops the center: uint8 [crop, crop, channels].
 
-    Rounds as torchvision's Resize and CenterCrop do. Raises like `decode`, and UserError if crop > resize.
+    Rounds like torchvision's Resize and CenterCrop. Raises like `decode`, and UserError if crop > resize.
     """
     if crop > resize:
         raise UserError(f"eval.crop {crop} is larger than eval.resize {resize}: set eval.resize to at least {crop}")
@@ -75,9 +75,9 @@ def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: i
 def _open(
     image: bytes | np.ndarray, channels: int, at_least: int | None = None
 ) -> tuple[list[Image.Image], tuple[int, int]]:
-    """The decoded image as Pillow images (one for gray and RGB, else one a channel), and its original height, width.
+    """Returns the decoded image as Pillow images, one for gray and RGB, else one per channel; and its (height, width).
 
-    With `at_least`, a JPEG may come out smaller than it is, but not with a side below that many pixels.
+    With `at_least`, a JPEG may be decoded at a smaller size, but no side is below this number of pixels.
     """
     if isinstance(image, np.ndarray):
         return _array_bands(image, channels), image.shape[:2]
@@ -97,7 +97,7 @@ def _open(
         raise
     except UnidentifiedImageError as error:
         raise DecodeError(f"not a whole image file of a known format ({', '.join(FORMATS)})") from error
-    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+    except Exception as error:  # damaged files can make Pillow raise anything
         raise DecodeError(f"{type(error).__name__}: {error}") from error
     if orientation in UPRIGHT:
         upright = upright.transpose(UPRIGHT[orientation])
@@ -105,7 +105,7 @@ def _open(
 
 
 def _orientation(picture: Image.Image) -> int:
-    """EXIF orientation 1..8; 1 where there is none or the EXIF is damaged (the pixels may still be good)."""
+    """Returns the EXIF orientation, 1..8; 1 if there is none or the EXIF is damaged (the pixels may still be good)."""
     try:
         orientation = picture.getexif().get(ORIENTATION_TAG, 1)
     except Exception:
@@ -114,7 +114,7 @@ def _orientation(picture: Image.Image) -> int:
 
 
 def _convert(picture: Image.Image, channels: int) -> Image.Image:
-    """To 8-bit gray or RGB. Pillow's own convert would clip 16-bit and float images to white."""
+    """Converts to 8-bit gray or RGB. Pillow's own convert would clip 16-bit and float images to white."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = Image.fromarray(_to_uint8(np.asarray(picture)))
     elif picture.has_transparency_data:
@@ -125,7 +125,7 @@ def _convert(picture: Image.Image, channels: int) -> Image.Image:
 
 
 def _array_bands(image: np.ndarray, channels: int) -> list[Image.Image]:
-    """An array [H, W] or [H, W, C] as Pillow images."""
+    """Converts an array [H, W] or [H, W, C] to Pillow images."""
     pixels = np.ascontiguousarray(_to_uint8(image if image.ndim == 3 else image[..., None]))
     depth = pixels.shape[-1]
     if depth in (1, 3) and channels in (1, 3):
@@ -136,7 +136,7 @@ def _array_bands(image: np.ndarray, channels: int) -> list[Image.Image]:
 
 
 def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Any numbers as 0..255: 16-bit by its full range, wider integers and floats by their own minimum and maximum."""
+    """Scales any numbers to 0..255: 16-bit by the full range, wider integers and floats by minimum and maximum."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
@@ -154,5 +154,5 @@ def _to_uint8(values: np.ndarray) -> np.ndarray:
 
 
 def _stack(bands: list[Image.Image]) -> np.ndarray:
-    """Pillow images of one size as uint8 [H, W, C]."""
+    """Stacks Pillow images of one size to uint8 [H, W, C]."""
     return np.concatenate([np.atleast_3d(np.asarray(band)) for band in bands], axis=-1)

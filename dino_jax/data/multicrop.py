@@ -1,7 +1,7 @@
-"""All crops of a batch on the device: boxes, crop and resize, flip, color, blur, solarize, normalize.
+"""Multi-crop augmentation on the device: boxes, crop and resize, flip, color, blur, solarize, normalize.
 
-One pure function with a key per image, so that an image's crops depend neither on the rest of the batch nor on how
-many devices share it.
+`multicrop` is a pure function with a key per image, so the crops of an image depend neither on the rest of the batch
+nor on the number of devices.
 """
 
 import math
@@ -15,12 +15,12 @@ from dino_jax.data import photometric
 
 GLOBAL_CROPS = 2
 ATTEMPTS = 10
-# Uniform random numbers that one crop takes. All come from one call of the generator: a call for each quantity made up
+# Uniform random numbers for one crop. One call of the generator gives all of them; a call for each quantity would take
 # most of the compile time.
 BOX_NUMBERS, JITTER_NUMBERS, OTHER_NUMBERS = 2 * ATTEMPTS + 2, 9, 5
 MIN_RATIO, MAX_RATIO = 3.0 / 4.0, 4.0 / 3.0
-# In plain bfloat16 products levels up to 255 would be off by half a level or more at each of four steps. HIGH is TF32
-# on a GPU, three bfloat16 passes on a TPU and float32 on a CPU: at worst a quarter of a level in each step.
+# With plain bfloat16 products, levels up to 255 would be off by half a level or more in each of four steps. HIGH is
+# TF32 on GPUs, three bfloat16 passes on TPUs and float32 on CPUs: an error of at most a quarter of a level per step.
 PRECISION = jax.lax.Precision.HIGH
 
 
@@ -32,14 +32,14 @@ class Crops(NamedTuple):
 
     @property
     def groups(self) -> list[jax.Array]:
-        """The crops by size, global first, without local crops if there are none."""
+        """Returns the crops by size, global first, without local crops if there are none."""
         return [self.global_crops] + ([self.local_crops] if self.local_crops.shape[1] else [])
 
 
 class Group(NamedTuple):
     """Static settings of the crops that share a size; the tuples have one probability per crop."""
 
-    first: int  # number of the group's first crop among all crops of an image
+    first: int  # index of the group's first crop among all crops of an image
     size: int
     scale: tuple[float, float]
     blur: tuple[float, ...]
@@ -55,19 +55,19 @@ def multicrop(
     std: Sequence[float],
     dtype: Any,
 ) -> Crops:
-    """Two global and L local crops per image, drawn and augmented as the reference's (torchvision on Pillow images).
+    """Takes two global and L local crops per image, augmented as in the reference (torchvision on Pillow images).
 
-    To be jitted with all but the first three arguments bound. Saturation, hue and grayscale need three channels and
-    are left out for any other number; operations of probability 0 cost nothing.
+    Jit it with all but the first three arguments bound. Saturation, hue and grayscale need three channels and are
+    skipped for any other number; operations with probability 0 cost nothing.
 
     Args:
       keys: typed PRNG keys `[B]`.
       canvas: uint8 `[B, S, S, C]`, each image squeezed to a square.
-      sizes: `[B, 2]`, the images' height and width in pixels before that: boxes are drawn in these coordinates.
+      sizes: `[B, 2]`, the original height and width in pixels; boxes are drawn in these coordinates.
       crops: the section `config.crops`.
-      mean: C values, of levels in 0..1.
-      std: C values, likewise.
-      dtype: of the result; all arithmetic before is float32.
+      mean: C values, for levels in 0..1.
+      std: C values, for levels in 0..1.
+      dtype: of the result; all arithmetic is in float32.
 
     `checks.check_config` says what is wrong with `crops`, mean and std.
     """
@@ -88,7 +88,7 @@ def multicrop(
 
 
 def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Group, crops: Any) -> jax.Array:
-    """The n crops of a group: float32 `[B, n, size, C, size]` in 0..255."""
+    """Returns the n crops of a group: float32 `[B, n, size, C, size]` in 0..255."""
     number = len(group.blur)
     if number == 0:
         return jnp.zeros((planes.shape[0], 0, group.size, planes.shape[2], group.size))
@@ -120,10 +120,10 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
 
 
 def random_box(numbers: jax.Array, size: jax.Array, scale: tuple[float, float]) -> jax.Array:
-    """torchvision's RandomResizedCrop: a box float32 `[4]` (top, left, height, width), whole pixels of the original.
+    """Draws the box of torchvision's RandomResizedCrop: float32 `[4]` (top, left, height, width), in integer pixels.
 
-    Of ten boxes of random area and aspect ratio the first that fits counts; if none does, the largest central box of
-    an allowed ratio. `numbers` are BOX_NUMBERS uniform ones in [0, 1), `size` is height and width.
+    Returns the first of ten boxes of random area and aspect ratio that fits; if none does, the largest central box of
+    an allowed ratio. `numbers` are BOX_NUMBERS uniform numbers in [0, 1), `size` is height and width.
     """
     for_area, for_ratio, for_corner = jnp.split(numbers, (ATTEMPTS, 2 * ATTEMPTS))
     area = size[0] * size[1] * (scale[0] + for_area * (scale[1] - scale[0]))
@@ -142,11 +142,11 @@ def random_box(numbers: jax.Array, size: jax.Array, scale: tuple[float, float]) 
 
 
 def crop_and_resize(image: jax.Array, size: jax.Array, box: jax.Array, flip: jax.Array | bool, out: int) -> jax.Array:
-    """Pillow's crop, then resize with antialiased bicubic, then horizontal flip where `flip`, as two matrix products.
+    """Crops, resizes (antialiased bicubic as in Pillow) and flips horizontally if `flip`, by two matrix products.
 
-    `image` is `[S, C, S]`, the square canvas of an original of `size` (height, width), `box` is in the original's
-    pixels. Returns float32 `[out, C, out]`. Rows go first: their product is shared by all views of an image when
-    `vmap`ped over boxes, one large matrix by the unchanged image.
+    `image` is `[S, C, S]`, the square canvas of an original of `size` (height, width); `box` is in pixels of the
+    original. Returns float32 `[out, C, out]`. Rows are first: with `vmap` over boxes, all views of an image share this
+    product of one large matrix with the unchanged image.
     """
     canvas = image.shape[0]
     start, extent = box[:2] / size * canvas, box[2:] / size * canvas
@@ -159,10 +159,10 @@ def crop_and_resize(image: jax.Array, size: jax.Array, box: jax.Array, flip: jax
 
 
 def resize_matrix(size: int, out: int, start: jax.Array, extent: jax.Array) -> jax.Array:
-    """Weights float32 `[out, size]` that resize the part `start..start + extent` of an axis to `out` pixels.
+    """Returns weights float32 `[out, size]` that resize the part `start..start + extent` of an axis to `out` pixels.
 
-    Pillow's bicubic (a = -0.5), its support widened by the factor of down-scaling. Only pixels whose center lies in the
-    part count, as after a crop; a part thinner than a pixel is widened to one.
+    Pillow's bicubic (a = -0.5), with its support widened by the downscaling factor. Only pixels whose center is in the
+    part are used, as after a crop; a part thinner than a pixel is widened to one.
     """
     step = extent / out
     centers = start + (jnp.arange(out)[:, None] + 0.5) * step
@@ -177,9 +177,9 @@ def resize_matrix(size: int, out: int, start: jax.Array, extent: jax.Array) -> j
 
 
 def random_jitter(numbers: jax.Array, crops: Any) -> tuple[jax.Array, jax.Array]:
-    """The factors and places of `photometric.color_jitter`, from JITTER_NUMBERS uniform numbers in [0, 1).
+    """Returns the factors and places for `photometric.color_jitter`, from JITTER_NUMBERS uniform numbers in [0, 1).
 
-    With probability `1 - crops.jitter` the factors are those that change nothing. All 24 orders are equally likely.
+    With probability `1 - crops.jitter` the factors are neutral. All 24 orders are equally likely.
     """
     for_factors, for_places, applied = numbers[:4], numbers[4:8], numbers[8] < crops.jitter
     span = jnp.array([crops.brightness, crops.contrast, crops.saturation, crops.hue])

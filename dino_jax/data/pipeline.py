@@ -1,7 +1,7 @@
-"""From stored images to uint8 batches on the host: decode, resize, shuffle, share out over processes.
+"""Input pipeline on the host: from stored images to shuffled uint8 batches, a share for each process.
 
-Training images become square canvases, from which `multicrop` makes all crops on the device; evaluation images become
-the usual center crops. The order is a pure function of (seed, step), so that resuming is starting at another step.
+Training images become square canvases, from which `multicrop` takes all crops on the device; evaluation images become
+center crops. The order is a pure function of (seed, step), so resuming means starting at another step.
 """
 
 from functools import partial
@@ -15,25 +15,25 @@ from dino_jax.data.sources import Source
 from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
 from dino_jax.errors import UserError
 
-SUBSTITUTES = 8  # images tried in place of one that cannot be decoded
+SUBSTITUTES = 8  # number of images to try instead of one that cannot be decoded
 
 
 class Batch(NamedTuple):
     """One process's share of a training batch: b images, S canvas side, C channels."""
 
-    canvas: np.ndarray  # uint8 [b, S, S, C], aspect ratio squeezed
+    canvas: np.ndarray  # uint8 [b, S, S, C], images squeezed to a square
     size: np.ndarray  # float32 [b, 2], original height and width in pixels, upright
-    position: np.ndarray  # int32 [b], place in the global batch: 0 .. batch_size - 1
-    index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number in the source of the image shown
-    label: np.ndarray  # int32 [b], of the image shown, -1 where it has none
-    bad: np.ndarray  # int32 [b], record that could not be decoded and was replaced, or -1
+    position: np.ndarray  # int32 [b], index in the global batch: 0 .. batch_size - 1
+    index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number of the image in the source
+    label: np.ndarray  # int32 [b], of this image, -1 if it has none
+    bad: np.ndarray  # int32 [b], record that could not be decoded and was replaced by this image, or -1
 
 
 class EvalBatch(NamedTuple):
     """One process's share of an evaluation batch: b center crops."""
 
     images: np.ndarray  # uint8 [b, crop, crop, C]
-    labels: np.ndarray  # int32 [b], -1 where there is none
+    labels: np.ndarray  # int32 [b], -1 if there is none
     index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number in the source
 
 
@@ -50,26 +50,26 @@ def train_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[Batch]:
-    """This process's share of an endless stream of training batches, from step `start_step` on.
+    """Returns this process's share of an endless stream of training batches, starting at step `start_step`.
 
-    The images of epoch after epoch, each in a new order, run into one another and none is dropped; the order depends on
-    seed and step alone. Process p of n has the places p, p + n, p + 2n, ... of every global batch. An image that cannot
-    be decoded is replaced by another one, always the same, and recorded in `Batch.bad`.
+    Each epoch has all images in a new order. Batches may span two epochs, so no image is dropped. The order depends
+    only on seed and step. Process p of n has the positions p, p + n, p + 2n, ... of every global batch. An image that
+    cannot be decoded is replaced by another one, always the same, and recorded in `Batch.bad`.
 
     Args:
         source: the images; pickled to the workers.
         batch_size: images in the global batch.
-        canvas_size: side S of the canvases, pixels.
+        canvas_size: side S of the canvases in pixels.
         channels: of the canvases.
         seed: of the order.
-        start_step: number of batches to leave out, at no cost.
-        workers: processes that decode; 0 decodes in threads of this process (best for images in memory).
-        stall_timeout: seconds without a batch after which the stream ends with an error; 0: never.
+        start_step: number of batches to skip, at no cost.
+        workers: number of processes that decode; 0 decodes in threads of this process (best for images in memory).
+        stall_timeout: seconds without a batch after which the stream raises; 0: never.
         process_index: p.
         process_count: n.
 
-    Raises: UserError if batch_size does not divide over the processes; while iterating, if an image and all its
-        substitutes cannot be decoded, a worker was killed, or nothing came for `stall_timeout` seconds.
+    Raises: UserError if batch_size is not a multiple of the number of processes; while iterating, if an image and all
+        its substitutes cannot be decoded, a worker was killed, or no batch came for `stall_timeout` seconds.
     """
     if batch_size % process_count:
         raise UserError(
@@ -95,11 +95,11 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Batches[EvalBatch]:
-    """This process's share of all images once, in order, as center crops (see `eval_image`).
+    """Returns this process's share of one pass over all images, in order, as center crops (see `eval_image`).
 
-    Global batch k holds the records k * batch_size ... of the source; process p of n has every n-th of them from the
-    p-th on. Every process gets the same number of batches; the last may be smaller, even empty. An image that cannot be
-    decoded is left out together with its label, so its record number is missing from `EvalBatch.index`.
+    Global batch k has the records from k * batch_size on; process p of n has every n-th of them, starting at the p-th.
+    Every process gets the same number of batches; the last may be smaller, even empty. An image that cannot be decoded
+    is skipped, and its record number is missing from `EvalBatch.index`.
 
     Raises: UserError if crop > resize.
     """
@@ -116,7 +116,7 @@ def eval_batches(
 def _load_train(
     records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, channels: int
 ) -> Batch:
-    """Read, decode and squeeze the images of some record numbers [b]."""
+    """Reads, decodes and squeezes the images with these record numbers [b]."""
     b = len(records)
     batch = Batch(
         canvas=np.empty((b, canvas_size, canvas_size, channels), np.uint8),
@@ -126,7 +126,7 @@ def _load_train(
         label=np.full(b, -1, np.int32),
         bad=np.full(b, -1, np.int32),
     )
-    # Substitutes are spread over the whole source, since damage comes in runs (a folder half copied).
+    # Substitutes are spread over the source, because damage comes in runs (for example, a partially copied folder).
     stride = max(1, len(source) // (SUBSTITUTES + 1))
     for row, record in enumerate(records):
         for candidate in (record + stride * np.arange(SUBSTITUTES + 1)) % len(source):
@@ -148,7 +148,7 @@ def _load_train(
 
 
 def _load_eval(records: np.ndarray, *, source: Source, resize: int, crop: int, channels: int) -> EvalBatch:
-    """Read, decode and crop the images of some record numbers [b], without those that cannot be decoded."""
+    """Reads, decodes and crops the images with these record numbers [b], skipping those that cannot be decoded."""
     images, labels, index = [], [], []
     for record in records.tolist():
         try:

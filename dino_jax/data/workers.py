@@ -1,4 +1,4 @@
-"""Batches made ahead by worker processes that neither hang for ever in silence nor outlive the trainer."""
+"""Worker processes that prefetch batches. A stall or a dead worker is an error, and workers end with the trainer."""
 
 import contextlib
 import ctypes
@@ -20,12 +20,12 @@ from absl import flags
 
 from dino_jax.errors import UserError
 
-READER_THREADS = 2  # without workers: each makes whole batches, at most as many ahead and the one asked for
-STALL_TIMEOUT = 600.0  # seconds; shorter than a job waits in vain, longer than a network disk is away
-PARENT_CHECK = 1.0  # seconds between a worker's looks at whether the trainer is still there
-GRACE = 5.0  # seconds for grain's next() to return: with a batch, or since its workers are gone
-PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>: the signal that a process gets when its parent ends
-WORKER_DIED = "Worker process was terminated"  # grain's RuntimeError
+READER_THREADS = 2  # without workers: each makes one batch at a time, so at most 2 are prefetched
+STALL_TIMEOUT = 600.0  # seconds; longer than a network disk is usually unavailable
+PARENT_CHECK = 1.0  # seconds between a worker's checks that the trainer is alive
+GRACE = 5.0  # seconds for grain's next() to return, with a batch or because its workers are gone
+PR_SET_PDEATHSIG = 1  # from <sys/prctl.h>: sets the signal that a process gets when its parent ends
+WORKER_DIED = "Worker process was terminated"  # text of grain's RuntimeError
 STATES = {"T": "stopped", "t": "stopped", "R": "running", "S": "asleep", "D": "waiting for a disk", "Z": "dead"}
 
 T = TypeVar("T")
@@ -33,10 +33,10 @@ Answer = queue.SimpleQueue[tuple[Any, Exception | None]]
 
 
 class Batches(Generic[T]):
-    """An iterator of batches that owns workers, who start at once: close it, or use it in a `with`.
+    """An iterator over batches. It owns worker processes, which start at once: close it, or use it in a `with` block.
 
-    Raises: UserError while iterating, when a worker was killed or no batch came for `stall_timeout` seconds (0: waits
-        for ever); it names the workers, and those still there are ended.
+    Raises: UserError while iterating, if a worker was killed or no batch came for `stall_timeout` seconds (0: waits
+        forever). The message lists the workers; the remaining ones are killed.
     """
 
     def __init__(self, batches: Iterable[T], workers: int = 0, stall_timeout: float = STALL_TIMEOUT):
@@ -45,20 +45,20 @@ class Batches(Generic[T]):
         self._batches: Iterator[T] = iter(batches)
         self._count = workers
         self._stall_timeout = stall_timeout
-        self._asked: Answer | None = self._ask()  # where the next batch will be
+        self._asked: Answer | None = self._ask()  # receives the next batch
 
     def __iter__(self) -> Iterator[T]:
         return self
 
     def __next__(self) -> T:
-        answer = self._asked = self._asked or self._ask()  # kept until it is there: a signal may end the wait
+        answer = self._asked = self._asked or self._ask()  # a signal may interrupt the wait; the next call continues it
         batch, error, stalled = None, None, False
         try:
             batch, error = answer.get(timeout=self._stall_timeout or None)
         except queue.Empty:
             stalled = True
         self._asked = None
-        if len(self._workers) < self._count:  # grain starts them with the first batches, and keeps them to itself
+        if len(self._workers) < self._count:  # grain starts them with the first batches and does not expose them
             self._workers |= set(multiprocessing.active_children()) - self._others
         if stalled:
             message = self._stalled()
@@ -70,24 +70,24 @@ class Batches(Generic[T]):
             raise UserError(message) from error
         if error is not None:
             raise error
-        self._asked = self._ask()  # for the next call: what it takes from there to here is then behind the step
+        self._asked = self._ask()  # fetch the next batch while the caller runs a step
         return cast(T, batch)
 
     def _ask(self) -> Answer:
-        # Grain's next() can't be interrupted, so that it is left to a thread.
+        # Grain's next() cannot be interrupted, so a thread calls it.
         answer: Answer = queue.SimpleQueue()
         threading.Thread(target=_fetch, args=(self._batches, answer), daemon=True).start()
         return answer
 
     def close(self) -> None:
-        """Stop the workers; nothing comes after. Waits up to GRACE for a batch that is on its way."""
+        """Stops the workers and ends the iterator. Waits up to GRACE for a batch that is being fetched."""
         if self._asked is not None:
             with contextlib.suppress(queue.Empty):
-                self._asked.get(timeout=GRACE)  # grain is not closed under a next() that is about to return
+                self._asked.get(timeout=GRACE)  # do not close grain during a next() that is about to return
             self._asked = None
         if isinstance(self._batches, grain.DatasetIterator):
             self._batches.close()
-        self._batches = iter(())  # one of grain's that lives until the interpreter's exit complains then
+        self._batches = iter(())  # a grain iterator that is alive at exit prints an error
 
     def __enter__(self) -> "Batches[T]":
         return self
@@ -105,16 +105,16 @@ class Batches(Generic[T]):
 
     def _died(self) -> str:
         dead = sorted(f"{worker.pid} ({_state(worker)})" for worker in self._workers if worker.exitcode)
-        whom = f"the data worker {', '.join(dead)}" if dead else "a data worker"  # gone before it was known
+        whom = f"the data worker {', '.join(dead)}" if dead else "a data worker"  # it died before it was recorded
         return (
             f"{whom} is gone: where nobody ended it, this machine had no memory left, and a smaller "
             "data.workers helps; start again"
         )
 
     def _give_up(self, answer: Answer) -> None:
-        """Close without waiting for what does not answer; grain would give each worker 25 s."""
+        """Closes without waiting for workers that hang; grain would wait 25 s for each."""
         for worker in self._workers:
-            worker.kill()  # what is stopped takes no other signal
+            worker.kill()  # a stopped process handles no other signal
         if self._workers:
             with contextlib.suppress(queue.Empty):
                 answer.get(timeout=GRACE)  # grain's next() notices
@@ -123,7 +123,7 @@ class Batches(Generic[T]):
 
 
 def _fetch(batches: Iterator[T], answer: Answer) -> None:
-    time.sleep(0)  # whoever asked goes on first: with the step of the batch it has
+    time.sleep(0)  # let the caller start its step first
     try:
         answer.put((next(batches), None))
     except Exception as error:
@@ -131,7 +131,7 @@ def _fetch(batches: Iterator[T], answer: Answer) -> None:
 
 
 def _state(worker: BaseProcess) -> str:
-    """What a process is doing, as far as this system tells."""
+    """Returns what a process is doing, as far as the system reports it."""
     code = worker.exitcode
     if code is not None:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
@@ -143,12 +143,12 @@ def _state(worker: BaseProcess) -> str:
 
 
 def iterate(elements: grain.MapDataset, workers: int, stall_timeout: float = STALL_TIMEOUT) -> Batches:
-    """The elements of a dataset in order, made ahead in `workers` processes, or else in threads. See `Batches`."""
+    """Iterates over a dataset in order, prefetching in `workers` processes, or in threads if 0. See `Batches`."""
     if workers < 0:
         raise UserError(f"data.workers {workers} is negative: set it to 0 or more")
     if workers and not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which scripts without app.run have not parsed
-    # Grain's defaults (16 threads, 500 elements ahead) are for single records; here an element is a whole batch.
+        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only app.run parses
+    # Grain's defaults (16 threads, 500 prefetched elements) are for single records; here an element is a batch.
     threads = 1 if workers else READER_THREADS
     read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads)
     options = grain.MultiprocessingOptions(num_workers=workers)
@@ -158,16 +158,17 @@ def iterate(elements: grain.MapDataset, workers: int, stall_timeout: float = STA
 
 
 def _start_worker(worker: int, workers: int, parent: int) -> None:
-    """In each worker: end with the trainer, however it ends, and not before it.
+    """Initializes a worker: it ends when the trainer ends, for whatever reason, and not earlier.
 
-    What a terminal or a scheduler sends to all processes of a job is the trainer's to answer: it saves first.
+    Workers ignore the signals that a terminal or a scheduler sends to all processes of a job, because the trainer must
+    save first.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     if sys.platform == "linux":
-        # For who is stopped then, and can't look. No deadlier signal: this one also comes when only the thread of the
-        # trainer ends that started the worker.
+        # Wakes a stopped worker, so that it can check. SIGKILL would be wrong, because the signal also comes when only
+        # the thread that started the worker ends.
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 

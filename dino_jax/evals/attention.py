@@ -1,4 +1,4 @@
-"""What the last block's CLS token looks at, head by head: pictures, masks, and how well they cover known objects."""
+"""Self-attention of the CLS token in the last block: pictures, masks of each head, overlap with objects."""
 
 import time
 from functools import partial
@@ -11,18 +11,18 @@ from PIL import Image
 
 from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
-from dino_jax.evals.common.pictures import (
-    as_rgb,
+from dino_jax.evals.common.images import (
     contact_sheet,
-    cut,
-    each_of,
-    fitted,
-    heat,
-    normalized,
+    crop_to_patches,
+    fit_to_patches,
+    heatmap,
+    image_paths,
+    map_images,
+    normalize_images,
     patch_size,
-    picture_paths,
-    read_picture,
-    resized,
+    read_image,
+    resize,
+    to_rgb,
     upsample,
 )
 from dino_jax.evals.common.video import read_video, write_video
@@ -36,24 +36,27 @@ def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py attention`."""
     return ml_collections.ConfigDict(
         {
-            "images": "",  # a picture, several with commas between, or a folder
+            "images": "",  # an image file, several separated by commas, or a folder
             "video": "",  # or a video file (needs PyAV: pip install av)
-            "size": 480,  # pixels of the longer side; 0 keeps the picture's own size
+            "size": 480,  # pixels of the longer side; 0 keeps the size of the image
             "mass": 0.6,  # share of the attention that the masks keep
-            "batch_size": 4,  # frames of a video at a time
+            "batch_size": 4,  # frames of a video in a batch
         }
     )
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Draws the attention of pictures of any shape, or of a video.
+    """Draws the attention for images of any shape, or for a video.
 
-    Writes NNN_NAME.png for each picture: the image, its mean attention, each head's, and the mask; and the same tiles
-    one by one, in full size, to the folder NNN_NAME. A video gives NAME_attention.mp4, the mean attention over it.
+    Writes NNN_NAME.png for each image, with the image, the mean attention, the attention of each head, and the mask.
+    The folder NNN_NAME has the same tiles as single files in full size. For a video, writes NAME_attention.mp4 with the
+    mean attention blended over the frames.
 
-    Returns what belongs into results.json: {"pictures": [paths], "settings", "images", "seconds", "images_per_second"}.
-    Raises UserError: no such picture or video, one that can't be read or is smaller than a patch, or a backbone without
-    attention.
+    Returns:
+        The content of results.json: {"pictures": [paths], "settings", "images", "seconds", "images_per_second"}.
+
+    Raises:
+        UserError: an image or video is missing, unreadable or smaller than a patch, or the backbone has no attention.
     """
     start = time.monotonic()
     if config.images and config.video:
@@ -70,18 +73,18 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> tuple[list[str], int]:
-    """The sheets written, and the number of images."""
+    """Returns the paths of the sheets and the number of images."""
     patch, channels = patch_size(backbone), backbone.config["in_channels"]
     written: list[str] = []
-    for path in picture_paths(config.images):
-        image = fitted(read_picture(path, channels, "--config.images"), config.size, patch, path)
-        maps = attention_maps(backbone, normalized(backbone, image[None]))[0]
-        tiles = picture_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
+    for path in image_paths(config.images):
+        image = fit_to_patches(read_image(path, channels, "--config.images"), config.size, patch, path)
+        maps = attention_maps(backbone, normalize_images(backbone, image[None]))[0]
+        tiles = sheet_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"
         folder.mkdir(parents=True, exist_ok=True)
         for title, tile in tiles.items():
             Image.fromarray(np.ascontiguousarray(tile)).save(folder / f"{title.replace(' ', '')}.png")
-        target = out / f"{folder.name}.png"  # not with_suffix: names may hold dots
+        target = out / f"{folder.name}.png"  # not with_suffix, because a name may contain dots
         contact_sheet([tiles], target, tile=240)
         print(f"{path} -> {target}")
         written.append(str(target))
@@ -89,15 +92,15 @@ def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: P
 
 
 def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> tuple[list[str], int]:
-    """The video written, and the number of its frames. A few frames are in memory at a time."""
+    """Returns the path of the video and the number of its frames. Holds only a few frames in memory."""
     if config.batch_size < 1:
         raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
     patch, channels, path = patch_size(backbone), backbone.config["in_channels"], Path(config.video)
     video, target, done = read_video(path), out / f"{path.stem}_attention.mp4", 0
     frames = progress(video.frames, video.length, path.name, "frames")
-    images = (fitted(decode(frame, channels), config.size, patch, path) for frame in frames)
+    images = (fit_to_patches(decode(frame, channels), config.size, patch, path) for frame in frames)
     with write_video(target, video.rate) as write:
-        for image, maps in each_of(images, attention_maps, backbone, config.batch_size):
+        for image, maps in map_images(images, attention_maps, backbone, config.batch_size):
             write(overlay(image, maps))
             done += 1
     print(f"{path} -> {target}")
@@ -105,9 +108,10 @@ def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path
 
 
 def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.ndarray:
-    """Normalized images [B, H, W, C], sides multiples of the patch -> float32 [B, heads, H/patch, W/patch].
+    """Returns the attention of CLS to the patches in the last block, float32 [B, heads, H/patch, W/patch].
 
-    Row 0 of the last block's self-attention without CLS to itself, so that a map's sum is a little below 1.
+    Takes normalized images [B, H, W, C] whose sides are multiples of the patch size. A map sums to a little less than
+    1, because the attention of CLS to itself is left out.
 
     Raises:
         UserError: the backbone is a convnet.
@@ -123,9 +127,9 @@ def _cls_attention(apply_fn, variables, images):
 
 
 def mass_masks(maps: np.ndarray, mass: float = 0.6) -> np.ndarray:
-    """Float [..., h, w] -> bool [..., h, w]: the patches that hold the given share of each map's mass.
+    """Returns the patches with the given share of the mass of each map, float [..., h, w] -> bool [..., h, w].
 
-    As the reference: the weakest patches go while their sum stays within 1 - mass, so at least `mass` is kept.
+    As in the reference, the weakest patches are removed as long as their sum is at most 1 - mass.
     """
     flat = maps.reshape(*maps.shape[:-2], -1).astype(np.float64)
     order = np.argsort(flat, axis=-1, kind="stable")
@@ -137,9 +141,13 @@ def mass_masks(maps: np.ndarray, mass: float = 0.6) -> np.ndarray:
 
 
 def best_heads(masks: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Which head's mask [B, heads, H, W] covers each object [B, H, W] best -> head int [B], Jaccard index [B].
+    """Returns the head whose mask matches each object best, int [B], and its Jaccard index [B].
 
-    The Jaccard index is intersection / union of the pixels (0 where both are empty). Both inputs are bool.
+    The Jaccard index is intersection / union of the pixels, 0 if both are empty.
+
+    Args:
+        masks: bool [B, heads, H, W].
+        objects: bool [B, H, W].
     """
     objects = objects[:, None]
     shared = (masks & objects).sum((2, 3))
@@ -158,47 +166,47 @@ def evaluate_masks(
     rows: int = 12,
     batch_size: int = 64,
 ) -> float:
-    """How well the attention segments images whose objects are known: mean Jaccard index of the best head, in 0..1.
+    """Evaluates the attention as a segmentation: returns the mean Jaccard index of the best head, in 0..1.
 
     Args:
         backbone: a vision transformer.
         images: uint8 [B, H, W, C].
-        objects: bool [B, H, W], the exact masks.
-        sheet: where to write a picture of the first images: image, attention, best head's mask; none by default.
-        upscale: images are enlarged this many times (bicubic) first, so that the grid of patches is finer.
+        objects: bool [B, H, W], the true masks.
+        sheet: path of a picture of the first images with attention and the best head's mask; not written if None.
+        upscale: factor by which images are enlarged (bicubic) first, for a finer grid of patches.
         mass: share of the attention that a mask keeps.
-        rows: number of images on the sheet.
-        batch_size: images at a time.
+        rows: number of images in the picture.
+        batch_size: images in a batch.
     """
     patch = patch_size(backbone)
     H, W = images.shape[1] * upscale, images.shape[2] * upscale
-    enlarged = cut(np.stack([resized(image, H, W) for image in images]), patch)
+    enlarged = crop_to_patches(np.stack([resize(image, H, W) for image in images]), patch)
     objects = upsample(objects, upscale)[:, : enlarged.shape[1], : enlarged.shape[2]]
-    maps = np.stack([one for _, one in each_of(enlarged, attention_maps, backbone, batch_size)])
+    maps = np.stack([one for _, one in map_images(enlarged, attention_maps, backbone, batch_size)])
     masks = upsample(mass_masks(maps, mass), patch)
     best, scores = best_heads(masks, objects)
     if sheet is not None:
         shown = range(min(rows, len(images)))
-        contact_sheet([picture_row(enlarged[i], maps[i], masks[i, best[i]]) for i in shown], sheet)
+        contact_sheet([sheet_row(enlarged[i], maps[i], masks[i, best[i]]) for i in shown], sheet)
     return float(scores.mean())
 
 
-def picture_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """A sheet's row, {title: uint8 [H, W, 3]}: image, mean attention over it, each head's map, what the mask keeps.
+def sheet_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns a row of a sheet, {title: uint8 [H, W, 3]}: image, mean attention, attention of each head, and mask.
 
     Args:
-        image: uint8 [H, W, C], shown by `as_rgb`.
-        maps: float [heads, h, w], with H and W multiples of h and w.
+        image: uint8 [H, W, C].
+        maps: float [heads, h, w], where H and W are multiples of h and w.
         mask: bool [H, W].
     """
-    shown, factor = as_rgb(image), len(mask) // maps.shape[1]
-    heads = {f"head {i + 1}": heat(upsample(one, factor)) for i, one in enumerate(maps)}
-    # Colored rather than cut out: what is kept of a black background shows too.
-    kept = np.where(mask[..., None], shown // 2 + MASK_COLOR // 2, shown)
-    return {"image": shown, "mean": overlay(image, maps), **heads, "mask": kept}
+    shown, factor = to_rgb(image), len(mask) // maps.shape[1]
+    heads = {f"head {i + 1}": heatmap(upsample(one, factor)) for i, one in enumerate(maps)}
+    # Tinted rather than cut out, so that a mask over a black background is visible too.
+    tinted = np.where(mask[..., None], shown // 2 + MASK_COLOR // 2, shown)
+    return {"image": shown, "mean": overlay(image, maps), **heads, "mask": tinted}
 
 
 def overlay(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Uint8 [H, W, C] and float [heads, h, w] -> uint8 [H, W, 3]: the image under the mean of its maps."""
-    warm = heat(upsample(maps.mean(0), len(image) // maps.shape[1]))
-    return (0.4 * as_rgb(image) + 0.6 * warm).astype(np.uint8)
+    """Blends the mean of the maps, float [heads, h, w], over the image, uint8 [H, W, C] -> uint8 [H, W, 3]."""
+    warm = heatmap(upsample(maps.mean(0), len(image) // maps.shape[1]))
+    return (0.4 * to_rgb(image) + 0.6 * warm).astype(np.uint8)

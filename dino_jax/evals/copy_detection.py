@@ -1,4 +1,4 @@
-"""Copy detection on Copydays (Douze et al., CIVR 2009): the original of a photo that was cropped, blurred, printed.
+"""Copy detection on Copydays (Douze et al., CIVR 2009): finds the original of a cropped, blurred or printed photo.
 
 Layout: DATA/original/ and one folder for each kind of copy: DATA/strong/, DATA/crops/50/, DATA/jpegqual/3/, ... A copy
 and its original share the first four characters of their file names (200001.jpg is a copy of 200000.jpg).
@@ -20,16 +20,16 @@ from PIL import Image
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import l2_normalize
-from dino_jax.evals.common.feature_cache import Kept, fingerprint
+from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint
 from dino_jax.evals.common.ranking import (
     ANSWERS,
     CORRECT,
     Extraction,
+    add_frame,
     answers_sheet,
     average_precision,
     check_at_least_one,
     extract_files,
-    framed,
     image_files,
     rate,
     thumbnail,
@@ -37,7 +37,7 @@ from dino_jax.evals.common.ranking import (
 from dino_jax.models.vit import ViT
 from dino_jax.weights.backbone import Backbone
 
-TOP = 20  # answers that count
+TOP = 20  # number of answers that are scored
 GEM_POWER, GEM_FLOOR = 4.0, 1e-6
 EIGENVALUE_FLOOR = 1e-5  # of the largest
 
@@ -47,13 +47,13 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(
         {
             "data": "",  # folder with original/ and a folder for each kind of copy
-            "queries": "strong",  # a kind of copies, several with commas between: strong,crops/50,jpegqual/3
-            "whitening": "",  # folder of other images to learn the whitening from; none = no whitening
-            "distractors": "",  # folder of other images to hide the originals among; none = originals only
-            "imsize": 320,  # pixels of each side: images are squashed to a square
+            "queries": "strong",  # a kind of copies, several separated by commas: strong,crops/50,jpegqual/3
+            "whitening": "",  # folder of other images to learn the whitening from; empty: no whitening
+            "distractors": "",  # folder of other images to add to the database; empty: originals only
+            "imsize": 320,  # pixels of each side: images are squeezed to a square
             "batch_size": 16,  # images, over all devices
             "workers": min(8, os.cpu_count() or 1),  # threads that read and decode images
-            "sheet": 8,  # copies of each kind on the pictures of answers
+            "sheet": 8,  # number of copies of each kind in the pictures of answers
         }
     )
 
@@ -62,11 +62,12 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     """Looks up each copy among originals and distractors, prints mAP for each kind, draws some copies with answers.
 
     Features (see `cls_and_gem`) are whitened, then L2-normalized, and compared by cosine similarity; the first 20
-    answers count. The paper takes 20,000 images for the whitening and 10,000 distractors, both of YFCC100M. Features
-    are kept in `out`.
+    answers are scored. The paper uses 20,000 images for the whitening and 10,000 distractors, both from YFCC100M.
+    Features are cached in `out`.
 
-    Returns what belongs into results.json: {"figures": {"strong": {"mAP"}, ...} in percent, "settings", "images",
-    "seconds", "images_per_second" (of extraction; None if earlier runs left everything), "pictures"}.
+    Returns:
+        The content of results.json: {"figures": {"strong": {"mAP"}, ...} in percent, "settings", "images", "seconds",
+        "images_per_second" (of extraction; None if all features were cached), "pictures"}.
 
     Raises:
         UserError: a folder is missing or empty, an image can't be decoded, a copy has no original, or the backbone is
@@ -108,7 +109,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def _check(config: ml_collections.ConfigDict, patch: int) -> list[str]:
-    """The kinds of copies."""
+    """Returns the kinds of copies."""
     if not config.data:
         raise UserError("--config.data is empty: set it to the folder that holds original/ and strong/")
     kinds = [kind.strip() for kind in config.queries.split(",") if kind.strip()]
@@ -121,7 +122,7 @@ def _check(config: ml_collections.ConfigDict, patch: int) -> list[str]:
 
 
 def find_originals(copies: list[Path], originals: list[Path]) -> list[list[int]]:
-    """For each copy the places of its originals: the first four characters of their file names are the same.
+    """Returns the indices of the originals of each copy: the first four characters of their file names are equal.
 
     Raises UserError for a copy without an original.
     """
@@ -137,8 +138,8 @@ def find_originals(copies: list[Path], originals: list[Path]) -> list[list[int]]
 def _extract(
     backbone: Backbone, sets: dict[str, list[Path]], config: ml_collections.ConfigDict, out: Path
 ) -> dict[str, Extraction]:
-    """Features of each set of files, as they come from the model."""
-    kept = Kept(out / "features", fingerprint(backbone, config.imsize))
+    """Returns the model's features of each set of files."""
+    feature_cache = FeatureCache(out / "features", fingerprint(backbone, config.imsize))
     channels = backbone.config["in_channels"]
 
     def extract(paths: list[Path], what: str) -> Extraction:
@@ -147,9 +148,9 @@ def _extract(
             backbone,
             descriptor(backbone.model.apply),
             [numbers[i : i + config.batch_size] for i in range(0, len(paths), config.batch_size)],
-            lambda batch: np.stack([_squashed(paths[i], config.imsize, channels) for i in batch.tolist()]),
+            lambda batch: np.stack([_squeezed(paths[i], config.imsize, channels) for i in batch.tolist()]),
             [f"{path} {path.stat().st_size}" for path in paths],
-            kept,
+            feature_cache,
             what,
             config.workers,
         )
@@ -158,7 +159,7 @@ def _extract(
 
 
 def _ready_to_compare(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """All sets but the one to learn the whitening from, if there is one: whitened by it, then L2-normalized."""
+    """Returns the other sets whitened by the set "whitening", if there is one, and L2-normalized."""
     compared = {what: rows for what, rows in features.items() if what != "whitening"}
     if "whitening" in features:
         mean, whiten = learn_whitening(features["whitening"])
@@ -166,8 +167,8 @@ def _ready_to_compare(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {what: l2_normalize(rows) for what, rows in compared.items()}
 
 
-def _squashed(path: Path, imsize: int, channels: int) -> np.ndarray:
-    """uint8 [imsize, imsize, C], bicubic."""
+def _squeezed(path: Path, imsize: int, channels: int) -> np.ndarray:
+    """Returns an image squeezed to uint8 [imsize, imsize, C], bicubic."""
     try:
         image = decode(path.read_bytes(), channels)
     except (DecodeError, OSError) as error:
@@ -176,7 +177,7 @@ def _squashed(path: Path, imsize: int, channels: int) -> np.ndarray:
     return np.atleast_3d(np.asarray(picture.resize((imsize, imsize), Image.Resampling.BICUBIC)))
 
 
-@cache  # one object for one model, so that a second call compiles nothing
+@cache  # the same object for the same model, so that a second call compiles nothing
 def descriptor(apply_fn: Callable) -> Callable:
     """A ViT's `apply` -> (variables, normalized images [B, H, W, C]) -> [B, 2 D], see `cls_and_gem`."""
     return lambda variables, images: cls_and_gem(apply_fn(variables, images, 1, method="last_tokens")[0])
@@ -192,10 +193,10 @@ def cls_and_gem(tokens: jax.Array) -> jax.Array:
 
 
 def learn_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Features of other images [n, D] -> their mean [D], and a matrix W [D, D]: (x - mean) @ W is whitened.
+    """Returns the mean [D] of features F [n, D], and a matrix W [D, D] such that (x - mean) @ W is whitened.
 
-    As in the reference, W comes of F^T F / n of the features as they are, without the mean taken off, and eigenvalues
-    below 1e-5 of the largest are raised to that. Says on stderr if there are fewer images than numbers in a feature.
+    As in the reference, W is computed from F^T F / n without subtracting the mean, and eigenvalues below 1e-5 of the
+    largest are raised to that. Prints a warning to stderr if n < D.
     """
     n, dim = features.shape
     if n < dim:
@@ -206,12 +207,18 @@ def learn_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(queries: np.ndarray, database: np.ndarray, k: int) -> np.ndarray:
-    """int [Q, min(k, N)]: rows of the database [N, D] with the largest products with each query [Q, D], best first."""
+    """Returns the rows of the database [N, D] with the largest dot products with each query [Q, D].
+
+    The result is int [Q, min(k, N)], best first.
+    """
     return np.argsort(-(queries @ database.T), axis=1, kind="stable")[:, :k]
 
 
 def mean_average_precision(answers: np.ndarray, matches: list[list[int]]) -> float:
-    """Mean over queries, in 0..1, of the average precision of their first k answers [Q, k]: a match beyond is lost."""
+    """Returns the mean over queries, in 0..1, of the average precision of their first k answers [Q, k].
+
+    A match beyond the first k counts as not found.
+    """
     return float(
         np.mean(
             [
@@ -225,12 +232,12 @@ def mean_average_precision(answers: np.ndarray, matches: list[list[int]]) -> flo
 def _draw(
     copies: list[Path], database: list[Path], answers: np.ndarray, matches: list[list[int]], rows: int, sheet: Path
 ) -> None:
-    """Copies from all over the list, originals among their answers framed green."""
+    """Draws copies at equal intervals in the list, with the originals among their answers framed in green."""
     shown = np.unique(np.linspace(0, len(copies) - 1, rows).astype(int))
     pictures = []
     for copy in shown:
         row = [
-            framed(thumbnail(database[i]), CORRECT if i in matches[copy] else None)
+            add_frame(thumbnail(database[i]), CORRECT if i in matches[copy] else None)
             for i in answers[copy, :ANSWERS].tolist()
         ]
         pictures.append((thumbnail(copies[copy]), row))

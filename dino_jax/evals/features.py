@@ -1,15 +1,15 @@
-"""Features of a set of images as files, for use in other programs.
+"""Writes the features of a set of images to files, for use in other programs.
 
     python evaluate.py features --checkpoint=runs/a --config.source=folder:/data/photos
 
 writes to runs/a/eval/features
 
-    features.npy   float32 [N, D], a row an image, in the order of the source: numpy.load(path, mmap_mode="r")
+    features.npy   float32 [N, D], a row per image, in the order of the source: numpy.load(path, mmap_mode="r")
     images.csv     record (number in the source), name, label (-1: none), class; line i + 2 describes row i
 
-With --config.format=array_record there is features.array_record in the place of the .npy: record i holds row i, D
-float32 little-endian numbers. --config.pooling and --config.blocks choose what is taken of the images. An image that
-cannot be decoded has no row; results.json names it.
+--config.format=array_record writes features.array_record instead of the .npy: record i is row i, D float32 numbers,
+little-endian. --config.pooling and --config.blocks choose the features. An undecodable image has no row; results.json
+lists its name.
 """
 
 import csv
@@ -26,10 +26,10 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from dino_jax import atomic
-from dino_jax.data.sources import Source, Subset, open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals.common.extraction import FeatureTable, image_size, keep_in, tabulate_backbone, undecodable
+from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
 from dino_jax.evals.common.feature_cache import WAY_OUT
 from dino_jax.evals.common.linear_heads import Kind, probe_features
 from dino_jax.models.vit import ViT
@@ -40,23 +40,23 @@ FORMATS = ("npy", "array_record")
 
 
 class FeatureSet(NamedTuple):
-    """Features with what their images are called, a row an image."""
+    """Features with names and labels, a row per image."""
 
     features: np.ndarray  # float32 [N, D]
-    records: np.ndarray  # int32 [N], number in the source
+    records: np.ndarray  # int32 [N], record number in the source
     labels: np.ndarray  # int32 [N], -1 where unlabeled
     names: list[str]  # of the images
     classes: list[str]  # of the images, "" where unlabeled
 
 
 def knobs() -> dict[str, Any]:
-    """Of a protocol that extracts features of one source."""
+    """Returns the knobs shared by protocols that extract features of one source."""
     return {
-        "source": "",  # of the images (data/sources.py): folder:PATH, tfds:NAME, array_record:GLOB, demo:test
-        "pooling": "cls",  # of a ViT: CLS token (cls), mean patch token (mean), or CLS and the last mean (cls_mean)
-        "blocks": 1,  # of a ViT: the last so many, one after the other
-        "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
-        "crop": placeholder(int),  # pixels of the center square; as in the checkpoint's card unless set
+        "source": "",  # the images (data/sources): folder:PATH, tfds:NAME, array_record:GLOB, demo:test
+        "pooling": "cls",  # for a ViT: CLS token (cls), mean patch token (mean), or CLS and the last mean (cls_mean)
+        "blocks": 1,  # for a ViT: number of last blocks whose features are concatenated
+        "resize": placeholder(int),  # pixels of the shorter side; default: from the checkpoint's card
+        "crop": placeholder(int),  # pixels of the center square; default: from the checkpoint's card
         "batch_size": 256,  # images, over all devices
         "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
     }
@@ -68,11 +68,14 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Writes features and a list of their images, see the module. A run that is cut off goes on where it stopped.
+    """Writes features and a list of their images, see the module. An interrupted run continues where it stopped.
 
-    Returns what belongs into results.json: {"files": [paths], "settings", "images", "dim", "undecodable": [names],
-    "seconds", "images_per_second" (None if earlier runs left all features)}. Raises UserError: no source, a choice that
-    the backbone does not have, no room.
+    Returns:
+        The content of results.json: {"files": [paths], "settings", "images", "dim", "undecodable": [names], "seconds",
+        "images_per_second" (None if all features were cached)}.
+
+    Raises:
+        UserError: no source is set, the backbone does not have the chosen features, or the disk is full.
     """
     if config.format not in FORMATS:
         raise UserError(f"format {config.format!r} is unknown: set --config.format to {' or '.join(FORMATS)}")
@@ -98,32 +101,38 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 def extract_set(
     backbone: Backbone, config: ml_collections.ConfigDict, out: Path
 ) -> tuple[FeatureSet, list[str], float | None]:
-    """Features of a source as the knobs say, kept in `out`/features; names of undecodable images; images a second."""
+    """Returns the features of config.source, the names of undecodable images, and the images per second.
+
+    Features are cached in `out`/features; the rate is None if all were.
+    """
     if not config.source:
         raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
     if config.batch_size < 1:
         raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
     source = open_source(config.source)
     kind = _check_kind(backbone, config.pooling, config.blocks)
-    kept, start = keep_in(out, backbone, config, *kind), time.monotonic()
-    table = tabulate_backbone(backbone, source, "images", make_mesh(), config, kept, reader(backbone.model, kind))
-    rate = round(kept.computed / (time.monotonic() - start), 1) if kept.computed else None
+    feature_cache, start = cache_for(out, backbone, config, *kind), time.monotonic()
+    apply_fn = reader(backbone.model, kind)
+    table = extract_with_backbone(backbone, source, "images", make_mesh(), config, feature_cache, apply_fn)
+    computed = feature_cache.computed
+    rate = round(computed / (time.monotonic() - start), 1) if computed else None
     return describe(source, table), undecodable(source, table), rate
 
 
 def describe(source: Source, table: FeatureTable) -> FeatureSet:
-    """A table with the names of its images and classes."""
+    """Adds the names of images and classes to a table."""
     names = [source.name(i) for i in table.records.tolist()]
-    known = getattr(source.source if isinstance(source, Subset) else source, "class_names", ())
+    known = source.class_names
     classes = ["" if label < 0 else known[label] if known else str(label) for label in table.labels.tolist()]
     return FeatureSet(table.features, table.records, table.labels, names, classes)
 
 
-@cache  # one object for one model, so that a second call compiles nothing
+@cache  # the same object for the same model, so that a second call compiles nothing
 def reader(model: Any, kind: Kind) -> Callable:
-    """(variables, normalized images [B, H, W, C]) -> float32 [B, D'] of this kind; pooled features of a convnet.
+    """Returns an apply_fn (variables, normalized images [B, H, W, C]) -> float32 [B, D'] for this kind of features.
 
-    D' is `blocks` times the model's D, oldest block first; "cls_mean" adds D (see `linear_heads.probe_features`).
+    For a convnet these are the pooled features. For a ViT, D' is `blocks` times the model's D, oldest block first, and
+    "cls_mean" adds D (see `linear_heads.probe_features`).
     """
 
     def read(variables, images):
@@ -152,17 +161,17 @@ def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
 
 
 def write_npy(features: np.ndarray, path: Path) -> Path:
-    """float32 [N, D], whole or not at all."""
+    """Writes float32 [N, D] atomically."""
     with atomic.file(path, WAY_OUT) as unfinished, unfinished.open("wb") as file:
         np.save(file, features)
     return path
 
 
 def write_array_record(features: np.ndarray, path: Path) -> Path:
-    """A record a row, its D numbers as float32 little-endian."""
+    """Writes a record per row: D float32 numbers, little-endian."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # read in any order at no extra cost
+    writer = ArrayRecordWriter(str(path), "group_size:1")  # random access costs no more
     for row in features.astype("<f4"):
         writer.write(row.tobytes())
     writer.close()
@@ -170,7 +179,7 @@ def write_array_record(features: np.ndarray, path: Path) -> Path:
 
 
 def write_list(rows: FeatureSet, path: Path) -> Path:
-    """The .csv beside the features."""
+    """Writes the list of images beside the features."""
     with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(("record", "name", "label", "class"))
@@ -179,7 +188,7 @@ def write_list(rows: FeatureSet, path: Path) -> Path:
 
 
 def read_set(path: Path) -> FeatureSet:
-    """A features.npy (mapped, not read) with the images.csv beside it. UserError where that isn't there or whole."""
+    """Opens a features.npy (memory-mapped) and the images.csv beside it. Raises UserError if either is damaged."""
     listed = path.with_name("images.csv")
     try:
         features = np.load(path, mmap_mode="r")
@@ -192,5 +201,5 @@ def read_set(path: Path) -> FeatureSet:
             f"{path} and {listed.name} beside it can't be read ({error}): write them with `evaluate.py features`"
         ) from error
     if features.ndim != 2 or len(features) != len(rows):
-        raise UserError(f"{path} is {features.shape}, but {listed.name} lists {len(rows)} images: write both anew")
+        raise UserError(f"{path} is {features.shape}, but {listed.name} lists {len(rows)} images: write both again")
     return FeatureSet(features, records, labels, names, classes)

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbors (Wu et al., CVPR 2018), the measure that needs no training: DINO's first figure."""
+"""Weighted k-NN classification (Wu et al., CVPR 2018): the main measure of DINO features, without any training."""
 
 import os
 import time
@@ -17,26 +17,26 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals.common.extraction import FeatureTable, image_size, keep_in, l2_normalize, tabulate_backbone
+from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, l2_normalize
 from dino_jax.evals.common.neighbors import nearest
 from dino_jax.weights.backbone import Backbone
 
-VOTES_CHUNK = 1024  # queries whose votes, float32 [queries, classes], are counted at a time
+VOTES_CHUNK = 1024  # queries in a chunk of votes, float32 [queries, classes]
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py knn`."""
     return ml_collections.ConfigDict(
         {
-            "train": "",  # labeled source of the neighbors (data/sources.py): folder:PATH, tfds:NAME, demo:train
+            "train": "",  # labeled source of neighbors (data/sources): folder:PATH, tfds:NAME, demo:train
             "test": "",  # labeled source of the images to classify
             "k": (10, 20, 100, 200),  # numbers of neighbors
             "temperature": 0.07,  # of the votes
-            "shots": (1, 2, 5, 10),  # also banks of so many images a class, drawn from the training images
-            "draws": 5,  # banks of each number of shots
+            "shots": (1, 2, 5, 10),  # few-shot: numbers of images per class, drawn from the training images
+            "draws": 5,  # random draws for each number of shots
             "seed": 0,  # of the draws
-            "resize": placeholder(int),  # pixels of the shorter side; as in the checkpoint's card unless set
-            "crop": placeholder(int),  # pixels of the center square; as in the checkpoint's card unless set
+            "resize": placeholder(int),  # pixels of the shorter side; default: from the checkpoint's card
+            "crop": placeholder(int),  # pixels of the center square; default: from the checkpoint's card
             "batch_size": 256,  # images, over all devices
             "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
         }
@@ -44,10 +44,10 @@ def default_config() -> ml_collections.ConfigDict:
 
 
 class Bank(NamedTuple):
-    """What is voted with: all training images (shots 0) or so many a class."""
+    """The images that vote: all training images (shots 0), or `shots` images per class."""
 
     shots: int
-    k: int  # neighbors; 0: the class means stand for the images
+    k: int  # number of neighbors; 0: the nearest class mean instead of votes
 
     def __str__(self) -> str:
         name = f"k={self.k}" if self.k else "class_means"
@@ -57,17 +57,19 @@ class Bank(NamedTuple):
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
     """Classifies the test images by their neighbors among the training images and prints a table.
 
-    Beside the votes of the k nearest there is the nearest class mean (of L2-normalized features). Few shots: the mean
-    and the sample standard deviation over draws; a k that exceeds the bank is the bank's size, and a class with fewer
-    images gives all. Shots that no class has more images than are left out, as they are the whole bank. Features are
-    kept in `out`/features, so that other settings of the votes take seconds.
+    Besides the votes of the k nearest images, images are classified by the nearest class mean (of L2-normalized
+    features). Few-shot figures are the mean and the sample standard deviation over draws. There, k is at most the size
+    of the bank, and a class with fewer images contributes all it has. A number of shots that covers the largest class
+    is skipped, because it equals the full bank. Features are cached in `out`/features, so that a second run with other
+    settings of the votes takes seconds.
 
-    Returns what belongs into results.json: {"figures": {"k=10": {"top1", "top5"}, ..., "class_means", "k=5 shots=5":
-    {"top1", "top5", "top1_std", "top5_std"}, ...}, "settings", "images", "undecodable", "seconds",
-    "images_per_second" (of reading and extraction; None if earlier runs left everything)}.
+    Returns:
+        The content of results.json: {"figures": {"k=10": {"top1", "top5"}, ..., "class_means", "k=5 shots=5": {"top1",
+        "top5", "top1_std", "top5_std"}, ...}, "settings", "images", "undecodable", "seconds", "images_per_second" (of
+        reading and extraction; None if all features were cached)}.
 
     Raises:
-        UserError: a source is missing, has no labels or not the same classes as the other, or k exceeds its images.
+        UserError: a source is missing or has no labels, the classes of the two differ, or k exceeds the images.
     """
     train, test = (labeled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
@@ -76,10 +78,10 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         if config[key] < 1:
             raise UserError(f"{key} {config[key]}: set --config.{key} to 1 or more")
     if not all(isinstance(shots, int) and shots > 0 for shots in config.shots):
-        raise UserError(f"shots is {config.shots}: set --config.shots to numbers of images a class, like 1,5")
-    start, mesh, kept = time.monotonic(), make_mesh(), keep_in(out, backbone, config)
+        raise UserError(f"shots is {config.shots}: set --config.shots to numbers of images per class, like 1,5")
+    start, mesh, cache = time.monotonic(), make_mesh(), cache_for(out, backbone, config)
     bank, queries = (
-        tabulate_backbone(backbone, source, split, mesh, config, kept)
+        extract_with_backbone(backbone, source, split, mesh, config, cache)
         for source, split in ((train, "train"), (test, "test"))
     )
     extracting = time.monotonic() - start
@@ -95,14 +97,14 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         "images": images,
         "undecodable": {"train": len(train) - images["train"], "test": len(test) - images["test"]},
         "seconds": round(time.monotonic() - start, 1),
-        "images_per_second": round(kept.computed / extracting, 1) if kept.computed else None,
+        "images_per_second": round(cache.computed / extracting, 1) if cache.computed else None,
     }
 
 
 def classify(
     bank: FeatureTable, queries: FeatureTable, config: ml_collections.ConfigDict, num_classes: int, mesh: Mesh
 ) -> dict[Bank, dict[str, float]]:
-    """All the figures of `run`, of features."""
+    """Computes the figures of `run` from features."""
 
     def accuracies(chosen, shots: int) -> dict[Bank, np.ndarray]:
         rows, labels = bank.features[chosen], bank.labels[chosen]
@@ -129,7 +131,7 @@ def classify(
 
 
 def table(figures: dict[Bank, dict[str, float]]) -> str:
-    """The figures for people."""
+    """Formats the figures as a table."""
     lines = [f"{'bank':>12} {'k':>12} {'top-1':>16} {'top-5':>16}"]
     for which, figure in figures.items():
         cells = [f"{which.shots} a class" if which.shots else "all", str(which.k) if which.k else "class means"]
@@ -142,7 +144,7 @@ def table(figures: dict[Bank, dict[str, float]]) -> str:
 
 
 def few_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.ndarray:
-    """Rows of `shots` images of each class (all of a class with fewer), drawn at random, ascending."""
+    """Draws `shots` rows of each class at random (all rows of a smaller class) and returns them in ascending order."""
     order = rng.permutation(len(labels))
     order = order[np.argsort(labels[order], kind="stable")]
     ordered = labels[order]
@@ -151,7 +153,7 @@ def few_shots(labels: np.ndarray, shots: int, rng: np.random.Generator) -> np.nd
 
 
 def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of each class's L2-normalized features, float32 [c, D], and the classes that there are, int [c]."""
+    """Returns the mean L2-normalized features of each class, float32 [c, D], and the classes that occur, int [c]."""
     classes, inverse = np.unique(labels, return_inverse=True)
     sums = np.zeros((len(classes), features.shape[1]))
     for start in range(0, len(features), 65536):
@@ -161,7 +163,7 @@ def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
 
 
 def labeled_source(spec: str, split: str) -> Source:
-    """The source that --config.SPLIT names. Raises UserError where it is missing or has no labels."""
+    """Opens the source of --config.SPLIT. Raises UserError if it is missing or has no labels."""
     if not spec:
         raise UserError(f"--config.{split} is empty: set it to a labeled source such as folder:/data/{split}")
     source = on_every_process(lambda: open_source(spec), size=len)
@@ -171,11 +173,11 @@ def labeled_source(spec: str, split: str) -> Source:
 
 
 def check_classes(train: Source, test: Source) -> None:
-    """Raises UserError unless both have the same classes.
+    """Raises UserError unless both sources have the same classes.
 
-    Labels are numbers: with other folders on one side the same number would mean another class.
+    Labels are indices of classes. If the class folders differed, an index would mean different classes.
     """
-    names = [set(getattr(source, "class_names", ())) for source in (train, test)]
+    names = [set(source.class_names) for source in (train, test)]
     if all(names) and names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])
         raise UserError(
@@ -198,16 +200,16 @@ def knn_accuracy(
     num_classes: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[int, tuple[float, float]]:
-    """Percent of the test rows whose class is voted first, and among the first five (or all, if there are fewer).
+    """Returns {k: (top1, top5)}, the accuracies in percent; top5 is among all classes if there are fewer than five.
 
-    Arguments and errors as in `knn_predict`; test_labels int [T]. Returns {k: (top1, top5)}.
+    Arguments and errors as in `knn_predict`; test_labels int [T].
     """
     predicted = knn_predict(train_features, train_labels, test_features, ks, temperature, num_classes, mesh)
     return {k: _accuracy(classes, test_labels) for k, classes in predicted.items()}
 
 
 def _accuracy(ranked: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
-    """Percent of the rows [T, c] of classes that begin with the label, and that hold it."""
+    """Returns the percentage of rows of classes, [T, c], that start with the label, and that contain it."""
     hits = ranked == np.asarray(labels)[:, None]
     return 100 * float(hits[:, 0].mean()), 100 * float(hits.any(1).mean())
 
@@ -223,15 +225,15 @@ def knn_predict(
 ) -> dict[int, np.ndarray]:
     """Ranks the classes of each test row by the votes of its k nearest training rows.
 
-    A neighbor votes exp(cosine similarity / temperature) for its class. Equal similarities and equal votes go to the
-    lower row and class. Memory does not grow with test x train: see `nearest`.
+    A neighbor votes for its class with weight exp(cosine similarity / temperature). Ties go to the lower row and the
+    lower class. Memory does not grow with T * N: see `nearest`.
 
     Args:
-        train_features: float [N, D], any length (they are L2-normalized here), the same on every process.
+        train_features: float [N, D], not necessarily normalized, the same on every process.
         train_labels: int [N], each in 0..num_classes-1.
-        test_features: float [T, D], any length, the same on every process.
+        test_features: float [T, D], not necessarily normalized, the same on every process.
         ks: numbers of neighbors.
-        temperature: the smaller, the more the nearest decide.
+        temperature: small values give the nearest neighbors more weight.
         num_classes: number of classes; the largest training label + 1 by default.
         mesh: devices to use; all by default.
 
@@ -250,7 +252,7 @@ def knn_predict(
     classes, chunk = train_labels[row], min(VOTES_CHUNK, len(row))
     ranked: dict[int, list[np.ndarray]] = {k: [] for k in ks}
     for start in range(0, len(row), chunk):
-        # The last chunk reaches back, so that one program serves all.
+        # The last chunk overlaps the previous one, so that one compiled program serves all.
         part = slice(min(start, len(row) - chunk), None)
         for k in ks:
             votes = _vote(similarity[part, :k][:chunk], classes[part, :k][:chunk], temperature, num_classes)
@@ -271,8 +273,8 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
 
 @partial(jax.jit, static_argnames="num_classes")
 def _vote(similarity: jax.Array, classes: jax.Array, temperature: jax.Array, num_classes: int) -> jax.Array:
-    """similarity and classes [t, k], best first -> the classes with most votes, int32 [t, min(5, num_classes)]."""
-    # Relative to the best: the same order as exp(similarity / temperature), without overflow at any temperature.
+    """Returns the classes with most votes, int32 [t, min(5, num_classes)], given [t, k] neighbors, best first."""
+    # Relative to the best, which keeps the order and cannot overflow at any temperature.
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
     votes = jnp.zeros((len(similarity), num_classes)).at[jnp.arange(len(similarity))[:, None], classes].add(weight)
     return jax.lax.top_k(votes, min(5, num_classes))[1]

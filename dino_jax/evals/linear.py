@@ -1,11 +1,11 @@
-"""The linear probe: classifiers on frozen features, a whole grid of them trained in one pass over the data.
+"""Linear probe: trains a grid of linear classifiers on frozen features in one pass over the data.
 
-Each step makes one random crop of each image and runs the backbone once; all classifiers ("heads") read what it says.
-Heads of the same features differ in the learning rate, on which the result depends most. The official protocol (dino
-`eval_linear.py`) is one head of the default grid and reported beside the best.
+Each step takes one random crop of each image and runs the backbone once; all classifiers ("heads") share its output.
+Heads on the same features differ in the learning rate, which matters most for the result. The official protocol (dino
+`eval_linear.py`) is one head of the default grid and is reported beside the best one.
 
-Differences from the official code: training crops are resized bicubically (there bilinearly) and cut from a square
-canvas (see `canvas_size`); epochs run into one another, so no image is dropped and no batch is smaller.
+Differences from the official code: training crops are resized with bicubic instead of bilinear interpolation and cut
+from a square canvas (see `canvas_size`); batches may span two epochs, so no image is dropped and no batch is smaller.
 """
 
 import os
@@ -44,33 +44,33 @@ from dino_jax.evals.knn import check_classes, labeled_source
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
-OFFICIAL_LR = 0.001  # for 256 images
+OFFICIAL_LR = 0.001  # per 256 images
 STATE_FILE = "linear_state.npz"
 AT_LEAST = {"epochs": 1, "batch_size": 1, "val_every": 1, "seed": 0, "workers": 0, "canvas_size": 1}
-SAY_EVERY = 10.0  # seconds
+REPORT_EVERY = 10.0  # seconds
 
 
 def default_config() -> ConfigDict:
     """Every knob of `python evaluate.py linear`."""
     return ConfigDict(
         {
-            "train": "",  # labeled source (data/sources.py) to train on: folder:PATH, tfds:NAME, demo:train
+            "train": "",  # labeled source (data/sources) for training: folder:PATH, tfds:NAME, demo:train
             "test": "",  # labeled source of the images to classify
             "epochs": 100,
             "batch_size": 1024,  # images, over all devices
-            # At the start, for 256 images: times batch_size / 256; then a cosine to 0, constant within an epoch.
+            # Initial rates per 256 images, scaled by batch_size / 256; cosine to 0, constant within an epoch.
             "lr": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
-            # What a ViT's heads read, all combinations of these two; a convnet's read its pooled features.
-            "blocks": (1, 4),  # CLS of so many last blocks; more than the model has: all
+            # Inputs of the heads of a ViT: all combinations of these two. Heads of a convnet read its pooled features.
+            "blocks": (1, 4),  # concatenate CLS of this many last blocks, at most all
             "pooling": "cls,cls_mean",  # CLS alone, or with the mean patch token of the last block
             "scale": (0.08, 1.0),  # of training crops: share of the image's area
             "flip": 0.5,  # probability
-            # Pixels: training images are squeezed to a square of this side, then cropped. 1.5 x resize unless set: less
-            # blurs the crops, more costs time on the host.
+            # Training images are squeezed to a square of this side in pixels, then cropped. Default: 1.5 x resize. A
+            # smaller canvas blurs the crops, a larger one takes more time on the host.
             "canvas_size": placeholder(int),
-            "resize": placeholder(int),  # pixels of a test image's shorter side; as in the checkpoint's card unless set
-            "crop": placeholder(int),  # pixels of all crops; as in the checkpoint's card unless set
-            "val_every": 1,  # epochs from test to test; there is always one after the last
+            "resize": placeholder(int),  # pixels of a test image's shorter side; default: from the checkpoint's card
+            "crop": placeholder(int),  # pixels of all crops; default: from the checkpoint's card
+            "val_every": 1,  # epochs between tests; the last epoch is always tested
             "seed": 0,  # of initial weights, order and crops
             "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
         }
@@ -80,17 +80,18 @@ def default_config() -> ConfigDict:
 def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
     """Trains all heads, tests them every `val_every` epochs and prints the grid, the best head and the official one.
 
-    The same command goes on where it was cut off, after the last whole epoch, from `out`/linear_state.npz. The best
-    epoch and the best head are chosen on the test images, as the reference chooses its epoch; what the last epoch gives
-    stands beside it.
+    The same command resumes an interrupted run after its last complete epoch, from `out`/linear_state.npz. The best
+    epoch and the best head are selected on the test images, as the reference selects its epoch; the results of the last
+    epoch are reported beside them.
 
-    Returns what belongs into results.json: {"figures": {"best", "official" (None if not in the grid), "grid"} (percent
-    right), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this session, the
-    rate that of training images with everything counted.
+    Returns:
+        The content of results.json: {"figures": {"best", "official" (None if not in the grid), "grid"} (accuracy in
+        percent), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this
+        session; the rate is training images over total time.
 
     Raises:
-        UserError: a setting that cannot work; a source that is missing, has no labels or other classes than the other;
-            fewer training images than a batch; in `out` the state of an unfinished run with other settings.
+        UserError: a setting is invalid; a source is missing or has no labels; the classes of the two differ; there are
+            fewer training images than a batch; or `out` has the state of an unfinished run with other settings.
     """
     train, test = (labeled_source(config[split], split) for split in ("train", "test"))
     check_classes(train, test)
@@ -115,7 +116,7 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
 
 
 def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int, devices: int) -> Probe:
-    """The probe for so many training images and devices. Raises UserError for a setting that cannot work."""
+    """Returns the probe for a number of training images and devices. Raises UserError for an invalid setting."""
     card, model = backbone.card["preprocessing"], backbone.model
     config = config.copy_and_resolve_references()
     for key in ("resize", "crop"):
@@ -127,7 +128,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
             f"crop {config.crop} is larger than resize {config.resize}: set --config.resize to {config.crop}"
         )
     if config.crop < (patch := getattr(model, "patch_size", 1)):
-        raise UserError(f"crop {config.crop} holds no patch: set --config.crop to {patch} or more")
+        raise UserError(f"crop {config.crop} is smaller than a patch: set --config.crop to {patch} or more")
     if config.batch_size % devices:
         raise UserError(
             f"batch_size {config.batch_size} does not divide over {devices} devices: "
@@ -162,7 +163,7 @@ def _check_values(config: ConfigDict) -> None:
 
 
 class Watch:
-    """What this session has seen; says on stderr, every so many seconds, how far it is and how long still."""
+    """Counts the images of this session; prints progress and remaining time to stderr every `REPORT_EVERY` seconds."""
 
     def __init__(self, probe: Probe, train: Source, epochs_done: int):
         self.seen = 0  # training images
@@ -170,16 +171,16 @@ class Watch:
         self._train, self._size = train, probe.config.batch_size
         self._before = epochs_done * probe.steps_per_epoch
         self._total = probe.config.epochs * probe.steps_per_epoch
-        self._start = self._said = time.monotonic()
+        self._start = self._last_report = time.monotonic()
 
     def note(self, batch: Batch) -> None:
-        """Counts a batch that is about to be trained on."""
+        """Counts a training batch. Call it before the step."""
         for record in set(batch.bad[batch.bad >= 0].tolist()) - self.bad:
             self.bad.add(record)
             say(f"train: cannot decode {self._train.name(record)}: another image stands in for it")
         now = time.monotonic()
-        if now - self._said >= SAY_EVERY and self.seen:
-            self._said, rate = now, self.seen / (now - self._start)
+        if now - self._last_report >= REPORT_EVERY and self.seen:
+            self._last_report, rate = now, self.seen / (now - self._start)
             done = self._before + self.seen // self._size
             left = (self._total - done) * self._size / rate
             say(f"train: step {done:,} of {self._total:,}, {rate:,.0f} images/s, {left:,.0f} s left")
@@ -187,16 +188,16 @@ class Watch:
 
 
 def say(text: str) -> None:
-    """On stderr, for who waits."""
+    """Prints a line to stderr."""
     print(text, file=sys.stderr, flush=True)
 
 
 def fit(
     probe: Probe, variables: dict, train: Source, test: Source, mesh: Mesh, file: Path
 ) -> tuple[list[Record], Watch]:
-    """Trains from where `file` stands, or from the start, to the last epoch; saves there after each.
+    """Trains from the state in `file`, or from the start, to the last epoch; saves the state after each epoch.
 
-    `variables` are the backbone's, on the host. All processes call it.
+    `variables` are those of the backbone, on the host. All processes must call it.
     """
     config, steps = probe.config, probe.steps_per_epoch
     settings = fingerprint(probe, variables, train, test)
@@ -223,7 +224,7 @@ def fit(
                 rows = TrainRows(batch.canvas, batch.size, batch.position, label)
                 state, loss = step(state, shard_batch(rows, mesh))
                 losses.append(loss)
-                jax.block_until_ready(losses[-2:-1])  # one batch ahead of the devices, not more: batches are large
+                jax.block_until_ready(losses[-2:-1])  # at most one batch ahead of the devices: batches are large
             if epoch % config.val_every == 0 or epoch == config.epochs:
                 images, top1, top5 = evaluate(probe, count, state, test, mesh)
                 history.append(Record(epoch, images, np.mean(jax.device_get(losses), axis=0), top1, top5))
@@ -233,9 +234,9 @@ def fit(
 
 
 def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -> tuple[int, np.ndarray, np.ndarray]:
-    """Tests all heads in one pass: number of images, percent right at once and in five [K, L].
+    """Tests all heads in one pass; returns the number of images, and top-1 and top-5 accuracy in percent [K, L].
 
-    `count` is `eval_step` on the mesh. Raises UserError if not one image can be decoded.
+    `count` is `eval_step` on the mesh. Raises UserError if no image can be decoded.
     """
     config = probe.config
     rows, counts = config.batch_size // jax.process_count(), []
@@ -249,13 +250,13 @@ def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -
             jax.block_until_ready(counts[-2:-1])
     total, right = (np.sum(x, axis=0) for x in zip(*jax.device_get(counts), strict=True))
     if not total:
-        raise UserError(f"--config.test: not one of its {len(test):,} images can be decoded")
+        raise UserError(f"--config.test: none of its {len(test):,} images can be decoded")
     top1, top5 = 100 * right / total
     return int(total), top1, top5
 
 
 def checked_labels(source: Source, split: str, values, records: np.ndarray) -> np.ndarray:
-    """The labels of some records as int32 [b]; UserError for one that is no class."""
+    """Returns the labels of some records as int32 [b]. Raises UserError if one is not a class of the source."""
     label = np.array(values, np.int32)
     wrong = records[(label < 0) | (label >= source.num_classes)]
     if len(wrong):
@@ -267,7 +268,7 @@ def checked_labels(source: Source, split: str, values, records: np.ndarray) -> n
 
 
 def _reading(probe: Probe) -> dict:
-    """How batches are read and shared out, for training and testing alike."""
+    """Returns the settings of batches that training and testing share."""
     return {
         "batch_size": probe.config.batch_size,
         "channels": len(probe.mean),
@@ -277,11 +278,11 @@ def _reading(probe: Probe) -> dict:
     }
 
 
-# --- what is reported ------------------------------------------------------------------------------------------------
+# --- report ---------------------------------------------------------------------------------------------------------
 
 
 def summary(probe: Probe, history: list[Record]) -> dict:
-    """{"best", "official", "grid"} as `run` returns them: of each head its best epoch, and the last."""
+    """Returns {"best", "official", "grid"} for `run`, with the best and the last epoch of each head."""
     heads = {
         (str(kind), lr): _head(
             str(kind), lr, [(int(r.epoch), float(r.top1[k, i]), float(r.top5[k, i])) for r in history]
@@ -303,7 +304,7 @@ def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dic
 
 
 def table(figures: dict) -> str:
-    """The figures for people: the grid, then best and official head."""
+    """Formats the figures: the grid, then the best and the official head."""
     grid, best, official = figures["grid"], figures["best"], figures["official"]
     lines = [
         "top-1 after each head's best epoch, percent right:",

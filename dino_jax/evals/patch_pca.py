@@ -1,4 +1,4 @@
-"""What patches look alike to a backbone: their first three principal components as red, green and blue."""
+"""Principal components of patch tokens: the first three as red, green and blue."""
 
 import time
 from pathlib import Path
@@ -8,19 +8,19 @@ import numpy as np
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.evals.common.pca import principal_components
-from dino_jax.evals.common.pictures import (
-    as_rgb,
+from dino_jax.evals.common.images import (
     contact_sheet,
-    fitted,
-    heat,
-    normalized,
+    fit_to_patches,
+    heatmap,
+    image_paths,
+    normalize_images,
     patch_grid,
     patch_size,
-    picture_paths,
-    read_picture,
+    read_image,
+    to_rgb,
     upsample,
 )
+from dino_jax.evals.common.pca import principal_components
 from dino_jax.weights.backbone import Backbone
 
 
@@ -28,29 +28,32 @@ def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py patch_pca`."""
     return ml_collections.ConfigDict(
         {
-            "images": "",  # a picture, several with commas between, or a folder
-            "size": 480,  # pixels of the longer side; 0 keeps the picture's own size
-            "together": True,  # one set of components for all pictures: equal colors mean the same in each
-            "tile": 240,  # pixels of a picture's longer side on the sheet
+            "images": "",  # an image file, several separated by commas, or a folder
+            "size": 480,  # pixels of the longer side; 0 keeps the size of the image
+            "together": True,  # compute the components over all images, so that colors are comparable between them
+            "tile": 240,  # pixels of the longer side of an image in the overview
         }
     )
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Draws pictures of any shape beside the components of their patch tokens, and each component by itself.
+    """Draws images of any shape beside the components of their patch tokens, together and one by one.
 
-    Writes patch_pca.png, a row a picture, and NNN_NAME.png, the colors alone at the picture's size.
+    Writes patch_pca.png, with a row per image, and NNN_NAME.png for each image, with the colors alone at its size.
 
-    Returns what belongs into results.json: {"figures": {"explained": [a list a set of components, of the shares of the
-    variance]}, "pictures": [paths], "settings", "images", "seconds", "images_per_second"}. Raises UserError: no such
-    picture, one that can't be read or is smaller than a patch, or a backbone without patches.
+    Returns:
+        The content of results.json: {"figures": {"explained": shares of the variance, a list for each set of
+        components}, "pictures": [paths], "settings", "images", "seconds", "images_per_second"}.
+
+    Raises:
+        UserError: an image is missing, unreadable or smaller than a patch, or the backbone has no patches.
     """
     start, patch, channels = time.monotonic(), patch_size(backbone), backbone.config["in_channels"]
     if config.tile < 1:
         raise UserError(f"tile {config.tile}: set --config.tile to 1 or more pixels")
-    paths = picture_paths(config.images)
-    images = [fitted(read_picture(path, channels, "--config.images"), config.size, patch, path) for path in paths]
-    tokens = [np.asarray(patch_grid(backbone, normalized(backbone, image[None])))[0] for image in images]
+    paths = image_paths(config.images)
+    images = [fit_to_patches(read_image(path, channels, "--config.images"), config.size, patch, path) for path in paths]
+    tokens = [np.asarray(patch_grid(backbone, normalize_images(backbone, image[None])))[0] for image in images]
     sets = [tokens] if config.together else [[one] for one in tokens]
     found = [patch_components(one) for one in sets]
     pictures = [components for one, _ in found for components in one]
@@ -60,8 +63,8 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     for path, image, components in zip(paths, images, pictures, strict=True):
         enlarged = upsample(np.moveaxis(components, -1, 0), patch)
         colors = (255 * np.moveaxis(enlarged, 0, -1)).astype(np.uint8)
-        single = {f"component {i + 1}": heat(one) for i, one in enumerate(enlarged)}
-        rows.append({"image": as_rgb(image), "components 1-3": colors} | single)
+        single = {f"component {i + 1}": heatmap(one) for i, one in enumerate(enlarged)}
+        rows.append({"image": to_rgb(image), "components 1-3": colors} | single)
         target = out / f"{len(written):03d}_{path.stem}.png"
         Image.fromarray(colors).save(target)
         written.append(str(target))
@@ -82,10 +85,10 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def patch_components(tokens: list[np.ndarray]) -> tuple[list[np.ndarray], np.ndarray]:
-    """Patch tokens [h, w, D] of some images -> their components [h, w, 3], from 0 to 1, and shares of the variance [3].
+    """Computes the components of each image, [h, w, 3] in 0..1, from its patch tokens [h, w, D].
 
-    A component's range is that of all the images, without the 1% at either end, so that a few odd patches do not take
-    the contrast from the others.
+    Returns them with the shares of the variance that they explain [3]. A component is scaled by its 1st and 99th
+    percentile over all images, so that a few outliers do not reduce the contrast of the other patches.
     """
     coordinates, shares = principal_components(np.concatenate([one.reshape(-1, one.shape[-1]) for one in tokens]), 3)
     low, high = np.percentile(coordinates, (1, 99), axis=0)

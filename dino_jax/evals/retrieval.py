@@ -1,7 +1,11 @@
 """Image retrieval on the revisited Oxford and Paris buildings (Radenovic et al., CVPR 2018): mAP without any training.
 
-Layout, as the data sets' authors give them: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg, the same for
-rparis6k.
+Layout, as published by the authors of the data sets: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg, the
+same for rparis6k.
+
+The ground truth is read by a restricted `pickle.Unpickler`, not by the interpreter in `weights/torch_pickle.py`, which
+ignores the state that a pickle sets on objects (where NumPy keeps the content of arrays), keeps only names as keys of
+dicts, and has torch in its tables and messages. Hooks for all of these would be longer than the class here.
 """
 
 import math
@@ -23,24 +27,24 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import l2_normalize
-from dino_jax.evals.common.feature_cache import Kept, fingerprint
+from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint
 from dino_jax.evals.common.ranking import (
     ANSWERS,
     CORRECT,
     IGNORED,
+    add_frame,
     answers_sheet,
     average_precision,
     check_at_least_one,
     extract_files,
-    framed,
     rate,
     thumbnail,
 )
 from dino_jax.weights.backbone import Backbone
 
-# The reference's: pixels of the longer side, and the scales at which each image is seen.
+# As in the reference: pixels of the longer side, and the scales at which features of an image are computed.
 SIZES = {"roxford5k": (224, (1.0,)), "rparis6k": (512, (1.0, 1 / math.sqrt(2), 0.5))}
-# Which answers are right at each level, and which do not count.
+# The correct answers at each level, and those that are ignored.
 LEVELS = {
     "easy": (("easy",), ("junk", "hard")),
     "medium": (("easy", "hard"), ("junk",)),
@@ -51,44 +55,44 @@ CONVNET_STEP = 32  # sides of a convnet's images are cut to multiples of this, a
 
 
 class Photo(NamedTuple):
-    """A file, and the part of it to look at."""
+    """An image file, and the box of it that is used."""
 
     path: Path
-    box: tuple[int, int, int, int] | None  # left, upper, right, lower in pixels; None for all of it
+    box: tuple[int, int, int, int] | None  # left, upper, right, lower in pixels; None for the whole image
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py retrieval`."""
     return ml_collections.ConfigDict(
         {
-            "data": "",  # folder that holds the data sets' folders
+            "data": "",  # parent folder of the data sets' folders
             "dataset": "roxford5k",  # or rparis6k
-            "imsize": placeholder(int),  # pixels of the longer side: 224 for roxford5k, 512 for rparis6k unless set
-            "scales": placeholder(tuple),  # of it, features are averaged: 1 (roxford5k), 1, 0.7071, 0.5 (rparis6k)
-            "crop_queries": True,  # to their box, as the data sets demand; the reference's code takes whole images
+            "imsize": placeholder(int),  # pixels of the longer side; default: 224 for roxford5k, 512 for rparis6k
+            "scales": placeholder(tuple),  # to average over; default: 1 (roxford5k), 1, 0.7071, 0.5 (rparis6k)
+            "crop_queries": True,  # to their box, as the data sets require; the reference's code uses whole images
             "batch_size": 32,  # images of one shape, over all devices
             "workers": min(8, os.cpu_count() or 1),  # threads that read and decode images
-            "sheet": 8,  # queries on the picture of answers
+            "sheet": 8,  # number of queries in the picture of answers
         }
     )
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Ranks all images for each query, prints mAP and mean precision at 1, 5, 10, draws some queries with answers.
+    """Ranks all images for each query; prints mAP and mean precision at 1, 5, 10; draws some queries with answers.
 
     A feature is the CLS token, averaged over the scales, then L2-normalized; images are ranked by cosine similarity.
-    Images keep their aspect, with the longer side at `imsize` unless they are smaller; a ViT leaves out the right and
-    lower edge beyond the last whole patch. Images of one shape make up batches and XLA compiles one program a shape;
-    shapes count by the patches that the model sees, so with patches of 16 and an aspect of up to 2:1 there are at most
-    15 (Oxford) or 53 (Paris) of them, and a few more of queries that are smaller than `imsize`. Features are kept in
-    `out`.
+    Images keep their aspect ratio. The longer side is `imsize` unless the image is smaller, and for a ViT, the right
+    and lower edges beyond the last whole patch are cut off. A batch has images of one shape, and XLA compiles one
+    program per shape. Only the number of patches matters for that: patches of 16 and an aspect ratio of up to 2:1 give
+    at most 15 shapes (Oxford) or 53 (Paris), and queries smaller than `imsize` a few more. `out` caches features.
 
-    Returns what belongs into results.json: {"figures": {"easy": {"mAP", "mP@1", "mP@5", "mP@10"}, ...} in percent,
-    "queries" (per level: how many have right answers), "settings", "images", "seconds", "images_per_second" (of
-    extraction; None if earlier runs left everything), "pictures"}.
+    Returns:
+        The content of results.json: {"figures": {"easy": {"mAP", "mP@1", "mP@5", "mP@10"}, ...} in percent, "queries"
+        (number of queries with correct answers, per level), "settings", "images", "seconds", "images_per_second" (of
+        extraction; None if all features were cached), "pictures"}.
 
     Raises:
-        UserError: files are missing, damaged or refused, an image is smaller than a patch, a box lies outside.
+        UserError: a file is missing, damaged or refused, an image is smaller than a patch, or a box lies outside.
     """
     start, (imsize, scales) = time.monotonic(), _check(config)
     folder = Path(config.data).expanduser() / config.dataset
@@ -105,7 +109,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
             [_load(photos[i], imsize, shapes[i], backbone.config["in_channels"]) for i in batch.tolist()]
         ),
         [f"{photo.path.name} {photo.path.stat().st_size} {photo.box}" for photo in photos],
-        Kept(out / "features", fingerprint(backbone, config.dataset, imsize, scales)),
+        FeatureCache(out / "features", fingerprint(backbone, config.dataset, imsize, scales)),
         config.dataset,
         config.workers,
     )
@@ -128,7 +132,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def _check(config: ml_collections.ConfigDict) -> tuple[int, tuple[float, ...]]:
-    """imsize and scales."""
+    """Returns imsize and scales."""
     if not config.data:
         raise UserError("--config.data is empty: set it to the folder that holds roxford5k/ or rparis6k/")
     if config.dataset not in SIZES:
@@ -146,10 +150,10 @@ def _check(config: ml_collections.ConfigDict) -> tuple[int, tuple[float, ...]]:
 
 
 def read_ground_truth(path: Path) -> dict[str, Any]:
-    """The data sets' pickle: {"imlist": names, "qimlist": names, "gnd": [{"bbx", "easy", "hard", "junk"}, ...]}.
+    """Reads the ground truth: {"imlist": names, "qimlist": names, "gnd": [{"bbx", "easy", "hard", "junk"}, ...]}.
 
-    bbx is left, upper, right, lower in pixels, the others are lists of places in imlist. Nothing of a pickle runs: it
-    may hold lists, dicts, strings, numbers and NumPy arrays of them. Raises UserError for anything else.
+    bbx is left, upper, right, lower in pixels; the others are lists of indices into imlist. No code in the pickle is
+    executed. It may contain lists, dicts, strings, numbers and NumPy arrays; raises UserError for anything else.
     """
     try:
         with path.open("rb") as file:
@@ -160,23 +164,23 @@ def read_ground_truth(path: Path) -> dict[str, Any]:
         ) from error
     except UserError:
         raise
-    except Exception as error:  # a damaged pickle makes the unpickler raise nearly anything
+    except Exception as error:  # a damaged pickle can make the unpickler raise anything
         raise UserError(f"{path} is damaged ({type(error).__name__}): download it again") from error
     try:
         images, queries = len(truth["imlist"]), len(truth["qimlist"])
-        whole = queries == len(truth["gnd"]) > 0 and all(
+        consistent = queries == len(truth["gnd"]) > 0 and all(
             len(query["bbx"]) == 4 and all(0 <= i < images for level in ("easy", "hard", "junk") for i in query[level])
             for query in truth["gnd"]
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is no ground truth (no {error}): download it again") from error
-    if not whole:
+        raise UserError(f"{path} is not a ground truth (no {error}): download it again") from error
+    if not consistent:
         raise UserError(f"{path} is damaged (its queries do not fit its images): download it again")
     return truth
 
 
 class _Dtype:
-    """Stands in for a pickled NumPy dtype: i8, f4, U20."""
+    """Replaces a pickled NumPy dtype: i8, f4, U20."""
 
     def __init__(self, code: str, *_):
         self.code = code
@@ -186,14 +190,14 @@ class _Dtype:
 
 
 class _Array(list):
-    """Stands in for a pickled NumPy array: its values in a row."""
+    """Replaces a pickled NumPy array by a flat list of its values."""
 
     def __setstate__(self, state: tuple):
         _, _, dtype, _, data = state
         self[:] = np.frombuffer(data, dtype.code).tolist()  # refuses dtypes of objects
 
 
-# NumPy's own, given hostile arguments, would read and write any memory.
+# NumPy's own functions would read and write arbitrary memory if given hostile arguments.
 _STAND_INS: dict[str, Callable] = {
     "_reconstruct": lambda *_: _Array(),
     "scalar": lambda dtype, data: np.frombuffer(data, dtype.code)[0].item(),
@@ -212,7 +216,7 @@ class _PlainUnpickler(pickle.Unpickler):
 
 
 def _photos(truth: dict[str, Any], folder: Path, crop_queries: bool) -> tuple[list[Photo], list[Photo]]:
-    """Database and queries. UserError where one is missing."""
+    """Returns database and queries. Raises UserError if a file is missing."""
     boxes = [tuple(round(edge) for edge in query["bbx"]) if crop_queries else None for query in truth["gnd"]]
     database = [Photo(folder / f"{name}.jpg", None) for name in truth["imlist"]]
     queries = [Photo(folder / f"{name}.jpg", box) for name, box in zip(truth["qimlist"], boxes, strict=True)]
@@ -226,7 +230,7 @@ def _photos(truth: dict[str, Any], folder: Path, crop_queries: bool) -> tuple[li
 
 
 def _shape(photo: Photo, imsize: int, scales: tuple[float, ...], step: int) -> tuple[int, int]:
-    """Height and width of what the model is given of a photo, from the header of its file."""
+    """Returns height and width of the model's input for a photo, from the header of the file."""
     with _open(photo.path) as picture:
         width, height = picture.size
     if photo.box is not None:
@@ -245,13 +249,13 @@ def _shape(photo: Photo, imsize: int, scales: tuple[float, ...], step: int) -> t
 
 
 def _within(box: tuple[int, int, int, int], width: int, height: int) -> tuple[int, int, int, int]:
-    """Some boxes reach over the edge; the data sets' own tools cut them there."""
+    """Clips a box to the image, as the data sets' own tools do."""
     left, upper, right, lower = box
     return max(left, 0), max(upper, 0), min(right, width), min(lower, height)
 
 
 def fit(width: int, height: int, imsize: int) -> tuple[int, int]:
-    """Width and height that Pillow's `thumbnail` gives: the longer side at imsize, never enlarged, aspect kept."""
+    """Returns the size that Pillow's `thumbnail` gives: the longer side is at most imsize, the aspect ratio is kept."""
     if max(width, height) <= imsize:
         return width, height
     aspect = width / height
@@ -264,10 +268,10 @@ def fit(width: int, height: int, imsize: int) -> tuple[int, int]:
 
 @cache
 def smallest_side(side: int, scales: tuple[float, ...], step: int) -> int:
-    """The smallest side, in pixels, with as many patches of `step` pixels at each scale as the given one.
+    """Returns the smallest side, in pixels, that has the same number of patches of `step` pixels at each scale.
 
-    Images are cut to it: what is lost is what the model leaves out anyway, and many shapes become one. 0 where the side
-    is less than a patch at one of the scales.
+    Images are cut to it. This removes only pixels that the model would ignore, and makes many shapes equal. The result
+    is 0 if the side is less than a patch at one of the scales.
     """
 
     def patches(pixels: int) -> list[int]:
@@ -278,9 +282,9 @@ def smallest_side(side: int, scales: tuple[float, ...], step: int) -> int:
 
 
 def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> list[np.ndarray]:
-    """Numbers 0..N-1 of the images in batches of one shape each, rare shapes first.
+    """Splits the image numbers 0..N-1 into batches of one shape each, rare shapes first.
 
-    A batch is padded to the largest one so far (`features.extract`), so rare shapes cost little that way.
+    Rare shapes cost little this way, because a batch is padded to the largest so far (`extraction.extract_batches`).
     """
     groups: dict[tuple[int, int], list[int]] = {}
     for number, shape in enumerate(shapes):
@@ -295,12 +299,12 @@ def batches_of_one_shape(shapes: Sequence[tuple[int, int]], batch_size: int) -> 
 def _open(path: Path) -> Image.Image:
     try:
         return Image.open(path, formats=("JPEG",))
-    except Exception as error:  # damaged files make Pillow's parsers raise nearly anything
+    except Exception as error:  # damaged files can make Pillow raise anything
         raise UserError(f"{path} can't be read as a JPEG ({type(error).__name__}): download it again") from error
 
 
 def _load(photo: Photo, imsize: int, shape: tuple[int, int], channels: int) -> np.ndarray:
-    """uint8 [height, width, C], as it is stored: boxes do not know of EXIF orientation, so it isn't applied."""
+    """Returns uint8 [height, width, C]. EXIF orientation is not applied, because the boxes are for pixels as stored."""
     if channels not in (1, 3):
         raise UserError(f"the backbone takes images of {channels} channels, these have 1 (gray) or 3 (RGB)")
     with _open(photo.path) as picture:
@@ -314,11 +318,11 @@ def _load(photo: Photo, imsize: int, shape: tuple[int, int], channels: int) -> n
     return np.atleast_3d(np.asarray(image))[: shape[0], : shape[1]]
 
 
-@cache  # one object for one model, so that a second call compiles nothing
+@cache  # the same object for the same model, so that a second call compiles nothing
 def multi_scale(apply_fn: Callable, scales: tuple[float, ...], step: int) -> Callable:
-    """apply_fn(variables, images [b, H, W, C]) -> [b, D], made to average over smaller versions of the images.
+    """Wraps apply_fn(variables, images [b, H, W, C]) -> [b, D] to return its mean over scaled versions of the images.
 
-    They are bilinear without antialiasing, as the reference's, and cut to multiples of `step` pixels.
+    These are bilinear without antialiasing, as in the reference, and cut to multiples of `step` pixels.
     """
 
     def seen(images: jax.Array, scale: float) -> jax.Array:
@@ -340,14 +344,14 @@ def multi_scale(apply_fn: Callable, scales: tuple[float, ...], step: int) -> Cal
 def score_queries(
     ranking: np.ndarray, positives: Sequence[Sequence[int]], ignored: Sequence[Sequence[int]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Average precision [Q] and precision at each of KS [Q, 3], in 0..1; NaN for queries without positives.
+    """Returns average precision [Q] and precision at each of KS [Q, 3], in 0..1; NaN for queries without positives.
 
-    Precision at k looks no further than the last positive. As in the data sets' own evaluation.
+    As in the data sets' own evaluation, precision at k uses no ranks beyond the last positive.
 
     Args:
-        ranking: int [N, Q], images of the database in the order in which they answer each query, best first.
-        positives: for each query its right answers.
-        ignored: for each query answers to take out of the ranking first.
+        ranking: int [N, Q], the images of the database for each query, best first.
+        positives: the correct answers of each query.
+        ignored: answers of each query to remove from the ranking first.
     """
     precision, at_k = np.full(len(positives), np.nan), np.full((len(positives), len(KS)), np.nan)
     for query, (right, left_out) in enumerate(zip(positives, ignored, strict=True)):
@@ -363,7 +367,7 @@ def score_queries(
 
 
 def _score(ranking: np.ndarray, gnd: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
-    """Figures in percent and the number of queries that they are means of, for each level that has any."""
+    """Returns figures in percent and the number of queries they are averaged over, for each level that has any."""
     figures, counted = {}, {}
     for level, kinds in LEVELS.items():
         positives, ignored = ([[i for kind in some for i in query[kind]] for query in gnd] for some in kinds)
@@ -385,13 +389,13 @@ def _print_table(figures: dict, counted: dict, dataset: str, queries: int, image
 def _draw(
     database: list[Photo], queries: list[Photo], ranking: np.ndarray, gnd: list[dict], rows: int, sheet: Path
 ) -> None:
-    """Queries from all over the list, easy and hard answers framed green, junk gray."""
+    """Draws queries at equal intervals in the list, with easy and hard answers framed in green and junk in gray."""
     shown = np.unique(np.linspace(0, len(queries) - 1, rows).astype(int))
     pictures = []
     for query in shown:
         right, junk = {*gnd[query]["easy"], *gnd[query]["hard"]}, set(gnd[query]["junk"])
         answers = [
-            framed(thumbnail(database[i].path), CORRECT if i in right else IGNORED if i in junk else None)
+            add_frame(thumbnail(database[i].path), CORRECT if i in right else IGNORED if i in junk else None)
             for i in ranking[:ANSWERS, query].tolist()
         ]
         pictures.append((thumbnail(*queries[query]), answers))

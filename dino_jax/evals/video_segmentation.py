@@ -1,10 +1,10 @@
-"""Video object segmentation by propagating the first frame's masks: DAVIS 2017, or a video of one's own.
+"""Video object segmentation by propagating the first frame's masks: DAVIS 2017, or any video.
 
     python evaluate.py video_segmentation --checkpoint=runs/a --config.data=DAVIS
     python evaluate.py video_segmentation --checkpoint=runs/a --config.video=clip.mp4 --config.mask=first.png
 
-The reference's protocol, but for its third standard deviation (.228, a slip for .225 in its normalization; here pixels
-are normalized as the backbone was trained) and for the resizing of frames (antialiased).
+Differences from the reference: pixels are normalized as in training (the reference has .228 instead of .225 as the
+third standard deviation), and frames are resized with antialiasing.
 """
 
 import itertools
@@ -24,57 +24,58 @@ from PIL import Image
 from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
 from dino_jax.evals.common.davis_metrics import score_objects, statistics
-from dino_jax.evals.common.label_maps import over, read_labels, read_objects, write_labels
+from dino_jax.evals.common.images import map_images, patch_grid, patch_size, read_image, resize
+from dino_jax.evals.common.label_maps import read_labels, read_objects, tint_objects, write_labels
 from dino_jax.evals.common.label_propagation import hard_labels, propagate
-from dino_jax.evals.common.pictures import each_of, patch_grid, patch_size, read_picture, resized
 from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
 VOID = 255  # DAVIS counts it as background
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]
-SETTINGS = ("size", "multiple", "context", "radius", "topk", "temperature")  # what the masks depend on
+SETTINGS = ("size", "multiple", "context", "radius", "topk", "temperature")  # that masks depend on
 
 
 def default_config() -> ml_collections.ConfigDict:
     """Every knob of `python evaluate.py video_segmentation`."""
     return ml_collections.ConfigDict(
         {
-            "data": "",  # DAVIS 2017 (trainval, 480p): JPEGImages, Annotations and ImageSets are in it
+            "data": "",  # folder of DAVIS 2017 (trainval, 480p) with JPEGImages, Annotations and ImageSets
             "split": "val",  # a list in ImageSets/2017
             "video": "",  # or a video file (needs PyAV: pip install av)
-            "mask": "",  # picture of the objects in that video's first frame: a color each, black elsewhere
+            "mask": "",  # image of the objects in the first frame of that video: one color each, black elsewhere
             "size": 480,  # pixels of the shorter side of a frame for the backbone
-            "multiple": 64,  # of which the longer side is one, rounded down
-            "context": 7,  # latest frames that labels are taken from, beside the first
-            "radius": 12,  # patches up and down, left and right, that labels are taken from
-            "topk": 5,  # nearest patches that a patch takes its labels from
+            "multiple": 64,  # the longer side is rounded down to a multiple of this
+            "context": 7,  # number of latest frames to take labels from, besides the first
+            "radius": 12,  # of the neighborhood to take labels from, in patches
+            "topk": 5,  # number of nearest patches to take labels from
             "temperature": 0.1,  # of their weights
         }
     )
 
 
 class AnnotatedVideo(NamedTuple):
-    """A video of DAVIS: its name and files, frame by frame."""
+    """A video of DAVIS: its name and its files in the order of the frames."""
 
     name: str
     frames: list[Path]
-    annotations: list[Path]  # of all frames; of the first alone in the test sets
+    annotations: list[Path]  # of all frames, or of only the first one in the test sets
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
-    """Writes the masks of each video to `out`/masks/VIDEO as palette PNGs; scores DAVIS's and prints a table.
+    """Writes the masks of each video to `out`/masks/VIDEO as palette PNGs; scores those of DAVIS and prints a table.
 
-    Started again, it goes on with the videos that are not finished. A video of one's own gives VIDEO_masks.mp4 too.
+    An interrupted run continues with the unfinished videos. With config.video, also writes VIDEO_masks.mp4.
 
-    Returns what belongs into results.json: {"figures", "videos", "objects", "settings", "images", "seconds",
-    "images_per_second"} (images and rate: of the frames of this run). Figures are in percent, averaged over objects as
-    the benchmark does: J&F_mean, J_mean, J_recall, J_decay, F_mean, F_recall, F_decay; none without annotations.
+    Returns:
+        The content of results.json: {"figures", "videos", "objects", "settings", "images", "seconds",
+        "images_per_second"}, where images and rate count the frames of this run. Figures are in percent, averaged over
+        objects as in the benchmark: J&F_mean, J_mean, J_recall, J_decay, F_mean, F_recall, F_decay; none without
+        annotations.
 
     Raises:
-        UserError: neither or both of data and video are set, a folder or file is missing, not readable or of another
-            size than its frame, `out` holds masks of other settings, a setting is out of range, or the backbone is a
-            convnet.
+        UserError: neither or both of data and video are set; a folder or file is missing, unreadable or of another size
+            than its frame; `out` has masks of other settings; a setting is out of range; the backbone is a convnet.
     """
     start = time.monotonic()
     _check_settings(config, patch_size(backbone))
@@ -105,23 +106,23 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 def segment(
     backbone: Backbone, frames: Iterable[np.ndarray], first: np.ndarray, config: ml_collections.ConfigDict
 ) -> Iterator[np.ndarray]:
-    """Labels of each frame, uint8 [H, W], as soon as each comes; of the first the given ones.
+    """Yields the labels of each frame, uint8 [H, W], one frame after the other; those of the first frame are given.
 
     Args:
         backbone: a vision transformer.
-        frames: uint8 [H, W, C], one after the other; one for each device is held at a time, of the others features.
+        frames: uint8 [H, W, C]. Only one frame per device is held in memory, and the features of the context.
         first: labels of the first frame, uint8 [H, W], 0 for the background.
         config: see `default_config`.
 
     Raises:
-        UserError: a frame is not of the size of `first`.
+        UserError: a frame has another size than `first`.
     """
     patch, (height, width) = patch_size(backbone), first.shape
     rows, columns = network_size(height, width, config.size, config.multiple)
-    small = resized(first[..., None], rows // patch, columns // patch, Image.Resampling.NEAREST)[..., 0]
-    images = (resized(frame, rows, columns, Image.Resampling.BILINEAR) for frame in _same_size(frames, first))
-    features = (one for _, one in each_of(images, patch_grid, backbone))
-    opening = next(features)  # a mask of another size is found before anything is written
+    small = resize(first[..., None], rows // patch, columns // patch, Image.Resampling.NEAREST)[..., 0]
+    images = (resize(frame, rows, columns, Image.Resampling.BILINEAR) for frame in _same_size(frames, first))
+    features = (one for _, one in map_images(images, patch_grid, backbone))
+    opening = next(features)  # raises for a mask of another size before anything is written
     yield first
     soft = propagate(
         itertools.chain([opening], features),
@@ -133,18 +134,18 @@ def segment(
     )
     for labels in soft:
         fine = np.asarray(hard_labels(labels, patch))
-        yield resized(fine[..., None], height, width, Image.Resampling.NEAREST)[..., 0]
+        yield resize(fine[..., None], height, width, Image.Resampling.NEAREST)[..., 0]
 
 
 def network_size(height: int, width: int, size: int, multiple: int) -> tuple[int, int]:
-    """Height and width of frames for the backbone: the shorter side is `size`, the longer one rounded down."""
+    """Returns height and width of the backbone's input: the shorter side is `size`, the longer is rounded down."""
     if height > width:
         return size * height // width // multiple * multiple, size
     return size, size * width // height // multiple * multiple
 
 
 def benchmark_figures(scores: Scores) -> dict[str, float]:
-    """DAVIS 2017's figures in percent, means over all objects of all videos."""
+    """Returns the figures of DAVIS 2017 in percent, averaged over all objects of all videos."""
     if not scores:
         return {}
     figures: dict[str, float] = {}
@@ -155,7 +156,7 @@ def benchmark_figures(scores: Scores) -> dict[str, float]:
 
 
 def list_videos(root: Path, split: str) -> list[AnnotatedVideo]:
-    """DAVIS's videos in the order of its list; UserError if a folder, the frames or an annotation is missing."""
+    """Returns the videos in the order of the list. Raises UserError if a folder, frames or an annotation is missing."""
     images, annotations = root / "JPEGImages" / "480p", root / "Annotations" / "480p"
     listing = root / "ImageSets" / "2017" / f"{split}.txt"
     for needed in (images, annotations, listing):
@@ -181,7 +182,7 @@ def list_videos(root: Path, split: str) -> list[AnnotatedVideo]:
 
 
 def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
-    """Frames computed, and each video's J and F [objects, frames but the first and the last]."""
+    """Returns the number of frames computed, and J and F of each video, [objects, frames except the first and last]."""
     videos, masks, channels = (
         list_videos(Path(config.data), config.split),
         out / "masks",
@@ -197,14 +198,14 @@ def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
         if not folder.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            pictures = (read_picture(path, channels, "--config.data") for path in video.frames)
+            pictures = (read_image(path, channels, "--config.data") for path in video.frames)
             counted = progress(segment(backbone, pictures, first, config), len(video.frames), video.name, "frames")
             for path, labels in zip(video.frames, counted, strict=True):
                 write_labels(partial / f"{path.stem}.png", labels)
             partial.rename(folder)
             done += len(video.frames)
         if len(video.annotations) > 2:
-            inner = video.annotations[1:-1]  # the first is given, and the benchmark leaves out the last
+            inner = video.annotations[1:-1]  # the first is given, and the benchmark ignores the last
             ours, theirs = (map(_davis_labels, paths) for paths in ([folder / path.name for path in inner], inner))
             scores[video.name] = score_objects(ours, theirs, int(first.max()))
         print(f"{place} of {len(videos)} videos: {video.name}", file=sys.stderr)
@@ -212,7 +213,7 @@ def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
 
 
 def _segment_own(backbone, config, out: Path) -> int:
-    """Masks and a video of them over the frames; how many frames there were."""
+    """Writes the masks, and a video of them over the frames; returns the number of frames."""
     if not config.mask:
         raise UserError("--config.mask is empty: set it to a picture of the objects in the video's first frame")
     video, channels = read_video(path := Path(config.video)), backbone.config["in_channels"]
@@ -224,7 +225,7 @@ def _segment_own(backbone, config, out: Path) -> int:
     with write_video(out / f"{path.stem}_masks.mp4", video.rate) as write:
         for frame, one in zip(shown, labels, strict=True):
             write_labels(folder / f"{done:05d}.png", one)
-            write(over(frame, one))
+            write(tint_objects(frame, one))
             done += 1
     return done
 
@@ -243,7 +244,7 @@ def _davis_labels(path: Path) -> np.ndarray:
 
 
 def _claim(masks: Path, settings: dict) -> None:
-    """Masks that are there already must be those of the same settings and model: a UserError if not."""
+    """Records settings and model beside the masks. Raises UserError if there are masks of others."""
     note, text = masks / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
     if note.exists() and note.read_text() != text:
         raise UserError(
@@ -257,7 +258,7 @@ def _check_settings(config: ml_collections.ConfigDict, patch: int) -> None:
     for knob in ("size", "multiple"):
         if config[knob] < 1 or config[knob] % patch:
             raise UserError(
-                f"{knob} {config[knob]} is no multiple of the patch's {patch} pixels: set --config.{knob} to one"
+                f"{knob} {config[knob]} is not a multiple of the patch size, {patch} pixels: set --config.{knob} to one"
             )
     if config.multiple > config.size:
         raise UserError(f"multiple {config.multiple} is above size {config.size}: set --config.multiple lower")

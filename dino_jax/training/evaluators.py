@@ -17,7 +17,7 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed import fsdp
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.evals import knn
-from dino_jax.evals.common.extraction import FeatureTable, tabulate
+from dino_jax.evals.common.extraction import FeatureTable, extract_source
 from dino_jax.training.setup import Setup, State
 
 Evaluate = Callable[[State], dict[str, float]]
@@ -100,8 +100,8 @@ EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Una
 def feature_table(
     apply_fn: Callable, variables: Any, source: Source, what: str, config: ConfigDict, mesh: Mesh, mean: Any, std: Any
 ) -> FeatureTable:
-    """`tabulate` of a source with the image sizes and batch size of config.eval."""
-    return tabulate(
+    """`extract_source` of a source with the image sizes and batch size of config.eval."""
+    return extract_source(
         apply_fn,
         variables,
         source,

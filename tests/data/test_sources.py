@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 from dino_jax.data import demo_images
-from dino_jax.data.sources import Example, open_source, write_array_record
+from dino_jax.data.sources import SCHEMES, Example, Source, open_source
+from dino_jax.data.sources.array_record import write_array_record
 from dino_jax.errors import UserError
 
 
@@ -105,6 +106,47 @@ def test_a_wrong_folder_is_explained(tmp_path):
         assert "\n" not in str(error.value)
 
 
+def test_a_new_scheme_is_a_class_and_a_line_in_the_table(monkeypatch):
+    class Gray(Source):
+        syntax = "gray:COUNTx"
+        num_classes = 2
+
+        def __init__(self, count):
+            self.count = count
+
+        @classmethod
+        def from_spec(cls, rest):
+            return cls(int(rest[:-1])) if rest[:-1].isdigit() else None
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, i):
+            return Example(np.full((2, 2), i, np.uint8), i % 2)
+
+        def name(self, i):
+            return f"gray {i}"
+
+    monkeypatch.setitem(SCHEMES, "gray", Gray)
+    source = open_source("gray:7x")
+    assert [source.label(i) for i in range(len(source))] == [0, 1, 0, 1, 0, 1, 0]
+    assert source.identity(3) == "gray 3"
+    for spec in ("gray:", "grey:3x"):
+        with pytest.raises(UserError, match=r"expected folder:PATH, .* or gray:COUNTx$"):
+            open_source(spec)
+
+
+def test_identity_changes_with_the_file(tmp_path):
+    put(tmp_path / "cat/a.png")
+    put(tmp_path / "dog/b.png")
+    source = open_source(f"folder:{tmp_path}:1")
+    before = [source.identity(i) for i in range(2)]
+    os.utime(tmp_path / "cat/a.png", ns=(0, 1))
+    (tmp_path / "dog/b.png").unlink()
+    assert source.identity(0) != before[0]
+    assert source.identity(1) == "dog/b.png is not there"
+
+
 def test_few_labels_keeps_the_first_of_each_class(tmp_path):
     for path in ["a/1.png", "a/2.png", "a/3.png", "b/1.png", "c/1.png", "c/2.png", "c/3.png"]:
         put(tmp_path / path)
@@ -112,6 +154,7 @@ def test_few_labels_keeps_the_first_of_each_class(tmp_path):
     assert names(few) == ["a/1.png", "a/2.png", "b/1.png", "c/1.png", "c/2.png"]
     assert labels(few) == [0, 0, 1, 2, 2]
     assert few.num_classes == 3
+    assert few.class_names == ["a", "b", "c"]
     put(tmp_path / "flat.png")
     with pytest.raises(UserError, match="no labels"):
         open_source(f"folder:{tmp_path}:2")

@@ -9,10 +9,9 @@ import numpy as np
 import pytest
 from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
-from dino_jax.data import sources
 from dino_jax.data.decoding import to_canvas
 from dino_jax.data.pipeline import train_batches
-from dino_jax.data.sources import open_source
+from dino_jax.data.sources import folder, open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 SIDE, BATCH = 32, 8
@@ -31,7 +30,7 @@ def source(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         if os.access(root / NO_ACCESS, os.R_OK):  # who runs as root may read anything: simulate the refusal
-            patch.setattr(sources, "open", opened, raising=False)
+            patch.setattr(folder, "open", opened, raising=False)
         yield open_source(f"folder:{root}")
 
 

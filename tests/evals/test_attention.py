@@ -8,7 +8,7 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 from dino_jax.evals import attention
-from dino_jax.evals.common import pictures
+from dino_jax.evals.common.images import crop_to_patches, heatmap, normalize_images, upsample
 from dino_jax.evals.common.video import read_video, write_video
 from dino_jax.models import build_backbone
 from dino_jax.weights.backbone import Backbone
@@ -127,8 +127,8 @@ def test_run_writes_each_tile_in_full_size(backbone, tmp_path):
     assert {tile.shape for tile in tiles.values()} == {(24, 40, 3)}  # cut to whole patches
     assert np.array_equal(tiles["image"], pixels[:, :40])
     maps = attention.attention_maps(backbone, (pixels[None, :, :40] / np.float32(255) - 0.5) / 0.5)[0]
-    assert np.array_equal(tiles["head2"], pictures.heat(pictures.upsample(maps[1], 8)))
-    kept = pictures.upsample(attention.mass_masks(maps.mean(0)), 8)
+    assert np.array_equal(tiles["head2"], heatmap(upsample(maps[1], 8)))
+    kept = upsample(attention.mass_masks(maps.mean(0)), 8)
     assert np.array_equal((tiles["mask"] != tiles["image"]).any(-1), kept)
 
 
@@ -150,9 +150,9 @@ def test_run_draws_a_video(tmp_path, channels):
     drawn = list(shown.frames)
     assert len(drawn) == 5  # the last batch was filled up
     assert drawn[0].shape == (40, 56, 3)
-    image = pictures.cut(next(read_video(tmp_path / "clip.mp4").frames), 8)[None]
+    image = crop_to_patches(next(read_video(tmp_path / "clip.mp4").frames), 8)[None]
     image = image if channels == 3 else np.asarray(Image.fromarray(image[0]).convert("L"))[None, ..., None]
-    maps = attention.attention_maps(backbone, pictures.normalized(backbone, image))[0]
+    maps = attention.attention_maps(backbone, normalize_images(backbone, image))[0]
     assert np.abs(drawn[0].astype(int) - attention.overlay(image[0], maps)).mean() < 8  # compression
 
 

@@ -112,6 +112,6 @@ def test_mistakes_are_named(backbone, tmp_path):
         "45 x 30 instead of 45 x 35 pixels",
         lambda root: write_labels(root / objects / "a.png", instances(shape=(30, 45))),
     )
-    fails("not one object", lambda root: write_labels(root / objects / "a.png", instances()))
+    fails("no object in any", lambda root: write_labels(root / objects / "a.png", instances()))
     with pytest.raises(UserError, match="config.data is empty"):
         attention_jaccard.run(backbone, settings(""), tmp_path / "out")

@@ -317,7 +317,7 @@ def test_mistakes_are_named(colors, folders, tmp_path):
 def test_batches_that_do_not_divide_and_crops_without_a_patch_are_named(colors, vit, folders):
     with pytest.raises(UserError, match=r"25 does not divide over 8 devices: set --config.batch_size to 32"):
         linear.design(colors, settings(folders, batch_size=25), 3, 48, 8)
-    with pytest.raises(UserError, match=r"crop 7 holds no patch: set --config.crop to 8"):
+    with pytest.raises(UserError, match=r"crop 7 is smaller than a patch: set --config.crop to 8"):
         linear.design(vit, settings(folders, crop=7), 3, 48, 1)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from dino_jax.errors import UserError
 from dino_jax.evals import projection
@@ -37,6 +37,12 @@ def settings(**values):
     return config
 
 
+def pixels(figure):
+    """The figure as it is written, int [H, W, 3]."""
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
+
+
 def test_points_are_written_and_drawn(features, tmp_path, capsys):
     results = projection.run(BACKBONE, settings(features=str(features)), tmp_path)
     with open(results["files"][0], newline="", encoding="utf-8") as file:
@@ -52,9 +58,9 @@ def test_points_are_written_and_drawn(features, tmp_path, capsys):
     assert str(tmp_path / "pca.png") in capsys.readouterr().out
 
     with Image.open(results["pictures"][0]) as picture:
-        again = projection.draw(points, labels_of(listed), NAMES, title_of(results))
-        assert picture.size == again.size
-        assert (np.asarray(picture) != again).mean() < 0.01  # edges of dots: 6 digits are written
+        again = pixels(projection.draw(points, labels_of(listed), NAMES, title_of(results)))
+        assert picture.size == again.shape[1::-1]
+        assert (np.asarray(picture.convert("RGB")) != again).mean() < 0.01  # edges of dots: 6 digits are written
 
 
 def labels_of(rows):
@@ -67,14 +73,17 @@ def title_of(results):
 
 def test_picture_has_x_to_the_right_y_up_and_a_legend():
     points = np.array([(0, 0), (0, 1), (2, 0)])
-    named = np.asarray(projection.draw(points, np.arange(3), NAMES, "title"))
-    width = projection.SIDE  # without the legend
-    centers = [np.argwhere((named[50:, :width] == color).all(-1)).mean(0) for color in projection.COLORS[:3]]
+    figure = projection.draw(points, np.arange(3), NAMES, "title")
+    drawn = pixels(figure)
+    width = int(figure.axes[0].get_window_extent().x1)  # without the legend
+    colors = [ImageColor.getrgb(color) for color in projection.COLORS[:3]]
+    centers = [np.argwhere((drawn[:, :width] == color).all(-1)).mean(0) for color in colors]
     up, right = centers[1] - centers[0], centers[2] - centers[0]
     np.testing.assert_allclose(right, -2 * up[::-1], atol=2)  # one scale; smoothing moves a center by a pixel
     assert right[1] > 0 > up[0]
-    bare = projection.draw(points, np.arange(3), {}, "title")
-    assert named.shape[1] > bare.width
+    assert all((drawn[:, width:] == color).all(-1).any() for color in colors)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(NAMES.values())
+    assert not projection.draw(points, np.arange(3), {}, "title").legends
 
 
 def test_umap_gets_the_settings_and_its_points_are_drawn(features, tmp_path, monkeypatch):
@@ -100,6 +109,20 @@ def test_without_umap_the_way_out_is_named(features, tmp_path, monkeypatch):
         projection.run(BACKBONE, settings(features=str(features), method="umap"), tmp_path)
 
 
+def test_without_matplotlib_the_way_out_is_named_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(UserError, match=r"pip install 'dino_jax\[plots\]'"):
+        projection.run(BACKBONE, settings(features="nowhere"), tmp_path)
+
+
+def test_a_class_name_is_drawn_as_it_is():
+    names = {0: "_private", 1: "$x$", 2: "$x", 3: "a name that is much too long for the legend"}
+    figure = projection.draw(np.eye(4)[:, :2], np.arange(4), names, "title")
+    pixels(figure)  # fails where matplotlib takes a name for a formula
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["_private", "$x$", "$x", "a name that is much too lon..."]
+
+
 def test_of_many_images_some_are_drawn(features, tmp_path, capsys):
     results = projection.run(BACKBONE, settings(features=str(features), most=25), tmp_path)
     assert results["images"] == 25
@@ -113,8 +136,17 @@ def test_of_many_images_some_are_drawn(features, tmp_path, capsys):
 def test_any_number_of_classes_and_points_that_coincide(classes):
     labels = np.arange(max(1, classes)) - (classes == 0)
     names = {i: f"class {i}" for i in range(classes)}
-    picture = projection.draw(np.ones((len(labels), 2)), labels, names, "title")
-    assert picture.height < 900
+    figure = projection.draw(np.ones((len(labels), 2)), labels, names, "title")
+    height, width, _ = pixels(figure).shape
+    for legend in figure.legends:
+        texts = [text.get_text() for text in legend.get_texts()]
+        assert len(texts) == min(classes, projection.NAMED)
+        assert texts[-1] == (
+            f"... and {classes - projection.NAMED + 1} more" if classes > 30 else f"class {classes - 1}"
+        )
+        extent = legend.get_window_extent()
+        assert 0 < extent.x0 < extent.x1 < width
+        assert 0 < extent.y0 < extent.y1 < height
     assert len(set(projection.class_colors(sorted(names)).values())) == classes
 
 

@@ -99,15 +99,16 @@ def test_sigterm_while_the_compiler_works_does_not_wait_for_it(tmp_path):
 STALLING = """
 import os, sys, time
 from pathlib import Path
-from dino_jax.data import sources
+from dino_jax.data.sources import SCHEMES
+from dino_jax.data.sources.demo import DemoSource
 
-class Stalling(sources.DemoSource):
+class Stalling(DemoSource):
     def __getitem__(self, i):
         while Path(os.environ["STALL"]).exists():
             time.sleep(0.1)
         return super().__getitem__(i)
 
-sources.DemoSource = Stalling
+SCHEMES["demo"] = Stalling
 import train
 from dino_jax.commands import cli
 

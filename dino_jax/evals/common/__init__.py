@@ -1,1 +1,1 @@
-"""What several evaluation protocols share."""
+"""Code that several evaluation protocols share."""

@@ -1,6 +1,6 @@
-"""How well masks follow objects: region similarity J, boundary accuracy F (Perazzi et al., CVPR 2016; DAVIS 2017).
+"""Metrics of DAVIS 2017: region similarity J and boundary accuracy F (Perazzi et al., CVPR 2016).
 
-Same definitions and averages as the benchmark's own evaluation.
+Definitions and averages are those of the benchmark's own evaluation.
 """
 
 from collections.abc import Iterable
@@ -8,20 +8,21 @@ from collections.abc import Iterable
 import numpy as np
 from scipy.spatial import cKDTree
 
-BOUND = 0.008  # of the image's diagonal: how far a boundary may be off
+BOUND = 0.008  # of the image's diagonal: the tolerance for boundaries
 
 
 def region_similarity(mask: np.ndarray, truth: np.ndarray) -> float:
-    """J of two masks, bool [H, W]: intersection over union, 1 where both are empty."""
+    """Returns J of two masks, bool [H, W]: intersection over union, 1 if both are empty."""
     union = np.count_nonzero(mask | truth)
     return np.count_nonzero(mask & truth) / union if union else 1.0
 
 
 def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
-    """F of two masks, bool [H, W]: harmonic mean of precision and recall of the mask's boundary pixels.
+    """Returns F of two masks, bool [H, W]: the harmonic mean of precision and recall of the mask's boundary pixels.
 
-    A boundary pixel is matched if the other boundary has one at most BOUND * diagonal pixels (rounded up) away; that is
-    what dilating by a disk and intersecting gives. 1 where neither has a boundary, 0 where one has none.
+    A boundary pixel matches if the other boundary has a pixel at a distance of at most BOUND * diagonal (rounded up),
+    which is equivalent to dilation by a disk and intersection. F is 1 if neither mask has a boundary and 0 if only one
+    has.
     """
     ours, theirs = boundary(mask), boundary(truth)
     if not ours.any() or not theirs.any():
@@ -36,9 +37,9 @@ def boundary_accuracy(mask: np.ndarray, truth: np.ndarray) -> float:
 
 
 def boundary(mask: np.ndarray) -> np.ndarray:
-    """Bool [H, W] -> bool [H, W], one pixel wide: where a pixel differs from its right, lower or lower right neighbor.
+    """Returns the pixels that differ from their right, lower or lower right neighbor: bool [H, W] -> bool [H, W].
 
-    Beyond the image its border goes on, so that an object cut off by the border has no boundary there.
+    The image is extended by its border, so an object that the border cuts off has no boundary there.
     """
     on = np.pad(mask, ((0, 1), (0, 1)), "edge")
     here = on[:-1, :-1]
@@ -48,7 +49,7 @@ def boundary(mask: np.ndarray) -> np.ndarray:
 def score_objects(
     masks: Iterable[np.ndarray], truths: Iterable[np.ndarray], objects: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """J and F, float [objects, T] each, of label maps int [H, W] of T frames: object i has label i + 1."""
+    """Returns J and F, float [objects, T] each, of label maps int [H, W] of T frames; object i has label i + 1."""
     scores = [
         [(region_similarity(m == i, t == i), boundary_accuracy(m == i, t == i)) for i in range(1, objects + 1)]
         for m, t in zip(masks, truths, strict=True)
@@ -58,9 +59,9 @@ def score_objects(
 
 
 def statistics(values: np.ndarray) -> dict[str, float]:
-    """Of one object's J or F [T]: mean, recall (share of frames above 0.5), decay (mean of the first quarter - last).
+    """Returns mean, recall (share of frames above 0.5) and decay (first quarter - last quarter) of J or F, [T].
 
-    Quarters share the frame at which they meet.
+    Adjacent quarters share a frame.
     """
     ends = np.round(np.linspace(1, len(values), 5) + 1e-10).astype(int) - 1
     first, last = values[: ends[1] + 1], values[ends[3] :]

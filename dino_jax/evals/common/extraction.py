@@ -1,42 +1,42 @@
-"""Features of every image of a source: one table, in the order of the source, whatever the number of devices."""
+"""Feature extraction: one table for a whole source, in its order, independent of the number of devices."""
 
 import hashlib
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from dino_jax.data.pipeline import EvalBatch, eval_batches
-from dino_jax.data.sources import FolderSource, Source, Subset
+from dino_jax.data.sources import Source, Subset
 from dino_jax.distributed.sharding import replicate, shard_batch
 from dino_jax.errors import UserError
-from dino_jax.evals.common.feature_cache import Kept, fingerprint, say_found
+from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint, report_cached
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
-# Rows gathered from every process at a time: bounds what the exchange takes of the devices' memory.
+# Rows gathered from every process at a time. Bounds the device memory that the exchange uses.
 GATHER_ROWS = 65536
-PART = 16384  # images whose features are kept as one file: what a run that is cut off loses at most
+PART = 16384  # images whose features are cached as one file: the most that an interrupted run loses
 
 
 class FeatureTable(NamedTuple):
-    """One row an image that could be decoded, in the order of the source."""
+    """One row per decodable image, in the order of the source."""
 
     features: np.ndarray  # float32 [N, D]
     labels: np.ndarray  # int32 [N], -1 where unlabeled
     records: np.ndarray  # int32 [N], record number in the source
 
 
-def tabulate(
+def extract_source(
     apply_fn: Callable,
     variables,
     source: Source,
@@ -50,22 +50,23 @@ def tabulate(
     mean: Sequence[float],
     std: Sequence[float],
     workers: int = 0,
-    kept: Kept | None = None,
+    cache: FeatureCache | None = None,
 ) -> FeatureTable:
-    """Features of every image of a source: read, cropped, extracted (see `eval_batches` and `extract`).
+    """Extracts the features of every image of a source: reads and crops (`eval_batches`), then `extract_batches`.
 
-    Says on stderr how far it is and which images could not be decoded, calling the source `what`. All processes call it
-    and get the whole table. With `kept` every so many images are kept, and not computed again where they are there:
-    its key must hold all that the features depend on but the images, see `identities`. Raises UserError if not one
-    image can be decoded.
+    Prints progress and the names of undecodable images to stderr, where `what` is the name of the source. All processes
+    must call it; all get the complete table. With a `cache`, each part of about `PART` images is looked up and stored;
+    the key of the cache must cover everything that features depend on except the images (see `identities`).
+
+    Raises UserError if no image can be decoded.
     """
-    # Whole batches, so that parts begin where batches do whichever of them are missing.
-    size = batch_size * max(1, PART // batch_size) if kept else max(1, len(source))
+    # Parts are whole batches, so that batches are the same whichever parts are missing.
+    size = batch_size * max(1, PART // batch_size) if cache else max(1, len(source))
     parts = [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
-    tables = [_kept_table(source, records, kept) for records in parts]
+    tables = [_cached_table(source, records, cache) for records in parts]
     missing = [records for records, table in zip(parts, tables, strict=True) if table is None]
-    if kept:
-        say_found(what, len(source) - sum(map(len, missing)), len(source), kept)
+    if cache:
+        report_cached(what, len(source) - sum(map(len, missing)), len(source), cache)
     if missing:
         todo = Subset(source, np.concatenate(missing))
         with eval_batches(
@@ -78,32 +79,40 @@ def tabulate(
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         ) as batches:
-            shown = progress(
-                (x._replace(index=todo.records[x.index]) for x in batches), len(todo), what, size=images_in
-            )
+            in_source = (batch._replace(index=todo.records[batch.index]) for batch in batches)
+            reported = progress(in_source, len(todo), what, size=images_in)
             for number, records in enumerate(parts):
                 if tables[number] is None:
-                    own = itertools.islice(shown, -(-len(records) // batch_size))
-                    tables[number] = table = extract(apply_fn, variables, own, mesh, mean, std)
-                    if kept:
-                        kept.computed += len(records)
-                        kept.save(identities(source, records), **table._asdict())
+                    own = itertools.islice(reported, -(-len(records) // batch_size))
+                    tables[number] = table = extract_batches(apply_fn, variables, own, mesh, mean, std)
+                    if cache:
+                        cache.computed += len(records)
+                        cache.save(identities(source, records), **table._asdict())
     found = [table for table in tables if table is not None and len(table.records)]
     if not found:
-        raise UserError(f"{what}: not one of its {len(source):,} images can be decoded")
-    whole = FeatureTable(*(np.concatenate(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True)))
-    if bad := undecodable(source, whole):
+        raise UserError(f"{what}: none of its {len(source):,} images can be decoded")
+    table = FeatureTable(*(np.concatenate(x) if len(x) > 1 else x[0] for x in zip(*found, strict=True)))
+    if bad := undecodable(source, table):
         names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
-        print(f"{what}: left out {len(bad)} of {len(source):,} images, undecodable: {names}", file=sys.stderr)
-    return whole
+        print(f"{what}: skipped {len(bad)} of {len(source):,} images that cannot be decoded: {names}", file=sys.stderr)
+    return table
 
 
-def tabulate_backbone(
-    backbone: Backbone, source: Source, what: str, mesh: Mesh, config, kept: Kept, apply_fn: Callable | None = None
+def extract_with_backbone(
+    backbone: Backbone,
+    source: Source,
+    what: str,
+    mesh: Mesh,
+    config: ConfigDict,
+    cache: FeatureCache,
+    apply_fn: Callable | None = None,
 ) -> FeatureTable:
-    """`tabulate` with a protocol's knobs: batch_size, workers, resize, crop. `apply_fn`: another than the model's."""
+    """Calls `extract_source` with a backbone and the knobs batch_size, workers, resize and crop of a protocol's config.
+
+    `apply_fn` replaces the model's own.
+    """
     trained = backbone.card["preprocessing"]
-    return tabulate(
+    return extract_source(
         apply_fn or backbone.model.apply,
         backbone.variables,
         source,
@@ -114,52 +123,40 @@ def tabulate_backbone(
         mean=trained["mean"],
         std=trained["std"],
         workers=config.workers,
-        kept=kept,
+        cache=cache,
         **image_size(backbone, config),
     )
 
 
-def keep_in(out: Path, backbone: Backbone, config, *kind) -> Kept:
-    """`out`/features, for `tabulate_backbone`. `kind`: what an apply_fn of its own takes, anything that JSON holds."""
-    return Kept(out / "features", fingerprint(backbone, image_size(backbone, config), *kind))
+def cache_for(out: Path, backbone: Backbone, config: ConfigDict, *kind: Any) -> FeatureCache:
+    """Returns the cache `out`/features for `extract_with_backbone`. `kind` identifies its apply_fn, in JSON types."""
+    return FeatureCache(out / "features", fingerprint(backbone, image_size(backbone, config), *kind))
 
 
-def image_size(backbone: Backbone, config) -> dict[str, int]:
-    """{"resize", "crop"}: a protocol's knobs, or what the checkpoint's card says where they are not set."""
+def image_size(backbone: Backbone, config: ConfigDict) -> dict[str, int]:
+    """Returns {"resize", "crop"} in pixels: the protocol's knobs, by default the values in the checkpoint's card."""
     return {key: config[key] or backbone.card["preprocessing"][key] for key in ("resize", "crop")}
 
 
 def undecodable(source: Source, table: FeatureTable) -> list[str]:
-    """Names of the images that a table has no row of."""
+    """Returns the names of the images that have no row in the table."""
     return [source.name(i) for i in np.setdiff1d(np.arange(len(source)), table.records).tolist()]
 
 
 def identities(source: Source, records: np.ndarray) -> list[str]:
-    """What a table of these images depends on, as lines.
+    """Returns lines that identify these images, for the key of the feature cache.
 
-    Of files in folders: relative path, class, size and time of change. Elsewhere (TFDS, ArrayRecord) only the name and
-    number, since to read a record is to read the image; but of the first and the last of these records the content
-    counts too, which tells most versions of a set apart. One where only others were changed in place is not noticed.
+    The lines are `Source.identity` of each record, and hashes of the first and the last image. The hashes tell most
+    versions of a data set apart whose records have no size and time of their own (TFDS, ArrayRecord). A version in
+    which only images between these two were changed in place is not noticed.
     """
     return [
-        *(_content(source, i) for i in records[[0, -1]].tolist()),
-        *(_identity(source, i) for i in records.tolist()),
+        *(_content_hash(source, i) for i in records[[0, -1]].tolist()),
+        *(source.identity(i) for i in records.tolist()),
     ]
 
 
-def _identity(source: Source, i: int) -> str:
-    if isinstance(source, Subset):
-        return _identity(source.source, int(source.records[i]))
-    if isinstance(source, FolderSource):
-        try:
-            status = os.stat(os.path.join(source.root, source.paths[i]))
-        except OSError:
-            return f"{source.name(i)} is not there"
-        return f"{source.name(i)} {source.label(i)} {status.st_size} {status.st_mtime_ns}"
-    return source.name(i)
-
-
-def _content(source: Source, i: int) -> str:
+def _content_hash(source: Source, i: int) -> str:
     try:
         image = source[i].image
     except OSError as error:
@@ -167,38 +164,46 @@ def _content(source: Source, i: int) -> str:
     return hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()).hexdigest()
 
 
-def _kept_table(source: Source, records: np.ndarray, kept: Kept | None) -> FeatureTable | None:
-    """What is kept of these records, if every process finds it."""
-    if kept is None:
+def _cached_table(source: Source, records: np.ndarray, cache: FeatureCache | None) -> FeatureTable | None:
+    """Returns the cached features of these records if every process finds them."""
+    if cache is None:
         return None
-    arrays = kept.load(identities(source, records))
-    there = np.array(arrays is not None)
+    arrays = cache.load(identities(source, records))
+    found = np.array(arrays is not None)
     if jax.process_count() > 1:
-        there = multihost_utils.process_allgather(there)
-    return FeatureTable(**arrays) if arrays is not None and there.all() else None
+        found = multihost_utils.process_allgather(found)
+    return FeatureTable(**arrays) if arrays is not None and found.all() else None
 
 
-def raw_pixels(variables, images: jax.Array) -> jax.Array:
-    """An apply_fn for `extract`: the pixels themselves as features [b, H*W*C], what any learnt feature has to beat."""
+def raw_pixels(variables: Any, images: jax.Array) -> jax.Array:
+    """An apply_fn whose features are the pixels, [b, H*W*C]: the baseline that learned features have to beat."""
     return images.reshape(len(images), -1)
 
 
-def extract(
-    apply_fn: Callable, variables, batches: Iterable[EvalBatch], mesh: Mesh, mean: Sequence[float], std: Sequence[float]
+def extract_batches(
+    apply_fn: Callable,
+    variables: Any,
+    batches: Iterable[EvalBatch],
+    mesh: Mesh,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> FeatureTable:
     """Runs apply_fn(variables, images float32 [b, H, W, C], normalized) -> [b, D] over all batches.
 
-    Each process runs its share of the images on its own devices (no communication), then the tables are gathered and
-    every process returns the whole one. The devices compute a batch while the host prepares the next.
+    Each process runs its share of the images on its own devices, without communication; then the tables are gathered,
+    and every process returns the complete one. The devices compute a batch while the host prepares the next.
 
     Args:
-        apply_fn: `model.apply` or any function of that shape; the same object in later calls is not compiled again.
-        variables: parameters and statistics, on the host or whole on each device.
-        batches: this process's share. Those smaller than the largest so far (the last, or after images that could not
-            be decoded) are padded to its size on the way to the devices and cut back after: one program serves all.
+        apply_fn: `model.apply` or a function with the same signature. Passing the same object again recompiles nothing.
+        variables: parameters and statistics, on the host or replicated.
+        batches: this process's share. A batch smaller than the largest so far (the last one, or one with undecodable
+            images) is padded on the devices, so that one compiled program serves all.
         mesh: all devices.
-        mean: per channel, of pixels in [0, 1].
-        std: per channel, of pixels in [0, 1].
+        mean: mean of each channel, for pixels in [0, 1].
+        std: standard deviation of each channel, for pixels in [0, 1].
+
+    Returns:
+        The rows of all processes, sorted by record number.
     """
     local = mesh.local_mesh
     variables = replicate(jax.device_get(variables), local)
@@ -208,10 +213,10 @@ def extract(
         n = len(batch.images)
         size = max(size, -(-n // local.size) * local.size)
         running.append((_forward(apply_fn, variables, shard_batch(_pad_rows(batch.images, size), local), mean, std), n))
-        # Copies: arrays from grain's workers each hold a file descriptor, which thousands of batches would use up.
+        # Copies, because each array from grain's workers holds a file descriptor, and a process may open few.
         labels.append(np.array(batch.labels))
         index.append(np.array(batch.index))
-        # Waiting only for the batch before keeps the devices busy while this loop waits for the host's next one.
+        # Wait for the previous batch only: the devices stay busy while the host prepares the next one.
         if len(running) > 1:
             features.append(_fetch(*running.pop(0)))
     features += [_fetch(*last) for last in running]
@@ -219,18 +224,18 @@ def extract(
 
 
 def l2_normalize(features: np.ndarray) -> np.ndarray:
-    """[N, D] -> [N, D], rows of length 1."""
+    """Divides the rows of [N, D] by their length."""
     return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
 
 
 def images_in(batch: EvalBatch) -> int:
-    """For `progress`."""
+    """Returns the number of images of a batch, for `progress`."""
     return len(batch.images)
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(apply_fn, variables, images, mean, std):
-    """uint8 [b, H, W, C] split over the devices -> float32 [b, D], split alike."""
+def _forward(apply_fn: Callable, variables: Any, images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+    """uint8 [b, H, W, C], split over the devices -> float32 [b, D], split the same way."""
     return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
 
 
@@ -239,10 +244,10 @@ def _fetch(output: jax.Array, n: int) -> np.ndarray:
 
 
 def _gather(share: FeatureTable) -> FeatureTable:
-    """Every process's rows, sorted by record number."""
+    """Returns the rows of all processes, sorted by record number."""
     if jax.process_count() > 1:
-        # Shares differ by a few records and the exchange wants equal ones: rows of zeros are added, and real records
-        # counted from 1 meanwhile to tell them apart.
+        # The shares differ by a few records, but the exchange needs equal sizes: pad with rows of zeros, and count
+        # records from 1 in the meantime to tell real rows from padding.
         rows = int(multihost_utils.process_allgather(np.array(len(share.records))).max())
         table = FeatureTable(*(_all_rows(_pad_rows(x, rows)) for x in share._replace(records=share.records + 1)))
         real = table.records > 0
@@ -252,11 +257,11 @@ def _gather(share: FeatureTable) -> FeatureTable:
 
 
 def _pad_rows(x: np.ndarray, rows: int) -> np.ndarray:
-    """[n, ...] -> [rows, ...], zeros at the end."""
+    """[n, ...] -> [rows, ...], with zeros at the end."""
     return x if len(x) == rows else np.pad(x, ((0, rows - len(x)),) + ((0, 0),) * (x.ndim - 1))
 
 
 def _all_rows(x: np.ndarray) -> np.ndarray:
-    """[n, ...] of each process -> [processes * n, ...]."""
+    """Concatenates [n, ...] of each process to [processes * n, ...]."""
     pieces = [x[i : i + GATHER_ROWS] for i in range(0, len(x), GATHER_ROWS)]
     return np.concatenate([np.asarray(multihost_utils.process_allgather(piece, tiled=True)) for piece in pieces])

@@ -1,4 +1,4 @@
-"""Features kept between runs: a run that was cut off goes on where it stopped, a second one computes nothing."""
+"""Cache of features on disk: an interrupted run continues where it stopped, and a second run computes nothing."""
 
 import hashlib
 import json
@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,54 +20,55 @@ WAY_OUT = "make room, or set --out to another folder"
 
 
 @dataclass
-class Kept:
-    """A folder of parts, each a file of arrays under a digest of all that they were computed from.
+class FeatureCache:
+    """A folder of parts. Each part is a file of arrays, named by a digest of everything they were computed from.
 
-    Nothing is ever stale: where something differs, the digest does, and the part is computed and kept beside the other.
+    Entries are never stale: if any input differs, so does the digest, and the part is computed and stored beside the
+    old one.
     """
 
-    folder: Path  # safe to remove: what is missing is computed again
-    key: str  # what all parts depend on: see `fingerprint`
-    computed: int = 0  # images that were not there
+    folder: Path  # safe to delete: missing parts are computed again
+    key: str  # digest of what all parts depend on, see `fingerprint`
+    computed: int = 0  # number of images that were not in the cache
 
     def path(self, names: Sequence[str]) -> Path:
-        """Where a part is kept, given what identifies each of its images."""
+        """Returns the file of a part, given a line for each of its images that identifies it."""
         digest = hashlib.sha256("\n".join([self.key, *names]).encode()).hexdigest()[:32]
         return self.folder / f"{digest}.npz"
 
     def load(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-        """The arrays of a part; None where there is none, or (with a line on stderr) a damaged one."""
+        """Returns the arrays of a part, or None if it is missing or (with a line on stderr) damaged."""
         path = self.path(names)
         if not path.is_file():
             return None
         try:
-            with np.load(path) as stored:  # checks the sum that a zip file has of each array
+            with np.load(path) as stored:  # verifies the zip file's checksum of each array
                 return dict(stored)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             print(f"{path} is damaged ({error}): its features are computed again", file=sys.stderr)
             return None
 
     def save(self, names: Sequence[str], **arrays: np.ndarray) -> None:
-        """Keeps the arrays of a part, whole or not at all. Process 0 writes; UserError where it can't."""
+        """Writes the arrays of a part atomically, on process 0. Raises UserError if the disk refuses."""
         if jax.process_index() > 0:
             return
         with atomic.file(self.path(names), WAY_OUT) as unfinished, unfinished.open("wb") as file:
             np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
-def fingerprint(backbone: Backbone, *settings) -> str:
-    """Changes with the backbone's weights, its card and the settings (anything that JSON can hold)."""
+def fingerprint(backbone: Backbone, *settings: Any) -> str:
+    """Returns a digest of the backbone's weights, its card and the settings (anything that JSON can hold)."""
     digest = hashlib.sha256(json.dumps([backbone.card, *settings], sort_keys=True).encode())
     for leaf in jax.tree.leaves(backbone.variables):
         digest.update(np.ascontiguousarray(jax.device_get(leaf)).tobytes())
     return digest.hexdigest()
 
 
-def say_found(what: str, images: int, total: int, kept: Kept) -> None:
-    """On stderr, how many of the images' features are there already; nothing if none are."""
+def report_cached(what: str, images: int, total: int, cache: FeatureCache) -> None:
+    """Prints to stderr how many of the images have cached features; nothing if none has."""
     if images:
         some = "" if images == total else f" of {total:,}"
         print(
-            f"{what}: features of {images:,}{some} images from {kept.folder}: remove it to compute them again",
+            f"{what}: features of {images:,}{some} images from {cache.folder}: remove it to compute them again",
             file=sys.stderr,
         )

@@ -1,4 +1,4 @@
-"""Label maps as files and pictures: palette PNGs as VOC and DAVIS keep them, with a class or an object a number."""
+"""Label maps: palette PNGs as in VOC and DAVIS, where a pixel is the number of a class or an object."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ from PIL import Image
 
 from dino_jax.errors import UserError
 
-MOST_OBJECTS = 20  # in a mask of one's own: more are the colors of a photo, or of a mask saved as JPEG
+MOST_OBJECTS = 20  # in a user's mask: more colors are those of a photo, or of a mask saved as JPEG
 
 
 def _palette() -> np.ndarray:
-    """DAVIS's colors, uint8 [256, 3]: three bits of the number for red, green and blue, gray from 22 on."""
+    """Returns the palette of DAVIS, uint8 [256, 3]: bits of the number give red, green and blue; gray from 22 on."""
     number, level = np.arange(22), np.array([0, 64, 128, 191])
     colors = [level[2 * (number >> bit & 1) + (number >> bit + 3 & 1)] for bit in range(3)]
     return np.concatenate([np.stack(colors, 1), np.arange(22, 256)[:, None].repeat(3, 1)]).astype(np.uint8)
@@ -21,7 +21,7 @@ PALETTE = _palette()
 
 
 def read_labels(path: Path, knob: str) -> np.ndarray:
-    """The numbers in a palette (or 8-bit gray) PNG, uint8 [H, W]; a UserError of the knob if there are none."""
+    """Reads the numbers in a palette (or 8-bit gray) PNG, uint8 [H, W]. Raises UserError if there are none."""
     try:
         with Image.open(path) as picture:
             mode, labels = picture.mode, np.array(picture)
@@ -33,10 +33,10 @@ def read_labels(path: Path, knob: str) -> np.ndarray:
 
 
 def read_objects(path: Path, knob: str) -> np.ndarray:
-    """A mask drawn by hand as labels, uint8 [H, W]: black is 0, other colors (or numbers) are 1.. in rising order.
+    """Reads a hand-drawn mask as labels, uint8 [H, W]: black is 0, other colors (or numbers) are 1.. in rising order.
 
     Raises:
-        UserError: it can't be read, is all black or has more than MOST_OBJECTS colors.
+        UserError: the file is unreadable, all black or has more than MOST_OBJECTS colors.
     """
     try:
         with Image.open(path) as picture:
@@ -47,7 +47,7 @@ def read_objects(path: Path, knob: str) -> np.ndarray:
         pixels = pixels @ np.array([1 << 16, 1 << 8, 1])
     colors = np.setdiff1d(pixels, [0])
     if not len(colors):
-        raise UserError(f"{knob}: {path} is all black: paint each object in a color of its own")
+        raise UserError(f"{knob}: {path} is all black: paint each object in another color")
     if len(colors) > MOST_OBJECTS:
         raise UserError(
             f"{knob}: {path} has {len(colors):,} colors, at most {MOST_OBJECTS} objects work: save it as PNG, one "
@@ -63,6 +63,6 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
     picture.save(path)
 
 
-def over(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """uint8 [H, W, 3] with objects tinted in the palette's colors, by labels uint8 [H, W]."""
+def tint_objects(image: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Tints the objects of an image, uint8 [H, W, 3], in the palette's colors, given labels, uint8 [H, W]."""
     return np.where(labels[..., None] > 0, image // 2 + PALETTE[labels] // 2, image)

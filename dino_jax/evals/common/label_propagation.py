@@ -1,6 +1,6 @@
-"""Carries the first frame's labels through a video by the similarity of patch features (Jabri et al., NeurIPS 2020).
+"""Propagates the first frame's labels through a video by the similarity of patch features (Jabri et al., NeurIPS 2020).
 
-Nothing is learnt here: each patch takes the labels of the patches most like it in the first and the latest frames.
+There is no training: each patch takes the labels of the most similar patches in the first and the latest frames.
 """
 
 from collections.abc import Iterable, Iterator
@@ -14,11 +14,11 @@ import numpy as np
 # A tile's similarities are [TILE**2, frames * (TILE + 2 radius)**2]: 6 MB in float32 at the paper's settings, half of
 # them within reach. All patches against all would be 1.2 GB a frame (ViT-S/8, 480p), an eighth of them within reach.
 TILE = 12
-EXACT = jax.lax.Precision.HIGHEST  # which patches are the nearest hangs on the last digits
+EXACT = jax.lax.Precision.HIGHEST  # the choice of the nearest patches depends on the last digits
 
 
 class Context(NamedTuple):
-    """The first frame (place 0) and the `n` latest ones, each of which replaces the oldest."""
+    """The first frame (index 0) and the `n` latest frames; a new frame replaces the oldest."""
 
     features: jax.Array  # float32 [1 + n, h, w, D], of length 1
     labels: jax.Array  # float32 [1 + n, h, w, C], soft
@@ -33,22 +33,22 @@ def propagate(
     topk: int = 5,
     temperature: float = 0.1,
 ) -> Iterator[jax.Array]:
-    """Soft labels of each frame after the first, in the order of the frames and as soon as each comes.
+    """Yields the soft labels of each frame after the first, one frame after the other.
 
-    A patch's labels are the mean of those of its nearest patches, weighted by exp(cosine similarity / temperature).
-    Candidates are the patches at most `radius` rows and columns away, in the first and the latest frames. As the
-    reference, patches as near as the last of the `topk` count too (frames that stand still have many).
+    The labels of a patch are the mean of the labels of its nearest patches, weighted by exp(cosine similarity /
+    temperature). Candidates are the patches of the first and the latest frames that are at most `radius` rows and
+    columns away. As in the reference, ties with the last of the `topk` count too (there are many in still frames).
 
     Args:
-        features: one frame after the other, float [h, w, D], of any length; the first's come first.
-        first_labels: float [h, w, C], how much of each patch is of each class; its background is a class too.
-        context: number of latest frames that are looked at beside the first, at least 1.
+        features: float [h, w, D] of each frame, starting with the first; not necessarily normalized.
+        first_labels: float [h, w, C], the share of each class in each patch; the background is a class too.
+        context: number of latest frames to use besides the first, at least 1.
         radius: of the square neighborhood, in patches.
         topk: number of nearest patches, over all frames together.
         temperature: of the weights, above 0.
 
     Yields:
-        float32 [h, w, C], summing to 1 where `first_labels` does.
+        float32 [h, w, C]; sums to 1 if `first_labels` does.
     """
     features = iter(features)
     first = _unit(jnp.asarray(next(features), jnp.float32))
@@ -61,10 +61,10 @@ def propagate(
 
 @partial(jax.jit, static_argnames="patch_size")
 def hard_labels(soft: jax.Array, patch_size: int) -> jax.Array:
-    """Soft labels of patches [h, w, C] -> the label of each pixel, uint8 [h * patch_size, w * patch_size].
+    """Returns the label of each pixel, uint8 [h * patch_size, w * patch_size], given soft labels of patches [h, w, C].
 
-    Bilinear; then each class is stretched to 0..1 over the frame before the largest wins, as the reference does, so
-    that a small object is not drowned by the background.
+    The soft labels are upsampled (bilinear), and each class is stretched to 0..1 over the frame before the argmax. As
+    in the reference, the stretching keeps the background from suppressing small objects.
     """
     h, w, classes = soft.shape
     fine = jax.image.resize(soft, (h * patch_size, w * patch_size, classes), "bilinear", precision=EXACT)
@@ -75,7 +75,7 @@ def hard_labels(soft: jax.Array, patch_size: int) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("radius", "topk"), donate_argnums=0)
 def _follow(known: Context, frame: jax.Array, seen, radius: int, topk: int, temperature) -> tuple[Context, jax.Array]:
-    """One frame's labels [h, w, C], and the context with it; `seen` frames came before, the first one included."""
+    """Returns the context with a new frame, and its labels [h, w, C]; `seen` is the number of previous frames."""
     places, shape = len(known.features), known.labels.shape[1:]
     frame, tile = _unit(frame), (min(TILE, shape[0]), min(TILE, shape[1]))
 
@@ -89,15 +89,15 @@ def _follow(known: Context, frame: jax.Array, seen, radius: int, topk: int, temp
 
 
 def _tile_starts(h: int, w: int, tile_h: int, tile_w: int) -> np.ndarray:
-    """First row and column of each tile, int [tiles, 2]; the last of a row or column overlap those before."""
+    """Returns the first row and column of each tile, int [tiles, 2]; the last tiles overlap those before."""
     rows, columns = (np.minimum(np.arange(0, side, tile), side - tile) for side, tile in ((h, tile_h), (w, tile_w)))
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
 def _tile_labels(known: Context, valid, frame, start, tile: tuple[int, int], radius: int, topk: int, temperature):
-    """Labels [tile_h, tile_w, C] of the tile of the frame that begins at `start`; of the context the valid places."""
+    """Returns labels [tile_h, tile_w, C] of the tile that begins at `start`, from the valid frames of the context."""
     places, h, w, D = known.features.shape
-    # Everything within reach of the tile, shifted inwards at the borders so that it has one size everywhere.
+    # The patches within reach of the tile. At the borders this window is shifted inwards, to have a constant size.
     reach = min(tile[0] + 2 * radius, h), min(tile[1] + 2 * radius, w)
     corner = [jnp.clip(start[i] - radius, 0, (h, w)[i] - reach[i]) for i in (0, 1)]
     queries = jax.lax.dynamic_slice(frame, (*start, 0), (*tile, D))
@@ -109,7 +109,7 @@ def _tile_labels(known: Context, valid, frame, start, tile: tuple[int, int], rad
     similarity = jnp.einsum("yxd,pijd->yxpij", queries, keys, precision=EXACT)
     similarity = jnp.where(candidate, similarity, -jnp.inf).reshape(tile[0] * tile[1], -1)
     best, _ = jax.lax.top_k(similarity, min(topk, similarity.shape[1]))
-    # Not best[:, :1] and best[:, -1:]: XLA's CPU compiler would then sort whole rows: twelve times slower in all.
+    # With best[:, :1] and best[:, -1:] instead, XLA on CPUs would sort complete rows, which takes 12 times as long.
     most, least = best.max(-1, keepdims=True), best.min(-1, keepdims=True)
     weights = jnp.where(similarity >= least, jnp.exp((similarity - most) / temperature), 0)
     weights /= weights.sum(-1, keepdims=True)
@@ -117,5 +117,5 @@ def _tile_labels(known: Context, valid, frame, start, tile: tuple[int, int], rad
 
 
 def _unit(features: jax.Array) -> jax.Array:
-    """Vectors [..., D] divided by their length."""
+    """Divides vectors [..., D] by their length."""
     return features / jnp.maximum(jnp.linalg.norm(features, axis=-1, keepdims=True), 1e-12)

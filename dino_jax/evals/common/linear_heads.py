@@ -1,6 +1,6 @@
-"""The heads of a linear probe: what they read of a frozen backbone, and one step that trains or tests all of them.
+"""The heads of a linear probe: their input features, and steps that train and test all heads at once.
 
-Shapes: `B` images of this device's share, `K` kinds of features, `D` channels of one, `L` learning rates, `C` classes.
+Shapes: `B` images on this device, `K` kinds of features, `D` channels of a kind, `L` learning rates, `C` classes.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ from dino_jax.weights.backbone import normalize
 POOLINGS = ("cls", "cls_mean")
 MOMENTUM = 0.9
 
-Array = jax.Array | np.ndarray  # on the host, then on the devices
+Array = jax.Array | np.ndarray  # on the host before a step, on the devices in it
 
 
 class Kind(NamedTuple):
-    """What heads read: CLS of the last `blocks` blocks, with ("cls_mean") or without ("cls") the last's mean patch."""
+    """A kind of features: CLS of the last `blocks` blocks; "cls_mean" adds the mean patch token of the last block."""
 
     blocks: int
     pooling: str
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """What stays the same in every step."""
+    """Constants of a linear probe."""
 
     model: Any  # the backbone's module
     kinds: tuple[Kind, ...]
@@ -48,16 +48,16 @@ class Probe(NamedTuple):
 
 @flax.struct.dataclass
 class ProbeState:
-    """Arrays only. `heads` and `momentum`: {kind: {"kernel": float32 [D, L, C], "bias": float32 [L, C]}}."""
+    """The arrays of a step; `heads` and `momentum`: {kind: {"kernel": float32 [D, L, C], "bias": float32 [L, C]}}."""
 
     step: jax.Array
-    variables: dict  # the backbone's, which nothing changes
+    variables: dict  # of the frozen backbone
     heads: dict
     momentum: dict
 
 
 class TrainRows(NamedTuple):
-    """What of a training batch the devices need."""
+    """Fields of a training batch that are sent to the devices."""
 
     canvas: Array  # uint8 [B, S, S, channels]
     size: Array  # float32 [B, 2]
@@ -66,23 +66,23 @@ class TrainRows(NamedTuple):
 
 
 class EvalRows(NamedTuple):
-    """What of a test batch the devices need."""
+    """Fields of a test batch that are sent to the devices."""
 
     images: Array  # uint8 [B, crop, crop, channels]
-    label: Array  # int32 [B], -1 in rows that only fill the batch up
+    label: Array  # int32 [B], -1 in padding
 
 
 def feature_kinds(model: Any, blocks: Sequence[int], poolings: Sequence[str]) -> tuple[Kind, ...]:
-    """All combinations for a ViT, where more blocks than it has are all it has; of a convnet what it pools."""
+    """Returns all combinations for a ViT, with at most all of its blocks; for a convnet, the pooled features."""
     if not isinstance(model, ViT):
         return (Kind(1, "cls"),)
     return tuple(dict.fromkeys(Kind(min(n, model.depth), pooling) for pooling in poolings for n in blocks))
 
 
 def official_kind(model: Any) -> Kind:
-    """What the reference's commands read: CLS of four blocks for ViT-S, CLS and mean patch of the last for ViT-B.
+    """Returns the features of the reference's commands: CLS of four blocks (ViT-S), CLS and mean patch of one (ViT-B).
 
-    By width: smaller models are read like ViT-S, larger ones like ViT-B. A convnet has its pooled features only.
+    The width decides: narrower models are treated like ViT-S, wider ones like ViT-B. A convnet has pooled features.
     """
     if not isinstance(model, ViT):
         return Kind(1, "cls")
@@ -90,11 +90,11 @@ def official_kind(model: Any) -> Kind:
 
 
 def probe_features(blocks: list[jax.Array], kind: Kind) -> jax.Array:
-    """What a head reads of the last blocks' tokens, [B, 1+N, D] each, oldest first, after the final norm.
+    """Returns a head's features, given the last blocks' tokens after the final norm, [B, 1+N, D] each, oldest first.
 
-    Float32 [B, n D] for "cls", the CLS tokens one after the other; "cls_mean" adds D channels, the last block's mean
-    patch token, channel by channel between those of its CLS. That is the reference's order (`eval_linear.py`, where
-    it takes one block only).
+    For "cls" these are the concatenated CLS tokens, float32 [B, n D]. "cls_mean" adds D channels, the mean patch token
+    of the last block, interleaved with the channels of its CLS token. This is the order of the reference
+    (`eval_linear.py`, which does so for one block).
     """
     parts = [tokens[:, 0].astype(jnp.float32) for tokens in blocks[-kind.blocks :]]
     if kind.pooling == "cls_mean":
@@ -104,19 +104,19 @@ def probe_features(blocks: list[jax.Array], kind: Kind) -> jax.Array:
 
 
 def all_features(probe: Probe, variables: dict, images: jax.Array) -> dict[str, jax.Array]:
-    """Normalized images [B, H, W, channels] -> {kind: float32 [B, D]}, with one pass through the backbone."""
+    """Runs the backbone once on normalized images [B, H, W, channels]; returns {kind: float32 [B, D]}."""
     if isinstance(probe.model, ViT):
         most = max(kind.blocks for kind in probe.kinds)
         blocks: Any = probe.model.apply(variables, images, most, method="last_tokens")
     else:
-        blocks = [probe.model.apply(variables, images)[:, None]]  # pooled features in the place of CLS
+        blocks = [probe.model.apply(variables, images)[:, None]]  # pooled features take the place of CLS
     return {str(kind): probe_features(blocks, kind) for kind in probe.kinds}
 
 
 def random_crops(probe: Probe, step: jax.Array, rows: TrainRows) -> jax.Array:
-    """One crop an image, float32 [B, crop, crop, channels], normalized: RandomResizedCrop and flip (torchvision).
+    """Takes one normalized crop per image, float32 [B, crop, crop, channels]: torchvision's RandomResizedCrop and flip.
 
-    A function of the seed, the step and each image's position in the global batch.
+    The crop depends only on the seed, the step and the image's position in the global batch.
     """
     config = probe.config
     step_key = jax.random.fold_in(jax.random.key(config.seed), step)
@@ -131,13 +131,13 @@ def random_crops(probe: Probe, step: jax.Array, rows: TrainRows) -> jax.Array:
 
 
 def logits(head: dict, features: jax.Array) -> jax.Array:
-    """[B, D] -> [B, L, C]: one matrix product for all learning rates."""
+    """Returns the logits for all learning rates by one matrix product: [B, D] -> [B, L, C]."""
     product = jnp.einsum("bd,dlc->blc", features, head["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + head["bias"]
 
 
 def losses(heads: dict, features: dict[str, jax.Array], label: Array) -> jax.Array:
-    """Mean cross-entropy of each head, [K, L]; label int32 [B]."""
+    """Returns the mean cross-entropy of each head, [K, L], given labels int32 [B]."""
 
     def mean_loss(head, x):
         z = logits(head, x)
@@ -147,18 +147,18 @@ def losses(heads: dict, features: dict[str, jax.Array], label: Array) -> jax.Arr
 
 
 def learning_rates(probe: Probe, step: jax.Array) -> jax.Array:
-    """[L] in this step: lr x batch_size / 256, a cosine to 0 that moves once an epoch (torch's CosineAnnealingLR)."""
+    """Returns the rates of this step, [L]: lr * batch_size / 256 times a cosine by epoch (CosineAnnealingLR)."""
     config, epoch = probe.config, step // probe.steps_per_epoch
     start = jnp.array(config.lr, jnp.float32) * (config.batch_size / 256)
     return start * 0.5 * (1 + jnp.cos(jnp.pi * epoch / config.epochs))
 
 
 def train_step(probe: Probe, state: ProbeState, rows: TrainRows) -> tuple[ProbeState, jax.Array]:
-    """A step of all heads on this device's share of a batch: SGD with momentum as torch's; -> losses [K, L]."""
+    """Takes a step of SGD with momentum (as in torch) with all heads; returns the new state and the losses [K, L]."""
     features = all_features(probe, state.variables, random_crops(probe, state.step, rows))
 
     def total(heads):
-        each = losses(heads, features, rows.label)  # no head's loss depends on another head
+        each = losses(heads, features, rows.label)  # independent, so the gradient of the sum is that of each
         return each.sum(), each
 
     grads, each = jax.lax.pmean(jax.grad(total, has_aux=True)(state.heads), AXES)
@@ -169,9 +169,9 @@ def train_step(probe: Probe, state: ProbeState, rows: TrainRows) -> tuple[ProbeS
 
 
 def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Array, jax.Array]:
-    """Over all devices: the number of images in a batch, and how many of them each head gets right at once and in five.
+    """Returns the number of images in a batch, int32 [], and each head's top-1 and top-5 hits, int32 [2, K, L].
 
-    int32 [] and [2, K, L].
+    Both are summed over all devices.
     """
     features = all_features(probe, state.variables, normalize(rows.images, probe.mean, probe.std))
     label = rows.label[:, None, None]
@@ -179,7 +179,7 @@ def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Arra
     def right(head, x):
         z = logits(head, x)
         own = jnp.take_along_axis(z, label, axis=2)
-        # Written so that a head that is not a number is never right, and a tie goes to the lower class.
+        # A head with NaNs is never correct, and ties go to the lower class.
         ahead = ~(z <= own) | ((z == own) & (jnp.arange(z.shape[2]) < label))
         rank = jnp.where(label[:, :, 0] < 0, z.shape[2], ahead.sum(2))
         return jnp.stack([(rank < 1).sum(0), (rank < min(5, z.shape[2])).sum(0)])
@@ -189,7 +189,7 @@ def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Arra
 
 
 def init_heads(probe: Probe, variables: dict) -> dict:
-    """Weights N(0, 0.01), the same for every learning rate and whatever else the grid holds; zero biases."""
+    """Returns weights from N(0, 0.01), equal for all learning rates and independent of the grid, and zero biases."""
     crop, channels = probe.config.crop, len(probe.mean)
     images = jax.ShapeDtypeStruct((1, crop, crop, channels), jnp.float32)
     shapes = jax.eval_shape(partial(all_features, probe), variables, images)

@@ -1,4 +1,4 @@
-"""What a linear probe leaves on disk to go on from: one file, written whole or not at all."""
+"""Checkpoint of a linear probe: one file, written atomically."""
 
 import hashlib
 import json
@@ -21,17 +21,17 @@ FREE = ("workers", "val_every")  # settings that may change between a run and it
 
 
 class Record(NamedTuple):
-    """What was measured after an epoch, for K kinds of features and L learning rates."""
+    """Measurements after an epoch, for K kinds of features and L learning rates."""
 
-    epoch: int  # epochs done
-    images: int  # test images
-    loss: np.ndarray  # float32 [K, L], mean over the epoch's training images
-    top1: np.ndarray  # float64 [K, L], percent of the test images
-    top5: np.ndarray  # float64 [K, L], likewise; among all classes if there are fewer than five
+    epoch: int  # number of completed epochs
+    images: int  # number of test images
+    loss: np.ndarray  # float32 [K, L], mean over the training images of the epoch
+    top1: np.ndarray  # float64 [K, L], accuracy in percent
+    top5: np.ndarray  # float64 [K, L], accuracy in percent; among all classes if there are fewer than five
 
 
 def fingerprint(probe: Probe, variables: dict, train: Source, test: Source) -> dict:
-    """What two runs must share for one to go on with the other's state, as plain JSON."""
+    """Returns everything that must be equal for a run to resume from another's state, as plain JSON."""
     backbone = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
         backbone.update(np.asarray(leaf).tobytes())
@@ -40,7 +40,7 @@ def fingerprint(probe: Probe, variables: dict, train: Source, test: Source) -> d
 
 
 def save_state(file: Path, settings: dict, state: ProbeState, history: list[Record]) -> None:
-    """Writes heads, momentum, step, measurements and settings, whole or not at all. Process 0 writes."""
+    """Writes heads, momentum, step, measurements and settings atomically, on process 0."""
     if jax.process_index() > 0:
         return
     arrays = flatten_dict({"step": state.step, "heads": state.heads, "momentum": state.momentum}, sep="/")
@@ -51,9 +51,9 @@ def save_state(file: Path, settings: dict, state: ProbeState, history: list[Reco
 
 
 def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:
-    """{"step", "heads", "momentum"} and the measurements so far; empty if there is nothing to go on with.
+    """Returns {"step", "heads", "momentum"} and the measurements so far; both empty if there is nothing to resume.
 
-    Raises UserError if the file is damaged or holds an unfinished run with other settings.
+    Raises UserError if the file is damaged or has the state of an unfinished run with other settings.
     """
     if not file.is_file():
         return {}, []
@@ -61,7 +61,7 @@ def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:
         with np.load(file) as stored:
             arrays = dict(stored)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is damaged ({error}): delete it to start anew") from error
+        raise UserError(f"{file} is damaged ({error}): delete it to start over") from error
     theirs, saved = json.loads(str(arrays.pop("settings"))), unflatten_dict(arrays, sep="/")
     columns = saved.pop("history", dict.fromkeys(Record._fields, ()))
     rows = zip(*(columns[key] for key in Record._fields), strict=True)
@@ -70,7 +70,7 @@ def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:
     if not other:
         return saved, history
     if history and history[-1].epoch == theirs["epochs"]:
-        return {}, []  # that run is finished: this one takes its place
+        return {}, []  # that run is finished, so this one may replace it
     raise UserError(
         f"{file} is of an unfinished run with another {', '.join(other)}: finish that one, delete the file, or set "
         "--out to another folder"

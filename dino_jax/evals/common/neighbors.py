@@ -1,4 +1,4 @@
-"""Exact nearest neighbors by cosine similarity, among millions of rows, without a matrix of all similarities."""
+"""Exact nearest neighbors by cosine similarity among millions of rows, without the matrix of all similarities."""
 
 import sys
 import time
@@ -11,23 +11,22 @@ from jax.sharding import Mesh, NamedSharding
 
 from dino_jax.distributed.sharding import AXES, BATCH, REPLICATED, make_mesh, replicate
 
-# What a device holds at a time: so many rows of the bank, and their similarities to as many queries as make these.
+# Bounds of a device's memory: rows of the bank in a chunk, similarities between a chunk and a group of queries.
 BANK_CHUNK = 2**17
 SIMILARITIES = 2**26
-SAY_EVERY = 10.0  # seconds
+REPORT_EVERY = 10.0  # seconds
 
 
 def nearest(bank: np.ndarray, queries: np.ndarray, k: int, mesh: Mesh | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The k rows of a bank that are most similar to each query, best first; of equal ones the lower row.
+    """Returns the k rows of a bank that are most similar to each query, best first; ties go to the lower row.
 
-    The bank goes through the devices once, in chunks, each device with its own part of it; every chunk meets all
-    queries. So a device holds a chunk, the queries and their k best so far, and the host little but the inputs. Says on
-    stderr how far it is where that takes long.
+    Each device has a share of the bank and reads it once, in chunks; every chunk is compared with all queries. A device
+    holds a chunk, the queries and their k best so far; the host holds little more than the inputs. Long searches print
+    their progress to stderr.
 
     Args:
-        bank: float32 [N, D] in rows of any length (they are L2-normalized), the same on every process; may be mapped
-            from a file.
-        queries: float32 [T, D], likewise.
+        bank: float32 [N, D], not necessarily normalized, the same on every process; may be memory-mapped.
+        queries: float32 [T, D], not necessarily normalized, the same on every process.
         k: number of neighbors, 1..N.
         mesh: devices to use; all by default.
 
@@ -44,15 +43,15 @@ def nearest(bank: np.ndarray, queries: np.ndarray, k: int, mesh: Mesh | None = N
     padding = groups * group - len(queries)
     placed = np.pad(np.asarray(queries, np.float32), ((0, padding), (0, 0))).reshape(groups, group, -1)
     placed, best = replicate(placed, mesh), _nothing_yet((groups, group, k), mesh)
-    started = said = time.monotonic()
+    started = last = time.monotonic()
     for number in range(chunks):
         vectors = _place(bank, number * chunk, chunk, chunks * chunk, mesh)
         best = jax.block_until_ready(
             _search(best, placed, vectors, number * chunk, chunks * chunk, len(bank), block, mesh)
         )
         now = time.monotonic()
-        if now - said > SAY_EVERY and number + 1 < chunks:
-            said, done = now, (number + 1) / chunks
+        if now - last > REPORT_EVERY and number + 1 < chunks:
+            last, done = now, (number + 1) / chunks
             left = (now - started) / done * (1 - done)
             print(f"neighbors: {done:.0%} of {len(bank):,} rows searched, {left:,.0f} s left", file=sys.stderr)
     similarity, row = (np.asarray(x).reshape(groups * group, k)[: len(queries)] for x in _join(best, mesh))
@@ -60,22 +59,22 @@ def nearest(bank: np.ndarray, queries: np.ndarray, k: int, mesh: Mesh | None = N
 
 
 def _block_size(chunk: int, k: int) -> int:
-    """Of `_contenders`: a power of two, such that maxima and contenders are about as many."""
+    """Returns the block size for `_contenders`: a power of two such that maxima and contenders are about as many."""
     return 2 ** max(0, round(np.log2(chunk / k) / 2))
 
 
 def _nothing_yet(shape: tuple[int, int, int], mesh: Mesh) -> tuple[jax.Array, jax.Array]:
-    """Similarities and rows [devices, *shape], split over the devices."""
+    """Returns initial similarities and rows [devices, *shape], split over the devices."""
     sharding = NamedSharding(mesh, BATCH)
     empty = partial(jax.jit, out_shardings=(sharding, sharding))
-    whole = (mesh.size, *shape)
-    return empty(lambda: (jnp.full(whole, -jnp.inf), jnp.zeros(whole, jnp.int32)))()
+    full = (mesh.size, *shape)
+    return empty(lambda: (jnp.full(full, -jnp.inf), jnp.zeros(full, jnp.int32)))()
 
 
 def _place(bank: np.ndarray, start: int, chunk: int, share: int, mesh: Mesh) -> jax.Array:
-    """[devices, chunk, D] split over the devices: `chunk` rows of each one's share of the bank.
+    """Returns `chunk` rows of each device's share of the bank, [devices, chunk, D], split over the devices.
 
-    Beyond the bank's end its last row is repeated, which leaves the largest similarity of its block what it is.
+    Beyond the end of the bank its last row is repeated, which does not change the largest similarity of its block.
     """
 
     def rows(index):
@@ -93,7 +92,10 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 @partial(jax.jit, static_argnames=("share", "rows", "block", "mesh"), donate_argnums=0)
 def _search(best, queries, vectors, start, share, rows, block, mesh):
-    """The k best after this chunk: best so far [devices, groups, t, k], queries [groups, t, D], vectors as `_place`."""
+    """Returns the k best after this chunk.
+
+    Takes the best so far [devices, groups, t, k], queries [groups, t, D] and the vectors of `_place`.
+    """
 
     def on_device(best, queries, vectors, start):
         k, vectors = best[0].shape[-1], _normalize(vectors[0])
@@ -115,11 +117,10 @@ def _search(best, queries, vectors, start, share, rows, block, mesh):
 
 
 def _contenders(similarity: jax.Array, real: jax.Array, k: int, block: int) -> tuple[jax.Array, jax.Array]:
-    """[t, n] -> similarities and places [t, k * block], ascending places: the k best of each row are among them.
+    """Reduces [t, n] to similarities and positions (ascending) [t, k * block] that include the k best of each row.
 
-    They lie in the k blocks with the largest maxima, of equal ones the lower: any block before one of theirs holds
-    something better. To look for k of n / block and then of k * block is quicker than to look for k of n. Places from
-    `real` on only fill the blocks up, see `_place`.
+    The k best are in the k blocks with the largest maxima (ties go to the lower block). Searching n / block maxima and
+    then k * block values is faster than searching n values. Positions from `real` on are padding, see `_place`.
     """
     blocks = similarity.reshape(len(similarity), -1, block)
     maxima = jnp.where(jnp.arange(blocks.shape[1]) * block < real, blocks.max(-1), -jnp.inf)
@@ -136,7 +137,7 @@ def _top(similarity: jax.Array, row: jax.Array, k: int) -> tuple[jax.Array, jax.
 
 @partial(jax.jit, static_argnames="mesh")
 def _join(best, mesh):
-    """What each device found, [devices, groups, t, k] -> the best of it [groups, t, k], whole everywhere."""
+    """Returns the best of all devices, replicated: [devices, groups, t, k] -> [groups, t, k]."""
 
     def on_device(best):
         # Each device gets all candidates of its share of a group's queries: [t, k] -> [t / devices, devices * k].
@@ -150,5 +151,5 @@ def _join(best, mesh):
     joined = jax.shard_map(on_device, mesh=mesh, in_specs=((BATCH, BATCH),), out_specs=(spec, spec), check_vma=False)(
         best
     )
-    # A few numbers a query: whole on every device, so that every process can read them.
+    # Replicated, so that every process can read them: these are only a few numbers per query.
     return jax.lax.with_sharding_constraint(joined, NamedSharding(mesh, REPLICATED))

@@ -4,14 +4,14 @@ import numpy as np
 
 
 def principal_components(features: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """[N, D] -> coordinates float32 [N, n] along the directions of largest variance, and their shares of it [n].
+    """Returns the coordinates of [N, D] along the n principal components, float32 [N, n], and explained shares [n].
 
-    Components that the features do not have (n > D, or no variance) are 0. Each points to where its largest weight is
-    positive, so that a picture does not flip from one run to the next.
+    Components beyond the rank of the features are 0. The sign of a component makes its largest weight positive, so that
+    a picture is not mirrored from one run to the next.
     """
     mean = features.mean(0, dtype=np.float64)
     covariance = np.zeros((features.shape[1],) * 2)
-    for start in range(0, len(features), 65536):  # in float64, a part at a time
+    for start in range(0, len(features), 65536):  # float64, in parts to save memory
         part = features[start : start + 65536] - mean
         covariance += part.T @ part
     _, variance, directions = np.linalg.svd(covariance, hermitian=True)

@@ -1,4 +1,4 @@
-"""What rankings of images share: average precision, features of files kept between runs, a sheet of answers."""
+"""Parts that protocols with rankings share: average precision, cached features of files, a sheet of answers."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,35 +11,35 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dino_jax.data.pipeline import Batches, EvalBatch
-from dino_jax.data.sources import IMAGE_EXTENSIONS
+from dino_jax.data.sources.folder import IMAGE_EXTENSIONS
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
-from dino_jax.evals.common.extraction import extract, images_in
-from dino_jax.evals.common.feature_cache import Kept, say_found
-from dino_jax.evals.common.pictures import contact_sheet
+from dino_jax.evals.common.extraction import extract_batches, images_in
+from dino_jax.evals.common.feature_cache import FeatureCache, report_cached
+from dino_jax.evals.common.images import contact_sheet
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
-PART = 64  # batches whose features are saved as one file: what a run that is cut off loses at most
+PART = 64  # batches whose features are cached as one file: the most that an interrupted run loses
 ANSWERS = 10  # on the sheet, beside each query
 TILE, FRAME = 120, 5  # pixels, on the sheet
 CORRECT, IGNORED = (0, 160, 60), (150, 150, 150)  # colors of the frames
 
 
 class Extraction(NamedTuple):
-    """Features of some files, and what it took to compute those that an earlier run had not left."""
+    """Features of some files, with the cost of those that were not in the cache."""
 
     features: np.ndarray  # float32 [N, D]
-    computed: int  # images
-    seconds: float
+    computed: int  # images that were not in the cache
+    seconds: float  # to read and compute them
 
 
 def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> float:
-    """Area under one query's precision-recall curve by trapezoids, in 0..1, as for the Holidays and Oxford data sets.
+    """Returns the area under one query's precision-recall curve, in 0..1, by the trapezoids of Holidays and Oxford.
 
     Args:
-        ranks: places of the correct answers that were found, ascending, the first place being 0.
-        positives: number of correct answers that there are, found or not.
+        ranks: ranks of the correct answers that were found, ascending, from 0.
+        positives: number of all correct answers, found or not.
     """
     places, found = np.asarray(ranks, np.float64), np.arange(len(ranks))
     before = np.divide(found, places, out=np.ones(len(places)), where=places > 0)
@@ -53,20 +53,20 @@ def extract_files(
     batches: Sequence[np.ndarray],
     load: Callable[[np.ndarray], np.ndarray],
     names: Sequence[str],
-    kept: Kept,
+    cache: FeatureCache,
     what: str,
     workers: int,
 ) -> Extraction:
-    """Features of N image files, row i of file i. Those that an earlier run has left are not computed again.
+    """Extracts the features of N image files, row i from file i, except for those in the cache.
 
     Args:
-        backbone: whose variables and preprocessing apply.
+        backbone: provides variables and normalization.
         apply_fn: (variables, images float32 [b, H, W, C], normalized) -> [b, D]; compiled once for each shape.
-        batches: numbers of the images of one batch each, all of one shape; together each of 0..N-1 once.
-        load: numbers of a batch -> its images, uint8 [b, H, W, C]; called in threads.
-        names: what identifies each file and what is taken of it.
-        kept: where features are kept.
-        what: to call the images on stderr, which is told how far it is.
+        batches: the file numbers of each batch. The images of a batch have one shape; every file is in one batch.
+        load: file numbers of a batch -> its images, uint8 [b, H, W, C]; called in threads.
+        names: a line for each file that identifies its content and the part of the image that is used.
+        cache: of the features.
+        what: name of the images in progress reports on stderr.
         workers: number of threads.
     """
     preprocessing, mesh = backbone.card["preprocessing"], make_mesh()
@@ -77,25 +77,25 @@ def extract_files(
         return EvalBatch(load(numbers), np.full(len(numbers), -1, np.int32), np.asarray(numbers, np.int32))
 
     def compute(part: Sequence[np.ndarray], total: int, title: str) -> np.ndarray:
-        # Decoding leaves Python's lock free: threads are enough.
+        # Decoding releases the GIL, so threads are enough.
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
         with Batches[EvalBatch](iter(grain.MapDataset.source(part).map(read).to_iter_dataset(options))) as loaded:
-            shown = progress(loaded, total, title, size=images_in)
-            return extract(
-                apply_fn, backbone.variables, shown, mesh, preprocessing["mean"], preprocessing["std"]
+            reported = progress(loaded, total, title, size=images_in)
+            return extract_batches(
+                apply_fn, backbone.variables, reported, mesh, preprocessing["mean"], preprocessing["std"]
             ).features
 
     for number, part in enumerate(parts):
         records = np.sort(np.concatenate(part))
         identity = [names[i] for i in records]
-        found = kept.load(identity)
+        found = cache.load(identity)
         if found is None:
             title = what if len(parts) == 1 else f"{what}, part {number + 1} of {len(parts)}"
             found = {"features": compute(part, len(records), title)}
-            kept.save(identity, **found)
+            cache.save(identity, **found)
             computed += len(records)
         tables.append((records, found["features"]))
-    say_found(what, len(names) - computed, len(names), kept)
+    report_cached(what, len(names) - computed, len(names), cache)
     features = np.empty((len(names), tables[0][1].shape[1]), np.float32)
     for records, table in tables:
         features[records] = table
@@ -103,13 +103,13 @@ def extract_files(
 
 
 def rate(*extractions: Extraction) -> float | None:
-    """Images per second of what was computed; None where everything was there already."""
+    """Returns the images per second that were computed; None if all were cached."""
     seconds = sum(extraction.seconds for extraction in extractions)
     return round(sum(extraction.computed for extraction in extractions) / seconds, 1) if seconds else None
 
 
 def image_files(folder: Path, knob: str) -> list[Path]:
-    """Pictures in a folder, at any depth, sorted. UserError that names the knob where it has none or does not exist."""
+    """Returns the image files in a folder, at any depth, sorted. Raises UserError with the knob if there are none."""
     if not folder.is_dir():
         raise UserError(f"{knob}: no folder {folder}")
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
@@ -119,20 +119,20 @@ def image_files(folder: Path, knob: str) -> list[Path]:
 
 
 def check_at_least_one(config: ml_collections.ConfigDict, *knobs: str) -> None:
-    """UserError for the first of these knobs that is below 1."""
+    """Raises UserError for the first of these knobs that is below 1."""
     for knob in knobs:
         if config[knob] < 1:
             raise UserError(f"{knob} is {config[knob]}: set --config.{knob} to 1 or more")
 
 
 def thumbnail(path: Path, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """uint8 [h, w, 3] of a picture (or of a box of it: left, upper, right, lower), of the sheet's size."""
+    """Returns a picture (or its box: left, upper, right, lower) scaled to fit a tile of the sheet, uint8 [h, w, 3]."""
     with Image.open(path) as picture:
         return np.array(ImageOps.contain(picture.convert("RGB").crop(box), (TILE, TILE)))
 
 
-def framed(picture: np.ndarray, color: tuple[int, int, int] | None) -> np.ndarray:
-    """The picture, uint8 [h, w, 3], with a frame of that color (None leaves it as it is)."""
+def add_frame(picture: np.ndarray, color: tuple[int, int, int] | None) -> np.ndarray:
+    """Draws a frame of this color over the edge of a picture, uint8 [h, w, 3]. None draws nothing."""
     if color is None:
         return picture
     inner = picture[FRAME:-FRAME, FRAME:-FRAME].copy()
@@ -142,7 +142,7 @@ def framed(picture: np.ndarray, color: tuple[int, int, int] | None) -> np.ndarra
 
 
 def answers_sheet(rows: list[tuple[np.ndarray, list[np.ndarray]]], path: Path) -> None:
-    """Writes queries (see `thumbnail`), each with its first answers (see `framed`) beside it, as one PNG."""
+    """Writes a PNG with a row for each query: its `thumbnail`, then those of its first answers (see `add_frame`)."""
     contact_sheet(
         [
             {"query": query, **{str(place + 1): answer for place, answer in enumerate(answers)}}

@@ -1,4 +1,4 @@
-"""Video files, frame by frame, by PyAV: an optional dependency (`pip install av`), imported when it is needed."""
+"""Video files, frame by frame. Needs PyAV, an optional dependency that is imported when needed: `pip install av`."""
 
 import contextlib
 import itertools
@@ -14,20 +14,20 @@ from dino_jax.errors import UserError
 
 
 class Video(NamedTuple):
-    """What `read_video` finds in a file."""
+    """A video that `read_video` opened."""
 
-    frames: Iterator[np.ndarray]  # uint8 [H, W, 3], upright, decoded as they are asked for
-    rate: Fraction  # frames a second
-    length: int  # frames, as the file says; 0 where it says nothing
+    frames: Iterator[np.ndarray]  # uint8 [H, W, 3], upright, decoded lazily
+    rate: Fraction  # frames per second
+    length: int  # number of frames according to the file, 0 if unknown
 
 
 def read_video(path: Path) -> Video:
-    """Opens a video. The first stream of pictures counts; frames of other sizes than the first are scaled to it.
+    """Opens the first video stream of a file. Frames of another size than the first are scaled to it.
 
-    A file that is damaged further on gives the frames before that, and a line on stderr.
+    If the file is damaged at some point, the frames before it are read, and a line is printed to stderr.
 
     Raises:
-        UserError: PyAV is missing, or the file is missing, no video or empty.
+        UserError: PyAV is missing, or the file is missing, not a video or empty.
     """
     av = _pyav()
     if not path.is_file():
@@ -55,18 +55,18 @@ def _decode(av, container, path: Path) -> Iterator[np.ndarray]:
             for frame in container.decode(video=0):
                 size = size or {"width": frame.width, "height": frame.height}
                 pixels = frame.reformat(**size, format="rgb24").to_ndarray()
-                # Phones store pictures as the sensor lies and note by how much to turn them anticlockwise.
+                # Phones store frames as the sensor sees them, with the counterclockwise rotation to apply.
                 yield np.ascontiguousarray(np.rot90(pixels, round(frame.rotation / 90)))
                 done += 1
         except av.error.FFmpegError as error:
             if not done:
                 raise
-            print(f"{path}: damaged after {done} frames ({error.strerror}): the rest is left out", file=sys.stderr)
+            print(f"{path}: damaged after {done} frames ({error.strerror}): the rest is skipped", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
-    """Gives a function that appends a frame, uint8 [H, W, 3], all of one size. H.264, or MPEG-4 where PyAV lacks it.
+    """Yields a function that appends a frame, uint8 [H, W, 3], all of one size. H.264, or MPEG-4 if PyAV lacks it.
 
     Raises:
         UserError: PyAV is missing.
@@ -81,7 +81,7 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], N
 
         def write(pixels: np.ndarray) -> None:
             height, width = pixels.shape[:2]
-            # Colors are stored for squares of 2 x 2 pixels: sides have to be even.
+            # Sides must be even, because colors are stored for squares of 2 x 2 pixels.
             even = np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), "edge")
             if not stream.codec_context.is_open:
                 stream.height, stream.width = even.shape[:2]

@@ -9,7 +9,7 @@ import pytest
 from dino_jax.data.pipeline import EvalBatch
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.evals.common import extraction
-from dino_jax.evals.common.extraction import extract, raw_pixels
+from dino_jax.evals.common.extraction import extract_batches, raw_pixels
 
 MEAN, STD = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
 
@@ -35,7 +35,7 @@ def expected(images):
 @pytest.mark.parametrize("sizes", [(4, 4, 3), (4, 4, 4), (2,), (3, 4, 0, 1)])
 def test_every_image_once_in_order(sizes):
     images = images_of(sum(sizes))
-    table = extract(mean_color, {"scale": np.float32(2)}, batches_of(images, sizes), make_mesh(), MEAN, STD)
+    table = extract_batches(mean_color, {"scale": np.float32(2)}, batches_of(images, sizes), make_mesh(), MEAN, STD)
     assert table.features.dtype == np.float32
     np.testing.assert_allclose(table.features, expected(images), atol=1e-5)
     assert np.array_equal(table.labels, 10 * np.arange(len(images)))
@@ -44,7 +44,7 @@ def test_every_image_once_in_order(sizes):
 
 def test_order_is_the_record_number():
     images = images_of(8)
-    table = extract(mean_color, {"scale": 2.0}, batches_of(images, (3, 3, 2))[::-1], make_mesh(), MEAN, STD)
+    table = extract_batches(mean_color, {"scale": 2.0}, batches_of(images, (3, 3, 2))[::-1], make_mesh(), MEAN, STD)
     np.testing.assert_allclose(table.features, expected(images), atol=1e-5)
 
 
@@ -56,7 +56,7 @@ def test_one_program_for_all_batches_and_calls():
         return images.mean((1, 2))
 
     for _ in range(2):
-        extract(apply, {}, batches_of(images_of(11), (4, 4, 3)), make_mesh(), MEAN, STD)
+        extract_batches(apply, {}, batches_of(images_of(11), (4, 4, 3)), make_mesh(), MEAN, STD)
     assert traced == [(4, 4, 4, 3)]
 
 
@@ -70,13 +70,13 @@ def test_host_prepares_a_batch_while_one_is_computed(monkeypatch):
 
     fetch = extraction._fetch
     monkeypatch.setattr(extraction, "_fetch", lambda *args: (events.append("fetch"), fetch(*args))[1])
-    extract(mean_color, {"scale": 2.0}, batches(), make_mesh(), MEAN, STD)
+    extract_batches(mean_color, {"scale": 2.0}, batches(), make_mesh(), MEAN, STD)
     assert events == ["read 0", "read 1", "fetch", "read 2", "fetch", "fetch"]
 
 
 def test_pixels():
     images = images_of(5)
-    table = extract(raw_pixels, {}, batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
+    table = extract_batches(raw_pixels, {}, batches_of(images, (3, 2)), make_mesh(), MEAN, STD)
     np.testing.assert_allclose(table.features, ((images / 255 - MEAN) / STD).reshape(5, -1), rtol=1e-5, atol=1e-5)
 
 
@@ -96,7 +96,8 @@ batches = [EvalBatch(images[i], i * 10, i) for i in np.split(share, np.cumsum(si
 mesh = make_mesh()
 assert mesh.size == 4
 variables = replicate({"scale": np.float32(2)}, mesh)
-table = extraction.extract(lambda v, x: x.mean((1, 2)) * v["scale"], variables, batches, mesh, (0.5,) * 3, (0.5,) * 3)
+mean_color = lambda v, x: x.mean((1, 2)) * v["scale"]
+table = extraction.extract_batches(mean_color, variables, batches, mesh, (0.5,) * 3, (0.5,) * 3)
 np.testing.assert_allclose(table.features, 2 * (images.mean((1, 2)) / 255 - 0.5) / 0.5, atol=1e-5)
 assert np.array_equal(table.labels, 10 * np.arange(23)) and np.array_equal(table.records, np.arange(23))
 ranked = knn.knn_predict(table.features, table.labels // 80, table.features, (1,), mesh=mesh)[1]

@@ -1,4 +1,4 @@
-"""Features kept between runs, by tabulate: what is found, what is computed again, and what must never be mistaken."""
+"""The feature cache under `extract_source`: hits, misses, damage, and changes that it must notice."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.data.sources import Example, open_source
+from dino_jax.data.sources import Example, Source, open_source
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals.common import extraction, feature_cache
@@ -52,16 +52,16 @@ def read(monkeypatch):
 
 def table(source, where, key="key", apply=mean_color):
     settings = {"batch_size": 4, "resize": 8, "crop": 8, "channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    store = feature_cache.Kept(where, key) if where else None
-    return extraction.tabulate(apply, {}, source, "test", make_mesh(), kept=store, **settings)
+    store = feature_cache.FeatureCache(where, key) if where else None
+    return extraction.extract_source(apply, {}, source, "test", make_mesh(), cache=store, **settings)
 
 
 def test_a_second_run_computes_nothing_and_says_so(folder, tmp_path, read, capsys):
     source = open_source(f"folder:{folder}")
-    plain, first = table(source, None), table(source, tmp_path / "kept")
+    plain, first = table(source, None), table(source, tmp_path / "cache")
     read.clear()
     capsys.readouterr()
-    second = table(source, tmp_path / "kept")
+    second = table(source, tmp_path / "cache")
     assert not read
     for x, y, z in zip(plain, first, second, strict=True):
         assert x.dtype == y.dtype == z.dtype
@@ -70,12 +70,12 @@ def test_a_second_run_computes_nothing_and_says_so(folder, tmp_path, read, capsy
     assert second.records.tolist() == [i for i in range(22) if i != 13]
     assert second.labels.tolist() == [int(i > 10) for i in second.records]
     said = capsys.readouterr().err
-    assert f"test: features of 22 images from {tmp_path / 'kept'}" in said
+    assert f"test: features of 22 images from {tmp_path / 'cache'}" in said
     assert os.path.join("b", "13.png") in said
 
 
 def test_a_run_that_was_cut_off_goes_on_at_its_last_part(folder, tmp_path, read, monkeypatch, capsys):
-    source, extract, parts = open_source(f"folder:{folder}"), extraction.extract, []
+    source, extract, parts = open_source(f"folder:{folder}"), extraction.extract_batches, []
 
     def fails_third(*args):
         parts.append(extract(*args))
@@ -83,12 +83,12 @@ def test_a_run_that_was_cut_off_goes_on_at_its_last_part(folder, tmp_path, read,
             raise KeyboardInterrupt
         return parts[-1]
 
-    monkeypatch.setattr(extraction, "extract", fails_third)
+    monkeypatch.setattr(extraction, "extract_batches", fails_third)
     with pytest.raises(KeyboardInterrupt):
-        table(source, tmp_path / "kept")
-    monkeypatch.setattr(extraction, "extract", extract)
+        table(source, tmp_path / "cache")
+    monkeypatch.setattr(extraction, "extract_batches", extract)
     read.clear()
-    whole = table(source, tmp_path / "kept")
+    whole = table(source, tmp_path / "cache")
     assert read == [source.name(i) for i in range(16, 22)]
     np.testing.assert_array_equal(whole.features, table(source, None).features)
     assert "features of 16 of 22 images" in capsys.readouterr().err
@@ -97,26 +97,26 @@ def test_a_run_that_was_cut_off_goes_on_at_its_last_part(folder, tmp_path, read,
 @pytest.mark.parametrize("damage", ["cut", "flip", "empty"])
 def test_a_damaged_part_is_computed_again(folder, tmp_path, read, capsys, damage):
     source = open_source(f"folder:{folder}")
-    whole = table(source, tmp_path / "kept")
-    middle = feature_cache.Kept(tmp_path / "kept", "key").path(extraction.identities(source, np.arange(8, 16)))
+    whole = table(source, tmp_path / "cache")
+    middle = feature_cache.FeatureCache(tmp_path / "cache", "key").path(extraction.identities(source, np.arange(8, 16)))
     stored = bytearray(middle.read_bytes())
     if damage == "flip":
         at = stored.index(whole.features[9].tobytes())
         stored[at] ^= 1
     middle.write_bytes({"cut": stored[:-30], "flip": stored, "empty": b""}[damage])
     read.clear()
-    again = table(source, tmp_path / "kept")
+    again = table(source, tmp_path / "cache")
     assert read == [source.name(i) for i in range(8, 16)]
     assert np.array_equal(again.features, whole.features)
     assert np.array_equal(again.records, whole.records)
     assert f"{middle} is damaged" in capsys.readouterr().err
     read.clear()
-    table(source, tmp_path / "kept")
+    table(source, tmp_path / "cache")
     assert not read
 
 
 def test_what_changed_is_not_taken_for_the_same(folder, tmp_path, read):
-    where = tmp_path / "kept"
+    where = tmp_path / "cache"
     source = open_source(f"folder:{folder}")
     table(source, where)
 
@@ -141,7 +141,7 @@ def test_what_changed_is_not_taken_for_the_same(folder, tmp_path, read):
     assert np.array_equal(table(few, where).records, table(few, None).records)
 
 
-class Records:
+class Records(Source):
     """Three images of one shade, as from a file of records."""
 
     num_classes = 1
@@ -176,10 +176,10 @@ def test_fingerprint_sees_weights_card_and_settings():
 def test_no_room_is_one_line(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match="--out"):
-        feature_cache.Kept(tmp_path / "file" / "features", "key").save(["a"], features=np.zeros(3))
+        feature_cache.FeatureCache(tmp_path / "file" / "features", "key").save(["a"], features=np.zeros(3))
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch):
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    feature_cache.Kept(tmp_path / "features", "key").save(["a"], features=np.zeros(3))
+    feature_cache.FeatureCache(tmp_path / "features", "key").save(["a"], features=np.zeros(3))
     assert not list(tmp_path.iterdir())

@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.evals.common.label_maps import PALETTE, over, read_labels, read_objects, write_labels
+from dino_jax.evals.common.label_maps import PALETTE, read_labels, read_objects, tint_objects, write_labels
 
 
 def test_labels_are_kept_in_the_palette_of_davis(tmp_path):
@@ -39,7 +39,7 @@ def test_each_color_is_an_object(tmp_path):
 
 def test_only_objects_are_tinted():
     image = np.full((1, 2, 3), 100, np.uint8)
-    shown = over(image, np.array([[0, 1]], np.uint8))
+    shown = tint_objects(image, np.array([[0, 1]], np.uint8))
     assert shown[0, 0].tolist() == [100, 100, 100]
     assert shown[0, 1].tolist() == (50 + PALETTE[1] // 2).tolist()
 

@@ -51,6 +51,6 @@ def test_a_bank_on_disk_serves(tmp_path):
 
 def test_long_searches_say_how_far_they_are(monkeypatch, capsys):
     monkeypatch.setattr(neighbors, "BANK_CHUNK", 20)
-    monkeypatch.setattr(neighbors, "SAY_EVERY", -1)
+    monkeypatch.setattr(neighbors, "REPORT_EVERY", -1)
     neighbors.nearest(rows(1, 80), rows(2, 3), 2)
     assert "neighbors: 25% of 80 rows" in capsys.readouterr().err

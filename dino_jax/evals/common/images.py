@@ -1,4 +1,4 @@
-"""Pictures of any size: read, made to fit a backbone, through it on all devices, and drawn."""
+"""Images of any size: reading, fitting to patches, mapping through a backbone on all devices, and drawing."""
 
 import dataclasses
 import itertools
@@ -10,12 +10,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax.data.decoding import DecodeError, decode
-from dino_jax.data.sources import IMAGE_EXTENSIONS
+from dino_jax.data.sources.folder import IMAGE_EXTENSIONS
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
 from dino_jax.weights.backbone import Backbone, normalize
 
-# From black over purple and orange to pale yellow, brightness growing evenly: readable in print and to color-blind.
+# Matplotlib's colormap "inferno" at eight points: a table, because these pictures must not need matplotlib.
 HEAT = np.array(
     [
         (0, 0, 4),
@@ -34,41 +34,41 @@ GAP = 4  # pixels between the tiles of a sheet
 # --- in --------------------------------------------------------------------------------------------------------------
 
 
-def cut(images: np.ndarray, patch: int) -> np.ndarray:
-    """[..., H, W, C] without the rows and columns beyond the last whole patch."""
+def crop_to_patches(images: np.ndarray, patch: int) -> np.ndarray:
+    """Cuts off the rows and columns of [..., H, W, C] beyond the last whole patch."""
     height, width = (side // patch * patch for side in images.shape[-3:-1])
     return images[..., :height, :width, :]
 
 
-def resized(
+def resize(
     image: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Uint8 [H, W, C] -> uint8 [height, width, C], any number of channels; antialiased where it gets smaller."""
+    """Resizes uint8 [H, W, C] to uint8 [height, width, C], any number of channels, with antialiasing."""
     if image.shape[:2] == (height, width):
         return image
     channels = [Image.fromarray(image[..., c]).resize((width, height), method) for c in range(image.shape[2])]
     return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
-def read_picture(path: Path, channels: int, knob: str) -> np.ndarray:
-    """A picture as uint8 [H, W, channels] (`data.pipeline.decode`); a UserError of the knob if it can't be read."""
+def read_image(path: Path, channels: int, knob: str) -> np.ndarray:
+    """Reads an image file as uint8 [H, W, channels], see `decode`. Raises UserError with the knob if it can't."""
     try:
         return decode(path.read_bytes(), channels)
     except (OSError, DecodeError) as error:
         raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
 
 
-def fitted(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
-    """The longer side scaled to `size` pixels (0: as it is), then cut to whole patches."""
+def fit_to_patches(image: np.ndarray, size: int, patch: int, path: Path) -> np.ndarray:
+    """Scales the longer side to `size` pixels (0: keeps the size), then cuts to whole patches."""
     scale = size / max(image.shape[:2]) if size else 1
-    image = cut(resized(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
+    image = crop_to_patches(resize(image, *(max(1, round(side * scale)) for side in image.shape[:2])), patch)
     if not image.size:
         raise UserError(f"{path} is smaller than a patch of {patch} pixels: raise --config.size")
     return image
 
 
-def picture_paths(images: str) -> list[Path]:
-    """The files that a protocol's `images` names, see `default_config`; UserError if there are none."""
+def image_paths(images: str) -> list[Path]:
+    """Returns the files of a protocol's knob `images`: names separated by commas, or a folder. Raises UserError."""
     paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
     if len(paths) == 1 and paths[0].is_dir():
         folder = paths[0]
@@ -76,7 +76,7 @@ def picture_paths(images: str) -> list[Path]:
         if not paths:
             raise UserError(f"--config.images: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
     if not paths:
-        raise UserError("--config.images is empty: set it to a picture, several with commas between, or a folder")
+        raise UserError("--config.images is empty: set it to a picture, several separated by commas, or a folder")
     for path in paths:
         if not path.is_file():
             raise UserError(f"--config.images: no such picture: {path}")
@@ -93,28 +93,28 @@ def patch_size(backbone: Backbone) -> int:
     return backbone.model.patch_size
 
 
-def normalized(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """Uint8 [B, H, W, C] -> float32 as the backbone was trained."""
+def normalize_images(backbone: Backbone, images: np.ndarray) -> np.ndarray:
+    """Normalizes uint8 [B, H, W, C] to float32 as the backbone was trained."""
     as_trained = backbone.card["preprocessing"]
     return normalize(images, as_trained["mean"], as_trained["std"])
 
 
-def each_of(
+def map_images(
     images: Iterable[np.ndarray], function: Callable, backbone: Backbone, batch_size: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Each image, and its row of what function(backbone, normalized images [B, H, W, C]) gives.
+    """Yields each image with its row of the result of function(backbone, normalized images [B, H, W, C]).
 
-    Batches are split over the devices of this process, and `batch_size` rounded up to a multiple of their number.
+    Batches are split over the devices of this process; `batch_size` is rounded up to a multiple of their number.
 
-    images: uint8 [H, W, C], all of one size; no more than a batch of them is held at a time.
+    images: uint8 [H, W, C], all of one size; at most a batch of them is held in memory.
     """
     mesh, images = make_mesh().local_mesh, iter(images)
     backbone = dataclasses.replace(backbone, variables=replicate(jax.device_get(backbone.variables), mesh))
     size = -(-batch_size // mesh.size) * mesh.size
     while batch := list(itertools.islice(images, size)):
-        # The last batch is filled up, so that one program serves all.
+        # The last batch is padded, so that one compiled program serves all.
         filled = np.stack(batch + batch[-1:] * (size - len(batch)))
-        rows = np.asarray(function(backbone, shard_batch(normalized(backbone, filled), mesh)))
+        rows = np.asarray(function(backbone, shard_batch(normalize_images(backbone, filled), mesh)))
         yield from zip(batch, rows, strict=False)
 
 
@@ -132,24 +132,24 @@ def patch_grid(backbone: Backbone, images: jax.Array | np.ndarray) -> jax.Array:
 
 
 def upsample(maps: np.ndarray, factor: int) -> np.ndarray:
-    """[..., h, w] -> [..., h * factor, w * factor], each value repeated."""
+    """Repeats each value: [..., h, w] -> [..., h * factor, w * factor]."""
     return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
 
 
-def as_rgb(image: np.ndarray) -> np.ndarray:
-    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel is shown gray, of more than three the first three."""
+def to_rgb(image: np.ndarray) -> np.ndarray:
+    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel becomes gray, and of more than three the first three are used."""
     return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
 
 
-def heat(values: np.ndarray) -> np.ndarray:
-    """Float [h, w] -> uint8 [h, w, 3], from black at the smallest value to pale yellow at the largest."""
+def heatmap(values: np.ndarray) -> np.ndarray:
+    """Colors float [h, w] from black at the smallest value to pale yellow at the largest, uint8 [h, w, 3]."""
     low, high = values.min(), values.max()
     at = (values - low) / max(high - low, 1e-12) * (len(HEAT) - 1)
     return np.stack([np.interp(at, np.arange(len(HEAT)), channel) for channel in HEAT.T], -1).astype(np.uint8)
 
 
 def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120) -> None:
-    """Writes rows of pictures under their titles as one PNG; the longer side of each is scaled to `tile` pixels."""
+    """Writes rows of images, {title: uint8 [H, W, 3]}, to one PNG; scales the longer sides to `tile` pixels."""
     tiles = [{title: _fit(picture, tile) for title, picture in row.items()} for row in rows]
     widest = max(picture.width for row in tiles for picture in row.values())
     heights = [max(picture.height for picture in row.values()) for row in tiles]
@@ -171,6 +171,6 @@ def _fit(picture: np.ndarray, tile: int) -> Image.Image:
     height, width = picture.shape[:2]
     scale = tile / max(height, width)
     size = max(1, round(width * scale)), max(1, round(height * scale))
-    # Small pictures stay pixels: a blurred patch grid would hide how coarse it is.
+    # Small images are enlarged as squares, because a blurred patch grid would hide how coarse it is.
     method = Image.Resampling.NEAREST if scale >= 1 else Image.Resampling.BICUBIC
     return Image.fromarray(np.ascontiguousarray(picture)).resize(size, method)

@@ -1,0 +1,60 @@
+"""The interface between the input pipeline and the places that images come from."""
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+KNOB = "data.source (or evals.knn.train, evals.knn.test)"  # settings that hold a specification, for error messages
+
+
+class Example(NamedTuple):
+    """One image as stored: an encoded file (bytes) or an array [H, W] or [H, W, C]; label -1 if there is none."""
+
+    image: bytes | np.ndarray
+    label: int
+
+
+class Source(Protocol):
+    """A sequence of images with random access.
+
+    Subclass it to inherit the defaults of `label`, `identity` and `class_names`. A source must be picklable, because
+    the worker processes that read from it are spawned.
+    """
+
+    num_classes: int  # 0 = no labels
+    class_names: Sequence[str] = ()  # names of the classes 0 .. num_classes - 1, empty if the source has none
+
+    def __len__(self) -> int:
+        """Returns the number of images."""
+
+    def __getitem__(self, i: int) -> Example:
+        """Returns the i-th example, 0 <= i < len. Raises OSError if it cannot be read."""
+
+    def name(self, i: int) -> str:
+        """Returns the name of the i-th example for messages and lists, a single line."""
+
+    def label(self, i: int) -> int:
+        """Returns the i-th label, -1 if there is none. Override it if labels are cheaper to get than examples."""
+        return self[i].label
+
+    def identity(self, i: int) -> str:
+        """Returns a line that changes when the i-th example changes, as far as this is known without reading it.
+
+        The feature cache uses it as a key. The default is the name.
+        """
+        return self.name(i)
+
+
+class SourceType(Protocol):
+    """A class of sources that parses its own part of a specification: the values of the table of schemes."""
+
+    @property
+    def syntax(self) -> str:
+        """The form of the whole specification, for the error message: "folder:PATH"."""
+
+    def from_spec(self, rest: str) -> Source | None:
+        """Opens the source given the specification without "scheme:". Returns None if `rest` is malformed.
+
+        Raises UserError if there is no such source.
+        """
