@@ -26,6 +26,7 @@ from dino_jax.evals import PROTOCOLS
 from dino_jax.weights.backbone import load_backbone
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "attention heads, where a file of weights does not state them")
 OUT = flags.DEFINE_string("out", None, "folder for results.json and pictures (default: CHECKPOINT/eval/PROTOCOL)")
 
 
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> None:
         raise UserError(f"usage: evaluate.py PROTOCOL --checkpoint=PATH, with PROTOCOL one of {', '.join(PROTOCOLS)}")
     protocol, checkpoint = argv[1], cli.required("checkpoint", CHECKPOINT.value)
     set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
-    backbone = load_backbone(checkpoint)
+    backbone = load_backbone(checkpoint, num_heads=NUM_HEADS.value)
     # Beside a file of weights, in a folder of its name.
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
     out = Path(OUT.value or folder / "eval" / protocol)

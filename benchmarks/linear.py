@@ -58,8 +58,8 @@ def main(argv: list[str]) -> None:
     """Prints the table."""
     model = build_backbone(ARCH.value, patch_size=16)
     variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 224, 224, 3), np.float32))
-    backbone = Backbone(model, variables, CARD)
-    official = linear_heads.official_kind(model)
+    backbone = Backbone(model, variables, CARD | {"architecture": {"arch": ARCH.value}})
+    official = linear_heads.official_kind(backbone)
     one_kind = {"blocks": (official.blocks,), "pooling": official.pooling}
     grids = {
         "the official head alone": {"lr": (linear.OFFICIAL_LR,), **one_kind},

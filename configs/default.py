@@ -31,8 +31,11 @@ def get_config() -> ConfigDict:
     config.init_adapt = ""  # what may be changed to fit: image_size (positions resized), in_channels, or both (a,b)
 
     config.model = ConfigDict()
-    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50
+    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50, or vit: of these sizes
     config.model.arch = "vit_small"
+    config.model.embed_dim = 0  # channels of a token, a multiple of num_heads; 0: given by arch, as are the next two
+    config.model.depth = 0  # blocks
+    config.model.num_heads = 0  # attention heads of each block
     config.model.patch_size = 16  # pixels; ViTs only
     config.model.in_channels = 3
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets

@@ -6,21 +6,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dino_jax.data.sources import open_source
     from dino_jax.dino import TrainState
+    from dino_jax.models.tokens import Tokens
     from dino_jax.training.loop import train
-    from dino_jax.weights.backbone import Backbone, Features, load_backbone
+    from dino_jax.weights.backbone import Backbone, load_backbone
 
 # The public names and where they live. They are imported when asked for, so that `import dino_jax` is fast and a
 # program that only loads a backbone needs nothing that only training needs.
 _HOME = {
     "Backbone": "weights.backbone",
-    "Features": "weights.backbone",
+    "Tokens": "models.tokens",
     "TrainState": "dino",
     "load_backbone": "weights.backbone",
     "open_source": "data.sources",
     "train": "training.loop",
 }
 
-__all__ = ["Backbone", "Features", "TrainState", "load_backbone", "open_source", "train"]
+__all__ = ["Backbone", "Tokens", "TrainState", "load_backbone", "open_source", "train"]
 
 
 def __getattr__(name: str) -> Any:

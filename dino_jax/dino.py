@@ -139,7 +139,7 @@ class DINO:
         for crops, drop_path in zip(groups, drop_paths, strict=True):
             images = crops.reshape(-1, *crops.shape[2:])
             x, backbone_stats = apply_in_training(self.backbone, params["backbone"], backbone_stats, images, drop_path)
-            features.append(x.reshape(*crops.shape[:2], -1))
+            features.append(x.cls.reshape(*crops.shape[:2], -1))
         views = jnp.concatenate(features, axis=1)
         z, head_stats = apply_in_training(self.head, params["head"], stats["head"], views, method="bottleneck")
         return z, {"backbone": backbone_stats, "head": head_stats}

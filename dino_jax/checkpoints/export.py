@@ -10,22 +10,22 @@ from jax.experimental import multihost_utils
 
 from dino_jax import atomic
 from dino_jax.checkpoints.integrity import write_json, write_manifest
-from dino_jax.models import VITS, build_backbone
+from dino_jax.models.registry import architecture_card, given_sizes
 from dino_jax.provenance import plain, versions
 
 
 def model_card(config: Any, step: int) -> dict:
     """What a user of the exported backbone must know: architecture, preprocessing and provenance, as plain JSON."""
     config = plain(config)
-    backbone = build_backbone(config["model"]["arch"], patch_size=config["model"]["patch_size"])
+    model = config["model"]
     return {
-        "architecture": {
-            "arch": config["model"]["arch"],
-            "patch_size": config["model"]["patch_size"] if config["model"]["arch"] in VITS else None,
-            "in_channels": config["model"]["in_channels"],
-            "image_size": config["crops"]["global_size"],
-            "embed_dim": backbone.embed_dim,
-        },
+        "architecture": architecture_card(
+            model["arch"],
+            patch_size=model["patch_size"],
+            in_channels=model["in_channels"],
+            image_size=config["crops"]["global_size"],
+            sizes=given_sizes(model),
+        ),
         "preprocessing": {
             "resize": config["eval"]["resize"],
             "crop": config["eval"]["crop"],

@@ -11,7 +11,6 @@ SOURCE: whatever `dino_jax.load_backbone` takes. FORM:
   official_checkpoint  student, teacher, heads and center, as the official trainer saves them
 """
 
-import json
 from pathlib import Path
 
 import jax
@@ -27,6 +26,7 @@ from dino_jax.weights.load import Pretrained, Weights
 
 IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "resize position embeddings for images of this many pixels")
 IN_CHANNELS = flags.DEFINE_integer("in_channels", None, "change the patch embedding for this many channels")
+NUM_HEADS = flags.DEFINE_integer("num_heads", None, "attention heads of SOURCE, where it does not state them")
 
 
 def main(argv: list[str]) -> None:
@@ -38,7 +38,13 @@ def main(argv: list[str]) -> None:
         if path.exists():
             raise UserError(f"{path} exists: remove it or give another TARGET")
     everything = form in KEEP_EVERYTHING
-    found = load.load_weights(source, training=everything, image_size=IMAGE_SIZE.value, in_channels=IN_CHANNELS.value)
+    found = load.load_weights(
+        source,
+        training=everything,
+        image_size=IMAGE_SIZE.value,
+        in_channels=IN_CHANNELS.value,
+        num_heads=NUM_HEADS.value,
+    )
     with atomic.disk_errors(target, "make room or give another TARGET"):
         target.parent.mkdir(parents=True, exist_ok=True)
         FORMS[form](found, target)
@@ -53,11 +59,14 @@ def main(argv: list[str]) -> None:
         sizes = f"shorter side {trained['resize']}, center {trained['crop']}"
         numbers = f"mean {trained['mean']}, std {trained['std']}"
         print(f"a {target.suffix} file cannot say how its images are prepared: {sizes}, {numbers}")
+        if architecture["arch"] == "vit":
+            print(f"nor its number of attention heads: load it with num_heads={architecture['num_heads']}")
 
 
 def write_official(found: Pretrained, target: Path) -> None:
     """The teacher's backbone under the official names."""
-    tensor_files.write(target, official.with_counters(_tensors(found.teacher, "backbone")), _metadata(found))
+    tensors = official.with_counters(_tensors(found.teacher, "backbone"))
+    tensor_files.write(target, tensors, load.file_metadata(found.card))
 
 
 def write_huggingface(found: Pretrained, target: Path) -> None:
@@ -103,11 +112,8 @@ def write_official_checkpoint(found: Pretrained, target: Path) -> None:
         }
         for who, (weights, prefix) in networks.items()
     }
-    tensor_files.write(target, checkpoint | {"dino_loss": {"center": found.center[None]}}, _metadata(found))
-
-
-def _metadata(found: Pretrained) -> dict[str, str]:
-    return {load.PREPROCESSING: json.dumps(found.card["preprocessing"])}
+    checkpoint |= {"dino_loss": {"center": found.center[None]}}
+    tensor_files.write(target, checkpoint, load.file_metadata(found.card))
 
 
 def _tensors(weights: Weights, part: str) -> dict[str, np.ndarray]:

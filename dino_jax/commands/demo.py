@@ -23,9 +23,9 @@ from dino_jax.data.sources import open_source
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.evals.attention import evaluate_masks
-from dino_jax.evals.common.extraction import raw_pixels
+from dino_jax.evals.common.extraction import cls_features, raw_pixels
 from dino_jax.evals.knn import knn_accuracy
-from dino_jax.models import build_backbone
+from dino_jax.models import from_card
 from dino_jax.provenance import versions
 from dino_jax.training import loop
 from dino_jax.training.evaluators import feature_table
@@ -57,8 +57,8 @@ def untrained(config) -> Backbone:
     """The network of a config as it is before the first step."""
     state = init_state(build_setup(config, steps_per_epoch=1), make_mesh())
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
-    model = build_backbone(config.model.arch, patch_size=config.model.patch_size, image_size=config.crops.global_size)
-    return Backbone(model, variables, model_card(config, 0))
+    card = model_card(config, 0)
+    return Backbone(from_card(card["architecture"]), variables, card)
 
 
 def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
@@ -130,7 +130,7 @@ def _features(source, what: str, backbone: Backbone | None, config, mesh):
         channels = config.model.in_channels
         return feature_table(raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels)
     return feature_table(
-        backbone.model.apply, backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
+        cls_features(backbone.model), backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
     )
 
 

@@ -34,7 +34,7 @@ from dino_jax.evals.common.ranking import (
     rate,
     thumbnail,
 )
-from dino_jax.models.vit import ViT
+from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone
 
 TOP = 20  # number of answers that are scored
@@ -74,9 +74,9 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
             a convnet, which has no patch tokens.
     """
     start = time.monotonic()
-    if not isinstance(backbone.model, ViT):
+    if backbone.patch_size is None:
         raise UserError(f"copy detection needs a vision transformer's patches, not {backbone.config['arch']}")
-    kinds, data = _check(config, backbone.model.patch_size), Path(config.data).expanduser()
+    kinds, data = _check(config, backbone.patch_size), Path(config.data).expanduser()
     originals = image_files(data / "original", "--config.data")
     copies = {kind: image_files(data / kind, "--config.queries") for kind in kinds}
     matches = {kind: find_originals(paths, originals) for kind, paths in copies.items()}
@@ -180,16 +180,16 @@ def _squeezed(path: Path, imsize: int, channels: int) -> np.ndarray:
 @cache  # the same object for the same model, so that a second call compiles nothing
 def descriptor(apply_fn: Callable) -> Callable:
     """A ViT's `apply` -> (variables, normalized images [B, H, W, C]) -> [B, 2 D], see `cls_and_gem`."""
-    return lambda variables, images: cls_and_gem(apply_fn(variables, images, 1, method="last_tokens")[0])
+    return lambda variables, images: cls_and_gem(apply_fn(variables, images))
 
 
-def cls_and_gem(tokens: jax.Array) -> jax.Array:
-    """Tokens after the final norm [B, 1+N, D] -> [B, 2 D]: CLS, then the generalized mean (power 4) of the patches.
+def cls_and_gem(tokens: Tokens) -> jax.Array:
+    """Tokens after the final norm -> [B, 2 D]: CLS, then the generalized mean (power 4) of the patches.
 
     Values below 1e-6 count as 1e-6, as in the reference.
     """
-    patches = jnp.maximum(tokens[:, 1:], GEM_FLOOR) ** GEM_POWER
-    return jnp.concatenate([tokens[:, 0], patches.mean(1) ** (1 / GEM_POWER)], axis=1)
+    patches = jnp.maximum(tokens.patches, GEM_FLOOR) ** GEM_POWER
+    return jnp.concatenate([tokens.cls, patches.mean(1) ** (1 / GEM_POWER)], axis=1)
 
 
 def learn_whitening(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

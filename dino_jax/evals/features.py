@@ -32,7 +32,6 @@ from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
 from dino_jax.evals.common.feature_cache import WAY_OUT
 from dino_jax.evals.common.linear_heads import Kind, probe_features
-from dino_jax.models.vit import ViT
 from dino_jax.weights.backbone import Backbone
 
 POOLINGS = ("cls", "mean", "cls_mean")
@@ -136,21 +135,19 @@ def reader(model: Any, kind: Kind) -> Callable:
     """
 
     def read(variables, images):
-        if not isinstance(model, ViT):
-            return model.apply(variables, images)
-        blocks: Any = model.apply(variables, images, kind.blocks, method="last_tokens")
+        blocks: Any = model.apply(variables, images, kind.blocks, method="last_blocks")
         if kind.pooling == "mean":
-            return jnp.concatenate([tokens[:, 1:].mean(1, dtype=jnp.float32) for tokens in blocks], axis=1)
+            return jnp.concatenate([tokens.patches.mean(1, dtype=jnp.float32) for tokens in blocks], axis=1)
         return probe_features(blocks, kind)
 
     return read
 
 
 def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
-    depth = getattr(backbone.model, "depth", 1)
+    depth = backbone.num_blocks
     if pooling not in POOLINGS:
         raise UserError(f"pooling {pooling!r} is unknown: set --config.pooling to {', '.join(POOLINGS)}")
-    if not isinstance(backbone.model, ViT) and (pooling, blocks) != ("cls", 1):
+    if not backbone.family.block_tokens and (pooling, blocks) != ("cls", 1):
         raise UserError(f"{backbone.config['arch']} pools one vector: leave --config.pooling=cls and --config.blocks=1")
     if not 1 <= blocks <= depth:
         raise UserError(f"blocks {blocks}: {backbone.config['arch']} has {depth}, set --config.blocks to 1..{depth}")

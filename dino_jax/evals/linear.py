@@ -117,7 +117,7 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
 
 def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int, devices: int) -> Probe:
     """Returns the probe for a number of training images and devices. Raises UserError for an invalid setting."""
-    card, model = backbone.card["preprocessing"], backbone.model
+    card = backbone.card["preprocessing"]
     config = config.copy_and_resolve_references()
     for key in ("resize", "crop"):
         config[key] = config[key] or card[key]
@@ -127,7 +127,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
         raise UserError(
             f"crop {config.crop} is larger than resize {config.resize}: set --config.resize to {config.crop}"
         )
-    if config.crop < (patch := getattr(model, "patch_size", 1)):
+    if config.crop < (patch := backbone.patch_size or 1):
         raise UserError(f"crop {config.crop} is smaller than a patch: set --config.crop to {patch} or more")
     if config.batch_size % devices:
         raise UserError(
@@ -139,8 +139,16 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
             f"{images} training images are fewer than a batch of {config.batch_size}: "
             f"set --config.batch_size to {max(images // devices, 1) * devices} or less"
         )
-    kinds = feature_kinds(model, config.blocks, config.pooling.split(","))
-    return Probe(model, kinds, config, card["mean"], card["std"], num_classes, images // config.batch_size)
+    return Probe(
+        model=backbone.model,
+        kinds=feature_kinds(backbone, config.blocks, config.pooling.split(",")),
+        official=official_kind(backbone),
+        config=config,
+        mean=card["mean"],
+        std=card["std"],
+        num_classes=num_classes,
+        steps_per_epoch=images // config.batch_size,
+    )
 
 
 def _check_values(config: ConfigDict) -> None:
@@ -294,7 +302,7 @@ def summary(probe: Probe, history: list[Record]) -> dict:
     for (kind, lr), head in heads.items():
         grid[kind][str(lr)] = head
     best = max(heads.values(), key=lambda head: head["top1"])
-    return {"best": best, "official": heads.get((str(official_kind(probe.model)), OFFICIAL_LR)), "grid": grid}
+    return {"best": best, "official": heads.get((str(probe.official), OFFICIAL_LR)), "grid": grid}
 
 
 def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dict:

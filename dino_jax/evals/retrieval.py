@@ -26,7 +26,7 @@ from ml_collections.config_dict import placeholder
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.evals.common.extraction import l2_normalize
+from dino_jax.evals.common.extraction import cls_features, l2_normalize
 from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint
 from dino_jax.evals.common.ranking import (
     ANSWERS,
@@ -98,12 +98,12 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     folder = Path(config.data).expanduser() / config.dataset
     truth = read_ground_truth(folder / f"gnd_{config.dataset}.pkl")
     database, queries = _photos(truth, folder / "jpg", config.crop_queries)
-    photos, step = [*database, *queries], getattr(backbone.model, "patch_size", CONVNET_STEP)
+    photos, step = [*database, *queries], backbone.patch_size or CONVNET_STEP
     with ThreadPoolExecutor(config.workers) as pool:
         shapes = list(pool.map(lambda photo: _shape(photo, imsize, scales, step), photos))
     extraction = extract_files(
         backbone,
-        multi_scale(backbone.model.apply, scales, step),
+        multi_scale(cls_features(backbone.model), scales, step),
         batches_of_one_shape(shapes, config.batch_size),
         lambda batch: np.stack(
             [_load(photos[i], imsize, shapes[i], backbone.config["in_channels"]) for i in batch.tolist()]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from dino_jax.models.layers import BatchNorm
+from dino_jax.models.tokens import Tokens
 
 kaiming_normal = nn.initializers.variance_scaling(2, "fan_out", "normal")
 
@@ -67,8 +68,8 @@ class ResNet(nn.Module):
         return 64 * 2 ** (len(self.blocks) - 1) * self.expansion
 
     @nn.compact
-    def __call__(self, images: jax.Array, train: bool = False, drop_path: None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, D], float32 mean over the last feature map. Convnets have no drop path."""
+    def __call__(self, images: jax.Array, train: bool = False, drop_path: None = None) -> Tokens:
+        """[B, H, W, C] -> the cells of the last feature map as patches, their float32 mean as cls. No drop path."""
         x = conv(64, 7, 2, self.dtype, name="conv1")(images.astype(self.dtype))
         x = jax.nn.relu(BatchNorm(self.axis_name, dtype=self.dtype, name="bn1")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -84,8 +85,16 @@ class ResNet(nn.Module):
                     self.dtype,
                     name=f"layer{stage + 1}_{i}",
                 )(x, train)
-        return x.astype(jnp.float32).mean(axis=(1, 2))
+        B, rows, columns, D = x.shape
+        return Tokens(
+            cls=x.astype(jnp.float32).mean(axis=(1, 2)),
+            registers=jnp.zeros((B, 0, D), x.dtype),
+            patches=x.reshape(B, rows * columns, D),
+            grid=(rows, columns),
+        )
 
-
-resnet18 = partial(ResNet, blocks=(2, 2, 2, 2), kernels=(3, 3), expansion=1)
-resnet50 = partial(ResNet, blocks=(3, 4, 6, 3), kernels=(1, 3, 1), expansion=4)
+    def last_blocks(self, images: jax.Array, n: int = 1) -> list[Tokens]:
+        """[B, H, W, C] -> the tokens of the last feature map alone: earlier ones have other widths. n must be 1."""
+        if n != 1:
+            raise ValueError(f"a ResNet returns one feature map, not {n}")
+        return [self(images)]

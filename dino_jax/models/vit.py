@@ -14,6 +14,7 @@ import numpy as np
 from flax import linen as nn
 
 from dino_jax.models.layers import gelu, torch_uniform
+from dino_jax.models.tokens import Tokens
 
 normal_init = nn.initializers.normal(0.02)
 
@@ -193,22 +194,30 @@ class ViT(nn.Module):
         tokens = jnp.concatenate([cls_token, patches.reshape(B, rows * columns, D)], axis=1)
         return tokens + resize_pos_embed(self.pos_embed, rows, columns).astype(self.dtype)
 
-    def __call__(self, images: jax.Array, train: bool = False, drop_path: jax.Array | None = None) -> jax.Array:
-        """[B, H, W, C] -> [B, D], the CLS token of the last block after the norm.
+    def __call__(self, images: jax.Array, train: bool = False, drop_path: jax.Array | None = None) -> Tokens:
+        """[B, H, W, C] -> the last block's tokens after the final norm.
 
         drop_path [depth, 2, B] holds the factor of each residual branch for each image (see `drop_path_factors`).
         `train` changes nothing here; convnets need it for their batch norm.
         """
         x, _ = self.blocks(self.tokens(images), drop_path, False)
-        return self.norm(x[:, 0])
+        return self._normed(x, images)
 
-    def last_tokens(self, images: jax.Array, n: int = 1) -> list[jax.Array]:
-        """[B, H, W, C] -> the last n blocks' tokens, oldest first, each [B, 1+N, D] after the final norm."""
+    def last_blocks(self, images: jax.Array, n: int = 1) -> list[Tokens]:
+        """[B, H, W, C] -> the tokens after each of the last n blocks and the final norm, oldest first."""
         x, every_block = self.blocks(self.tokens(images), None, n > 1)
-        return [self.norm(x) for x in (every_block[-n:] if n > 1 else [x])]
+        return [self._normed(x, images) for x in (every_block[-n:] if n > 1 else [x])]
+
+    def _normed(self, x: jax.Array, images: jax.Array) -> Tokens:
+        """A block's output [B, 1+N, D] -> tokens after the final norm.
+
+        The norm is applied to each part by itself, so that under `jax.jit` a part that is not used costs nothing.
+        """
+        grid = images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
+        return Tokens(cls=self.norm(x[:, 0]), registers=x[:, 1:1], patches=self.norm(x[:, 1:]), grid=grid)
 
     def last_attention(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> float32 [B, h, 1+N, 1+N], the self-attention of the last block (rows: queries)."""
+        """[B, H, W, C] -> float32 [B, h, 1+N, 1+N], the last block's self-attention: rows are queries, CLS is first."""
         x = self.tokens(images)
         if self.depth > 1:
             _, every_block = self.blocks(x, None, True)
@@ -258,12 +267,3 @@ def _bicubic(n_in: int, n_out: int, scale: float, a: float = -0.75) -> np.ndarra
         column = np.clip(first + tap, 0, n_in - 1)
         np.add.at(weights, (np.arange(n_out), column), np.where(d <= 1, near, far).astype(np.float32))
     return weights
-
-
-vit_tiny = partial(ViT, embed_dim=192, depth=12, num_heads=3)
-vit_small = partial(ViT, embed_dim=384, depth=12, num_heads=6)
-vit_base = partial(ViT, embed_dim=768, depth=12, num_heads=12)
-vit_large = partial(ViT, embed_dim=1024, depth=24, num_heads=16)
-vit_giant = partial(ViT, embed_dim=1536, depth=40, num_heads=24)  # DINOv2's sizes, with a plain MLP
-# Ours, not the field's: small enough that a laptop's CPU learns something in minutes.
-vit_nano = partial(ViT, embed_dim=64, depth=3, num_heads=4)

@@ -3,7 +3,7 @@
 import jax
 
 from dino_jax.errors import UserError
-from dino_jax.models import RESNETS, VITS
+from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import OPTIMIZERS
 from dino_jax.training.schedules import TEACHER_UPDATES
@@ -11,7 +11,7 @@ from dino_jax.training.setup import METHODS
 from dino_jax.training.writers import WRITERS
 
 CHOICES = {
-    "model.arch": (*VITS, *RESNETS),
+    "model.arch": tuple(ARCHITECTURES),
     "method": tuple(METHODS),
     "optim.name": OPTIMIZERS,
     "dino.teacher_update": TEACHER_UPDATES,
@@ -28,6 +28,7 @@ AT_LEAST = {
     "verify_every": 0,
     "model.patch_size": 1,
     "model.in_channels": 1,
+    **{f"model.{name}": 0 for name in SIZES},
     "head.out_dim": 1,
     "head.hidden_dim": 1,
     "head.bottleneck_dim": 1,
@@ -65,8 +66,8 @@ POSITIVE = ("optim.lr", "dino.student_temp", "dino.teacher_temp", "dino.warmup_t
 SHARES = ("dino.teacher_momentum", "dino.teacher_momentum_end", "dino.center_momentum", "data.max_bad_fraction")
 PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")  # of config.crops; then pairs of them, and of numbers
 PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
-# Of config.model: what convnets have not, and the value that says so.
-ONLY_VITS = {
+# Settings of config.model that only some families have: their name in an error, and the value that switches them off.
+FAMILY_SETTINGS = {
     "drop_path_rate": ("drop path", 0),
     "remat": ("rematerialization", False),
     "unroll": ("loop over its blocks", False),
@@ -146,18 +147,19 @@ def _check_channels(config) -> None:
 
 
 def _check_model(config) -> None:
-    model, crops = config.model, config.crops
-    if model.arch in RESNETS:
-        for key, (what, without) in ONLY_VITS.items():
-            if model[key] != without:
-                raise UserError(f"{model.arch} has no {what}: set --config.model.{key}={without}")
-        return
+    model, crops, family = config.model, config.crops, family_of(config.model.arch)
+    check_sizes(model.arch, model)
+    for key, (what, without) in FAMILY_SETTINGS.items():
+        if key not in family.settings and model[key] != without:
+            raise UserError(f"{model.arch} has no {what}: set --config.model.{key}={without}")
     if model.remat and model.unroll:
         raise UserError(
             "model.remat needs the loop over the blocks: set --config.model.unroll=False or --config.model.remat=False"
         )
     if model.attention == "cudnn":
         _check_cudnn(config.dtype)
+    if not family.square_patches:
+        return
     sizes = {"crops.global_size": crops.global_size, "eval.crop": config.eval.crop}
     if crops.local_number:
         sizes["crops.local_size"] = crops.local_size

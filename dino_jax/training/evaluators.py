@@ -70,7 +70,8 @@ def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh
 
     def both(variables: dict, images: jax.Array) -> jax.Array:
         """Features of teacher and student side by side, so that each image is read once."""
-        return jnp.concatenate([backbone.apply(variables[who], images) for who in ("teacher", "student")], axis=-1)
+        tokens = [backbone.apply(variables[who], images) for who in ("teacher", "student")]
+        return jnp.concatenate([one.cls for one in tokens], axis=-1)
 
     def evaluate(state: State) -> dict[str, float]:
         variables = {

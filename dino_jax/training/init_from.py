@@ -13,7 +13,7 @@ from dino_jax.distributed.fsdp import place
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
-from dino_jax.models import VITS
+from dino_jax.models.registry import given_sizes, sizes_of, sizes_on_card
 from dino_jax.weights import load
 from dino_jax.weights.load import Pretrained, Weights
 
@@ -33,7 +33,8 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     on_every_process(
         lambda: load.require_path(config.init_from), size=lambda path: int((path / "checkpoints").is_dir())
     )
-    read = partial(load.load_weights, config.init_from, heads=config.init_heads, **changes)
+    num_heads = config.model.num_heads or None  # for a file that does not state them
+    read = partial(load.load_weights, config.init_from, heads=config.init_heads, num_heads=num_heads, **changes)
     found = on_every_process(read, size=_checksum)
     _check_backbone(found.card["architecture"], config)
     # A copy, since on a CPU a device may use the host's memory as it lies, and each step overwrites its state.
@@ -83,16 +84,24 @@ def _said(found: Pretrained, config: ConfigDict, heads: bool) -> str:
 
 
 def _check_backbone(architecture: dict, config: ConfigDict) -> None:
-    vit = architecture["arch"] in VITS
-    there = {"model.arch": architecture["arch"], "model.in_channels": architecture["in_channels"]}
-    ours = {"model.arch": config.model.arch, "model.in_channels": config.model.in_channels}
-    if vit:
+    there = {"model.in_channels": architecture["in_channels"]}
+    ours = {"model.in_channels": config.model.in_channels}
+    their_sizes, our_sizes = given_sizes(sizes_on_card(architecture)), given_sizes(config.model)
+    # By sizes, not by name: `vit` may have those of a named architecture.
+    if sizes_of(architecture["arch"], their_sizes) != sizes_of(config.model.arch, our_sizes):
+        there |= _network(architecture["arch"], their_sizes)
+        ours |= _network(config.model.arch, our_sizes)
+    if architecture["patch_size"]:
         there |= {"model.patch_size": architecture["patch_size"], "crops.global_size": architecture["image_size"]}
         ours |= {"model.patch_size": config.model.patch_size, "crops.global_size": config.crops.global_size}
     adaptable = {"crops.global_size": "image_size", "model.in_channels": "in_channels"}
     names = [adaptation for name, adaptation in adaptable.items() if there.get(name) != ours.get(name)]
     way_out = f", or --config.init_adapt={','.join(names)} for what that can change" if names else ""
     _require_same(there, ours, config, way_out)
+
+
+def _network(arch: str, sizes: dict) -> dict:
+    return {"model.arch": arch} | {f"model.{name}": value for name, value in sizes.items()}
 
 
 def _head_of(weights: Weights, config: ConfigDict) -> Weights:

@@ -13,6 +13,7 @@ from dino_jax import dino
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models import DINOHead, build_backbone
+from dino_jax.models.registry import given_sizes
 from dino_jax.training import chunked_loss, optimizers, schedules
 from dino_jax.training.flops import count_flops
 
@@ -88,6 +89,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
     dtype = compute_dtype(config.dtype)
     backbone = build_backbone(
         config.model.arch,
+        **given_sizes(config.model),
         patch_size=config.model.patch_size,
         image_size=config.crops.global_size,
         remat=config.model.remat,
@@ -158,7 +160,7 @@ def flops_per_image(setup: Setup) -> float:
     def forward(size: int) -> int:
         images = jax.ShapeDtypeStruct((1, size, size, channels), np.float32)
         backbone = jax.eval_shape(method.backbone.init, jax.random.key(0), images)
-        features = jax.eval_shape(method.backbone.apply, backbone, images)
+        features = jax.eval_shape(method.backbone.apply, backbone, images).cls
         head = jax.eval_shape(method.head.init, jax.random.key(0), features)
         return sum(
             count_flops(module.apply, variables, x)

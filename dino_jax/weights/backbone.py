@@ -7,28 +7,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen as nn
 from PIL import Image
 from PIL.ExifTags import Base
 
 from dino_jax.data.decoding import DecodeError, eval_image
 from dino_jax.errors import UserError
-from dino_jax.models import build_backbone
-from dino_jax.models.vit import ViT
+from dino_jax.models import Family, Tokens, family_of, from_card
+from dino_jax.models.registry import BackboneModule
 from dino_jax.weights import load
-
-
-@flax.struct.dataclass
-class Features:
-    """What a backbone says of B images."""
-
-    cls: jax.Array  # [B, D]: the CLS token after the final norm (ViT), pooled features (convnet)
-    patches: jax.Array | None  # [B, N, D]: one for each patch, row by row, after the final norm; None for a convnet
-    grid: tuple[int, int] | None = flax.struct.field(pytree_node=False)  # rows and columns of the N patches
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, so that jax.jit(backbone) works
@@ -38,37 +27,54 @@ class Backbone:
     Its methods are jitted, and work inside `jax.jit` and `jax.vmap` and on images sharded over devices.
     """
 
-    model: nn.Module
+    model: BackboneModule
     variables: dict
     card: dict
 
-    def __call__(self, images: jax.Array) -> Features:
-        """Features of normalized images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
+    def __call__(self, images: jax.Array) -> Tokens:
+        """Tokens of normalized images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
         return self.last_blocks(images, 1)[0]
 
-    def last_blocks(self, images: jax.Array, n: int) -> list[Features]:
-        """Features after each of a ViT's last n blocks (and the final norm), oldest first.
+    def last_blocks(self, images: jax.Array, n: int) -> list[Tokens]:
+        """Tokens after each of a ViT's last n blocks (and the final norm), oldest first; of a convnet the last ones.
 
         The reference's `get_intermediate_layers`. Raises UserError for n > 1 of a convnet or more than its blocks.
         """
-        blocks = self.model.depth if isinstance(self.model, ViT) else 1
-        if not 1 <= n <= blocks:
-            raise UserError(f"last_blocks of {n}: {self.config['arch']} gives features of 1 to {blocks} blocks")
-        return _features(self.model, self.variables, images, n)
+        most = self.num_blocks
+        if not 1 <= n <= most:
+            raise UserError(f"last_blocks of {n}: {self.config['arch']} gives features of 1 to {most} blocks")
+        return _last_blocks(self.model, self.variables, images, n)
 
     def attention(self, images: jax.Array) -> jax.Array:
         """Self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]: rows are queries, CLS comes first.
 
         The reference's `get_last_selfattention`. Raises UserError for a convnet, which has none.
         """
-        if not isinstance(self.model, ViT):
+        if not self.family.attention_maps:
             raise UserError(f"{self.config['arch']} has no attention: give a vision transformer")
         return _attention(self.model, self.variables, images)
 
     @property
     def config(self) -> dict:
-        """The card's architecture: arch, patch_size, in_channels, image_size, embed_dim."""
+        """The card's architecture: arch, patch_size, in_channels, image_size, embed_dim (see `architecture_card`)."""
         return self.card["architecture"]
+
+    @property
+    def family(self) -> Family:
+        """What the model can do."""
+        return family_of(self.config["arch"])
+
+    @property
+    def patch_size(self) -> int | None:
+        """Pixels of a side of the square that a patch token covers; None for a convnet, whose patches are cells."""
+        model: Any = self.model
+        return model.patch_size if self.family.square_patches else None
+
+    @property
+    def num_blocks(self) -> int:
+        """The largest n of `last_blocks`: a ViT's depth, 1 for a convnet."""
+        model: Any = self.model
+        return model.depth if self.family.block_tokens else 1
 
     def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> np.ndarray:
         """PIL images, uint8 arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
@@ -96,40 +102,44 @@ def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
     return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
-def load_backbone(path: str | Path, *, image_size: int | None = None, in_channels: int | None = None) -> Backbone:
+def load_backbone(
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    in_channels: int | None = None,
+    num_heads: int | None = None,
+) -> Backbone:
     """The backbone at a path, float32, on the default device of each process.
 
     path: a run's workdir (its teacher) or its `export` folder; a .pth or .safetensors file of the official code (bare
     backbone or full checkpoint: its teacher), of timm, torchvision (ResNet) or Hugging Face (`ViTModel`); a Hugging
     Face folder. Architecture and sizes are read off the tensors; .pth files are read without running their pickle.
     image_size, in_channels: only if the weights are to be changed for other images, see `load.load_weights`.
+    num_heads: attention heads of a ViT whose file does not state them. Without it, they are those of the named ViT of
+    its width and depth, else embed_dim / 64, with a line on stderr.
 
-    Raises UserError if the path holds nothing of that kind, or tensors are missing, not used or of a wrong shape.
+    Raises UserError if the path holds nothing of that kind, tensors are missing, not used or of a wrong shape, or
+    num_heads is needed or wrong.
     """
-    return backbone_of(load.load_weights(path, training=False, image_size=image_size, in_channels=in_channels))
+    found = load.load_weights(path, training=False, image_size=image_size, in_channels=in_channels, num_heads=num_heads)
+    return backbone_of(found)
 
 
 def backbone_of(found: load.Pretrained) -> Backbone:
     """The teacher's backbone of loaded weights."""
     variables = {"params": found.teacher.params["backbone"], "batch_stats": found.teacher.stats["backbone"]}
-    architecture = found.card["architecture"]
-    model = build_backbone(
-        architecture["arch"], patch_size=architecture["patch_size"], image_size=architecture["image_size"]
-    )
+    model = from_card(found.card["architecture"])
     return Backbone(model, jax.tree.map(jnp.asarray, variables), found.card)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _features(model: nn.Module, variables: dict, images: jax.Array, n: int) -> list[Features]:
-    if not isinstance(model, ViT):
-        return [Features(cls=model.apply(variables, images), patches=None, grid=None)]  # type: ignore[arg-type]
-    grid = images.shape[1] // model.patch_size, images.shape[2] // model.patch_size
-    blocks: Any = model.apply(variables, images, n, method="last_tokens")
-    return [Features(cls=tokens[:, 0], patches=tokens[:, 1:], grid=grid) for tokens in blocks]
+def _last_blocks(model: BackboneModule, variables: dict, images: jax.Array, n: int) -> list[Tokens]:
+    blocks: Any = model.apply(variables, images, n, method="last_blocks")
+    return blocks
 
 
 @partial(jax.jit, static_argnums=0)
-def _attention(model: nn.Module, variables: dict, images: jax.Array) -> jax.Array:
+def _attention(model: BackboneModule, variables: dict, images: jax.Array) -> jax.Array:
     return model.apply(variables, images, method="last_attention")  # type: ignore[return-value]
 
 

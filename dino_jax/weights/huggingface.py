@@ -20,7 +20,8 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.errors import UserError
-from dino_jax.models import VITS, build_backbone
+from dino_jax.models import family_of, from_card
+from dino_jax.models.registry import VIT
 from dino_jax.weights import tensor_files
 from dino_jax.weights.official import renamed
 
@@ -92,7 +93,7 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Ma
     warning about a pooler, which DINO has not. Raises UserError for a convnet's card.
     """
     architecture, folder = card["architecture"], Path(folder)
-    if architecture["arch"] not in VITS:
+    if family_of(architecture["arch"]) is not VIT:
         raise UserError(f"the Hugging Face form is for ViTs, and this is a {architecture['arch']}: use --to=timm")
     processor = _processor(card["preprocessing"], architecture["in_channels"])
     with atomic.folder(folder) as unfinished:
@@ -141,7 +142,7 @@ def _parts(pattern: re.Pattern, name: str) -> tuple[str | None, str, str]:
 
 def _config(architecture: Mapping) -> dict[str, Any]:
     """ViTConfig."""
-    model: Any = build_backbone(architecture["arch"])
+    model: Any = from_card(architecture)
     return {
         "architectures": ["ViTModel"],
         "model_type": "vit",

@@ -10,11 +10,13 @@ import numpy as np
 
 from dino_jax import checkpoints, provenance
 from dino_jax.errors import UserError
-from dino_jax.models import VITS, build_backbone
+from dino_jax.models import family_of
+from dino_jax.models.registry import num_heads_of
 from dino_jax.models.vit import resize_pos_embed
 from dino_jax.weights import huggingface, official, tensor_files
 
-PREPROCESSING = "preprocessing"  # key of the card's section in a safetensors file's metadata
+# Keys of a safetensors file's metadata, JSON each: the card's section, and an int (of a ViT).
+PREPROCESSING, NUM_HEADS = "preprocessing", "num_attention_heads"
 HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")  # one of them beside config.json
 WRAPPERS = ("state_dict.", "model.")  # keys under which people save a whole state_dict
 NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # of an official full checkpoint
@@ -46,21 +48,34 @@ def load_weights(
     heads: bool = True,
     image_size: int | None = None,
     in_channels: int | None = None,
+    num_heads: int | None = None,
 ) -> Pretrained:
     """Reads what `load_backbone` documents, and with `training` also student, heads and center where there are any.
 
-    heads: False leaves heads and center out.
+    Args:
+        path: what `load_backbone` takes.
+        training: False reads the teacher's backbone alone.
+        heads: False leaves projection heads and center out.
+        image_size: pixels; position embeddings are resized to its grid as the reference does for other image sizes.
+            This and the next one change preprocessing too.
+        in_channels: the patch embedding (a convnet's first kernel) is summed over channels for fewer, repeated for
+            more.
+        num_heads: attention heads of a ViT, for a file that does not state them (`official.backbone_architecture`).
 
-    image_size: pixels; position embeddings are resized to its grid as the reference does for other image sizes.
-    in_channels: the patch embedding (a convnet's first kernel) is summed over channels for fewer, repeated for more.
-    Both change preprocessing too. Raises UserError for what cannot be read or is incomplete.
+    Raises:
+        UserError: the path cannot be read or is incomplete, or num_heads is not what it states.
     """
     path = require_path(path)
     if weights := path if path.is_file() else _huggingface_file(path):
-        found = _from_tensors(tensor_files.read(weights), weights, _settings(weights), training, heads)
+        tensors = tensor_files.read(weights)
+        settings = ({} if num_heads is None else {NUM_HEADS: num_heads}) | _settings(weights)
+        found = _from_tensors(tensors, weights, settings, training, heads)
     else:
         found = _from_run(path, training)
         found = found if heads else _without_heads(found)
+    if num_heads is not None and (there := num_heads_of(found.card["architecture"])) != num_heads:
+        stated = "has no attention" if there is None else f"states that it has {there} attention heads"
+        raise UserError(f"{path} {stated}, and num_heads is {num_heads}: leave num_heads out")
     if image_size is not None:
         found = _resized(found, image_size)
     return found if in_channels is None else _with_channels(found, in_channels)
@@ -162,27 +177,27 @@ def _huggingface_file(folder: Path) -> Path | None:
 
 
 def _settings(weights: Path) -> dict:
-    """What is said beside the tensors: by the metadata of a file of ours, by the folder of a Hugging Face file."""
-    if said := tensor_files.read_metadata(weights).get(PREPROCESSING):
-        return {"preprocessing": json.loads(said)}
+    """What a file states beside its tensors: in its metadata if it is ours, in its folder if it is Hugging Face's."""
+    metadata = tensor_files.read_metadata(weights)
+    if ours := {key: json.loads(metadata[key]) for key in (PREPROCESSING, NUM_HEADS) if key in metadata}:
+        return ours
     return huggingface.read_folder_settings(weights.parent) if weights.name in HUGGINGFACE_FILES else {}
 
 
 def _from_tensors(
     tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping, training: bool, heads: bool
 ) -> Pretrained:
-    """settings: what is said beside the tensors, see `_settings`."""
+    """settings: what is stated beside the tensors, see `_settings`."""
     tensors = _unwrapped(tensors)
     networks = _networks(tensors)
     main = networks.get("teacher") or networks["student"]
     if "teacher" not in networks:
         print(f"{path.name} has no teacher: its student is taken", file=sys.stderr)
-    architecture = official.backbone_architecture(main["backbone"], path.name)
-    _check_attention_heads(architecture, settings, path)
+    architecture = official.backbone_architecture(main["backbone"], path.name, settings.get(NUM_HEADS))
     teacher = _weights(main, architecture, path.name, training and heads)
     card = {
         "architecture": architecture,
-        "preprocessing": _preprocessing(architecture) | settings.get("preprocessing", {}),
+        "preprocessing": _preprocessing(architecture) | settings.get(PREPROCESSING, {}),
         "provenance": {"source": path.name, "versions": provenance.versions()},
     }
     if not training:
@@ -255,16 +270,11 @@ def _weights(network: Mapping, architecture: dict, source: str, with_head: bool)
     return Weights(*({part: variables[part][kind] for part in like} for kind in ("params", "batch_stats")))
 
 
-def _check_attention_heads(architecture: Mapping, settings: Mapping, path: Path) -> None:
-    """The number of attention heads is no tensor's shape: ours follows from the width."""
-    said = settings.get("num_attention_heads")
-    if architecture["arch"] in VITS and said is not None:
-        ours = build_backbone(architecture["arch"]).num_heads  # type: ignore[attr-defined]
-        if said != ours:
-            raise UserError(
-                f"{path.parent} has {said} attention heads, {architecture['arch']} has {ours}: it is another "
-                "architecture of the same shapes, which is not supported"
-            )
+def file_metadata(card: Mapping) -> dict[str, str]:
+    """What our .safetensors files state beside their tensors, in the metadata that `_settings` reads."""
+    heads = num_heads_of(card["architecture"])
+    stated = {PREPROCESSING: card["preprocessing"]} | ({} if heads is None else {NUM_HEADS: heads})
+    return {key: json.dumps(value) for key, value in stated.items()}
 
 
 def _preprocessing(architecture: Mapping) -> dict:
@@ -277,12 +287,12 @@ def _preprocessing(architecture: Mapping) -> dict:
 def _resized(found: Pretrained, image_size: int) -> Pretrained:
     """The same network for another image size."""
     architecture, trained = found.card["architecture"], found.card["preprocessing"]
-    patch = architecture["patch_size"]
+    patch = architecture["patch_size"]  # None for a convnet, which has no positions either
     if image_size < 1 or (patch and image_size % patch):
         raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch or 1}: change image_size")
     preprocessing = trained | {"resize": round(trained["resize"] * image_size / trained["crop"]), "crop": image_size}
     found = _described(found, {"image_size": image_size}, preprocessing)
-    if architecture["arch"] not in VITS:
+    if not patch:
         return found
     side = image_size // patch
 
@@ -298,7 +308,7 @@ def _with_channels(found: Pretrained, in_channels: int) -> Pretrained:
         raise UserError(f"in_channels {in_channels}: set it to 1 or more")
     architecture, trained = found.card["architecture"], found.card["preprocessing"]
     statistics = {name: _per_channel(trained[name], in_channels) for name in ("mean", "std")}
-    first = "patch_embed" if architecture["arch"] in VITS else "conv1"
+    first = family_of(architecture["arch"]).input_layer
 
     def changed(params):
         return params | {first: params[first] | {"kernel": _kernel_of(params[first]["kernel"], in_channels)}}

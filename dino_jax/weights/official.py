@@ -5,6 +5,7 @@ is bit-exact.
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -13,7 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from dino_jax.errors import UserError
-from dino_jax.models import RESNETS, VITS, DINOHead, build_backbone
+from dino_jax.models import DINOHead, from_card
+from dino_jax.models.registry import (
+    CHANNELS_A_HEAD,
+    RESNET,
+    architecture_card,
+    names_of,
+    resnet_name,
+    vit_heads,
+    vit_name,
+)
 
 NAMED = 12  # names that an error lists of each kind
 
@@ -54,14 +64,19 @@ def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str)
     return variables
 
 
-def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
-    """What a backbone is, read off its tensors' shapes: arch, patch_size, in_channels, image_size, embed_dim.
+def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict:
+    """The "architecture" section of a model card (see `registry.architecture_card`), read off the tensors' shapes.
 
-    patch_size is None for a ResNet, and its image_size 224, which its tensors do not say. Raises UserError for what is
-    none of our architectures.
+    A ViT of another width, depth or number of heads than the named ones is arch `vit`. A ResNet's image_size is 224,
+    which its tensors do not show.
+
+    num_heads: attention heads of a ViT, as the file or the user states them: no tensor shows them. None: those of the
+    named ViT of this width and depth; of another one embed_dim / 64, with a line on stderr.
+
+    Raises UserError for other networks, and where the heads do not divide the width.
     """
     if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
-        return _vit_architecture(tensors, source)
+        return _vit_architecture(tensors, source, num_heads)
     if "conv1.weight" in tensors:
         return _resnet_architecture(tensors, source)
     raise UserError(
@@ -73,8 +88,7 @@ def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dic
 def backbone_like(architecture: Mapping) -> dict:
     """Shapes of the variables {"params", "batch_stats"} of a card's architecture."""
     size, channels = architecture["image_size"], architecture["in_channels"]
-    model = build_backbone(architecture["arch"], patch_size=architecture["patch_size"] or 16, image_size=size)
-    return _shapes(model, (1, size, size, channels))
+    return _shapes(from_card(architecture), (1, size, size, channels))
 
 
 def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict:
@@ -111,12 +125,14 @@ def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**tensors, **{name: np.zeros((), np.int64) for name in counters}}
 
 
-def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
+def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any) -> dict:
     kernel, pos_embed = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
     if len(kernel) != 4 or len(pos_embed) != 3 or 0 in kernel or pos_embed[1] < 2:
         raise UserError(f"{source} has a patch embedding {kernel} and positions {pos_embed}, which are no ViT's")
     embed_dim, in_channels, rows, columns = kernel
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    if not depth:
+        raise UserError(f"{source} has a ViT's embeddings but no blocks: get the file again")
     positions = pos_embed[1] - 1
     side = round(positions**0.5)
     if rows != columns or side * side != positions:
@@ -124,32 +140,43 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
             f"{source} has patches of {rows} x {columns} pixels and {positions} positions beside CLS's: only square "
             "patches and grids are supported"
         )
-    for arch, build in VITS.items():
-        if (build.keywords["embed_dim"], build.keywords["depth"]) == (embed_dim, depth):
-            return _architecture(arch, rows, in_channels, side * rows, embed_dim)
-    raise UserError(f"{source} is a ViT of width {embed_dim} and depth {depth}, which is none of {', '.join(VITS)}")
+    heads = _usual_heads(embed_dim, depth, source) if num_heads is None else num_heads
+    if type(heads) is not int or heads < 1 or embed_dim % heads:
+        raise UserError(f"{source}: {heads!r} attention heads do not divide its width {embed_dim}: correct num_heads")
+    sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": heads}
+    arch = vit_name(sizes)
+    return architecture_card(
+        arch,
+        patch_size=rows,
+        in_channels=in_channels,
+        image_size=side * rows,
+        sizes=sizes if arch == "vit" else None,
+    )
+
+
+def _usual_heads(embed_dim: int, depth: int, source: str) -> int:
+    """The number of heads of a ViT whose file does not state it."""
+    if named := vit_heads(embed_dim, depth):
+        return named
+    known = f"{source} is a ViT of width {embed_dim} and depth {depth}, which does not show its number of heads"
+    if embed_dim % CHANNELS_A_HEAD:
+        raise UserError(f"{known}: give num_heads (load_backbone(path, num_heads=N), or --num_heads=N)")
+    heads = embed_dim // CHANNELS_A_HEAD
+    print(f"{known}: {heads} are assumed, width / {CHANNELS_A_HEAD}; give num_heads if it has others", file=sys.stderr)
+    return heads
 
 
 def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
     stem, kernels = tensors["conv1.weight"], 3 if "layer1.0.conv3.weight" in tensors else 2
     stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     blocks = tuple(len(stage) for stage in stages)
-    for arch, build in RESNETS.items():
-        if (build.keywords["blocks"], len(build.keywords["kernels"])) == (blocks, kernels) and stem.ndim == 4:
-            return _architecture(arch, None, stem.shape[1], 224, build().embed_dim)
-    raise UserError(
-        f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, which is none of {', '.join(RESNETS)}"
-    )
-
-
-def _architecture(arch: str, patch_size: int | None, in_channels: int, image_size: int, embed_dim: int) -> dict:
-    return {
-        "arch": arch,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "image_size": image_size,
-        "embed_dim": embed_dim,
-    }
+    arch = resnet_name(blocks, kernels)
+    if arch is None or stem.ndim != 4:
+        raise UserError(
+            f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, "
+            f"which is none of {', '.join(names_of(RESNET))}"
+        )
+    return architecture_card(arch, in_channels=stem.shape[1], image_size=224)
 
 
 def _shapes(module: Any, shape: tuple[int, ...]) -> dict:

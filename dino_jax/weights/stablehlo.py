@@ -21,8 +21,8 @@ def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
         features = jax.export.deserialize(bytearray(open(path, "rb").read())).call(images)
 
     images: float32 [B, S, S, C], normalized. Any B (each is compiled once); S is the card's `crop`, for another one
-    see `load_backbone(image_size=...)`. features: {"cls": float32 [B, D]} and, of a ViT, "patches" [B, N, D], row by
-    row, as `Features` has them.
+    see `load_backbone(image_size=...)`. features: {"cls": float32 [B, D], "patches": float32 [B, N, D]}, as `Tokens`
+    has them.
 
     To hand on, not to archive: JAX promises to run it with releases up to three weeks older and six months newer than
     the one that wrote it (jax.export, "Compatibility guarantees"). Raises UserError if `path` can't be written.
@@ -40,8 +40,8 @@ def _without_source_paths(backbone: Backbone, images: jax.ShapeDtypeStruct) -> b
     """The serialized program. JAX would put the paths of all source files into it, which are nobody else's business."""
 
     def features(images):
-        found = backbone(images)  # as a plain dict, because whoever reads the file has no Features
-        return {"cls": found.cls} if found.patches is None else {"cls": found.cls, "patches": found.patches}
+        tokens = backbone(images)  # as a plain dict, because the reader of the file does not have Tokens
+        return {"cls": tokens.cls, "patches": tokens.patches}
 
     limit = jax.config.values["jax_traceback_in_locations_limit"]
     jax.config.update("jax_traceback_in_locations_limit", 0)

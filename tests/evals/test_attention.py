@@ -43,7 +43,7 @@ def test_maps_are_the_reference_cls_row(golden):
         whole = arrays[f"attn_last_{height}x{width}"]
         model = SimpleNamespace(patch_size=patch, apply=lambda variables, images, method, whole=whole: whole)
         images = np.zeros((len(whole), rows * patch, columns * patch, 3), np.float32)
-        maps = attention.attention_maps(Backbone(model, {}, {}), images)
+        maps = attention.attention_maps(Backbone(model, {}, {"architecture": {"arch": "vit"}}), images)
         for y in range(rows):
             for x in range(columns):
                 assert np.array_equal(maps[:, :, y, x], whole[:, :, 0, 1 + y * columns + x])

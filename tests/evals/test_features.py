@@ -114,7 +114,9 @@ def test_mistakes_are_named(backbone, folder, tmp_path):
         with pytest.raises(UserError, match=message):
             protocol.run(backbone, settings(folder, **values), tmp_path)
     with pytest.raises(UserError, match="resnet18 pools one vector"):
-        protocol._check_kind(Backbone(object(), {}, {"architecture": {"arch": "resnet18"}}), "mean", 1)
+        protocol._check_kind(
+            Backbone(build_backbone("resnet18"), {}, {"architecture": {"arch": "resnet18"}}), "mean", 1
+        )
 
 
 def test_files_that_do_not_fit_together_are_refused(tmp_path):

@@ -3,10 +3,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from backbones import Pooled
 from PIL import Image
 
 from dino_jax.distributed.sharding import make_mesh
@@ -165,7 +165,7 @@ def colors_that(apply):
         "architecture": {"in_channels": 3},
         "preprocessing": {"resize": 8, "crop": 8, "mean": [0.5] * 3, "std": [0.5] * 3},
     }
-    return Backbone(SimpleNamespace(apply=apply), {}, card)
+    return Backbone(Pooled(apply), {}, card)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from backbones import Pooled, as_tokens
 from PIL import Image
 from tolerances import assert_close
 
@@ -18,15 +19,16 @@ from dino_jax.errors import UserError
 from dino_jax.evals import linear
 from dino_jax.evals.common import linear_heads
 from dino_jax.evals.common.linear_heads import Kind, probe_features
+from dino_jax.models import build_backbone
 from dino_jax.models.vit import ViT
 from dino_jax.weights.backbone import Backbone
 
 COLORS = np.array([(200, 60, 40), (60, 190, 80), (40, 70, 210)])
 
 
-def card(channels, size):
+def card(channels, size, arch="resnet18"):
     return {
-        "architecture": {"arch": "test", "in_channels": channels},
+        "architecture": {"arch": arch, "in_channels": channels},
         "preprocessing": {"resize": size, "crop": size, "mean": [0.5] * channels, "std": [0.25] * channels},
     }
 
@@ -38,7 +40,7 @@ def mean_color(variables, images):
 @pytest.fixture(scope="module")
 def colors():
     """A backbone that sees the mean color, at 8 pixels."""
-    return Backbone(SimpleNamespace(apply=mean_color), {}, card(3, 8))
+    return Backbone(Pooled(mean_color), {}, card(3, 8))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +48,7 @@ def vit():
     """A ViT for the demo's garments with weights large enough that its features differ from image to image."""
     model = ViT(48, 2, 4, patch_size=8, image_size=32)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 1)))
-    return Backbone(model, jax.tree.map(lambda x: 5 * x, variables), card(1, 32))
+    return Backbone(model, jax.tree.map(lambda x: 5 * x, variables), card(1, 32, "vit"))
 
 
 @pytest.fixture(scope="module")
@@ -78,14 +80,14 @@ def test_features_are_the_references(golden):
     arrays, meta = golden("vit")
     for height, width in meta["config"]["sizes"]:
         size = f"{height}x{width}"
-        blocks = [jnp.asarray(arrays[f"inter2_{which}_{size}"]) for which in ("first", "last")]
+        blocks = [as_tokens(jnp.asarray(arrays[f"inter2_{which}_{size}"])) for which in ("first", "last")]
         np.testing.assert_array_equal(probe_features(blocks, Kind(2, "cls")), arrays[f"linear_n2_{size}"])
         assert_close(probe_features(blocks, Kind(1, "cls_mean")), arrays, f"linear_n1_avgpool_{size}", meta)
 
 
 def test_older_blocks_come_before_the_last_one_with_its_mean():
     older, last = (jax.random.normal(jax.random.key(i), (2, 5, 3)) for i in range(2))
-    features = probe_features([older, last], Kind(2, "cls_mean"))
+    features = probe_features([as_tokens(older), as_tokens(last)], Kind(2, "cls_mean"))
     assert features.shape == (2, 9)
     np.testing.assert_array_equal(features[:, :3], older[:, 0])
     np.testing.assert_array_equal(features[:, 3::2], last[:, 0])
@@ -93,18 +95,18 @@ def test_older_blocks_come_before_the_last_one_with_its_mean():
 
 
 @pytest.mark.parametrize(
-    ("model", "kind"),
+    ("arch", "kind"),
     [
-        (ViT(384, 12, 6), Kind(4, "cls")),
-        (ViT(768, 12, 12), Kind(1, "cls_mean")),
-        (ViT(64, 3, 4), Kind(3, "cls")),
-        (SimpleNamespace(), Kind(1, "cls")),
+        ("vit_small", Kind(4, "cls")),
+        ("vit_base", Kind(1, "cls_mean")),
+        ("vit_nano", Kind(3, "cls")),
+        ("resnet18", Kind(1, "cls")),
     ],
 )
-def test_official_head_is_in_the_default_grid(model, kind):
-    config = linear.default_config()
-    assert linear_heads.official_kind(model) == kind
-    assert kind in linear_heads.feature_kinds(model, config.blocks, config.pooling.split(","))
+def test_official_head_is_in_the_default_grid(arch, kind):
+    config, backbone = linear.default_config(), Backbone(build_backbone(arch), {}, {"architecture": {"arch": arch}})
+    assert linear_heads.official_kind(backbone) == kind
+    assert kind in linear_heads.feature_kinds(backbone, config.blocks, config.pooling.split(","))
     assert linear.OFFICIAL_LR in config.lr
 
 
@@ -264,11 +266,15 @@ import sys, jax
 from pathlib import Path
 from types import SimpleNamespace
 from dino_jax.distributed import sharding
+from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone
 from dino_jax.evals import linear
 assert jax.device_count() == 4
-card = {"preprocessing": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}}
-backbone = Backbone(SimpleNamespace(apply=lambda variables, images: images.reshape(len(images), -1)), {}, card)
+card = {"architecture": {"arch": "resnet18"}}
+card |= {"preprocessing": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}}
+def pixels(variables, images, n, method):
+    return [Tokens(cls=images.reshape(len(images), -1), registers=None, patches=None, grid=(1, 1))]
+backbone = Backbone(SimpleNamespace(apply=pixels), {}, card)
 config = linear.default_config()
 config.update({"train": "demo:train:3", "test": "demo:test:2", "workers": 0})
 config.update({"epochs": 3, "batch_size": 12, "lr": (0.5, 5.0)})

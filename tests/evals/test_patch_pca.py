@@ -1,5 +1,4 @@
 import json
-from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -82,6 +81,6 @@ def test_mistakes_are_named(backbone, tmp_path):
         patch_pca.run(backbone, settings(""), tmp_path)
     with pytest.raises(UserError, match="config.tile"):
         patch_pca.run(backbone, settings("", tile=0), tmp_path)
-    convnet = Backbone(SimpleNamespace(), {}, {"architecture": {"arch": "resnet18", "in_channels": 3}})
+    convnet = Backbone(build_backbone("resnet18"), {}, {"architecture": {"arch": "resnet18", "in_channels": 3}})
     with pytest.raises(UserError, match="vision transformer"):
         patch_pca.run(convnet, settings(""), tmp_path)

@@ -12,6 +12,7 @@ from skimage import data
 from dino_jax.errors import UserError
 from dino_jax.evals import retrieval
 from dino_jax.evals.common import ranking
+from dino_jax.evals.common.extraction import cls_features
 from dino_jax.models import build_backbone
 from dino_jax.weights.backbone import Backbone
 
@@ -179,7 +180,7 @@ def test_size_is_what_pillow_makes_of_it():
 
 def test_cutting_loses_only_what_the_model_leaves_out(backbone):
     scales = (1.0, 1 / np.sqrt(2))
-    see = jax.jit(retrieval.multi_scale(backbone.model.apply, scales, 8))
+    see = jax.jit(retrieval.multi_scale(cls_features(backbone.model), scales, 8))
     whole = np.random.default_rng(0).standard_normal((1, 47, 39, 3)).astype(np.float32)
     rows, columns = (retrieval.smallest_side(side, scales, 8) for side in whole.shape[1:3])
     assert (rows, columns) == (46, 34)  # 5 and 4 patches at the two scales, and 4 and 3

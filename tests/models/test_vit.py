@@ -25,15 +25,20 @@ def images(arrays, height, width):
     return jnp.asarray(arrays[f"in/x_{height}x{width}"].transpose(0, 2, 3, 1))
 
 
+def stacked(tokens):
+    """[B, 1+N, D], as the reference returns tokens."""
+    return jnp.concatenate([tokens.cls[:, None], tokens.patches], axis=1)
+
+
 def test_outputs_at_every_size(reference):
     arrays, meta, module, variables = reference
     for height, width in meta["config"]["sizes"]:
         x, size = images(arrays, height, width), f"{height}x{width}"
-        first, last = module.apply(variables, x, 2, method="last_tokens")
+        first, last = module.apply(variables, x, 2, method="last_blocks")
         ours = {
-            f"cls_{size}": module.apply(variables, x),
-            f"inter2_first_{size}": first,
-            f"inter2_last_{size}": last,
+            f"cls_{size}": module.apply(variables, x).cls,
+            f"inter2_first_{size}": stacked(first),
+            f"inter2_last_{size}": stacked(last),
             f"attn_last_{size}": module.apply(variables, x, method="last_attention"),
         }
         for key, value in ours.items():
@@ -67,7 +72,7 @@ def test_gradients(reference, changes, monkeypatch):
     arrays, meta, module, variables = reference
     x, r = images(arrays, *re.search(r"x_(\d+)x(\d+)", meta["grad"]).groups()), arrays["in/r"]
     module = module.copy(**changes)
-    grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x) * r))(variables["params"])
+    grads = jax.grad(lambda params: jnp.sum(module.apply({"params": params}, x).cls * r))(variables["params"])
     for name, grad in to_official(grads).items():
         assert_close(grad, arrays, f"grad/{name}", meta)
 
@@ -83,7 +88,7 @@ def test_cudnn_takes_any_number_of_tokens(monkeypatch):
     for size, tokens in ((16, 5), (24, 10), (8, 2)):
         x = jax.ShapeDtypeStruct((3, size, size, 3), jnp.float32)
         variables = jax.eval_shape(plain.init, jax.random.key(0), x)
-        gradient = jax.jit(jax.grad(lambda variables, x: module.apply(variables, x).sum().astype(jnp.float32)))
+        gradient = jax.jit(jax.grad(lambda variables, x: module.apply(variables, x).cls.sum().astype(jnp.float32)))
         program = gradient.trace(variables, x).lower(lowering_platforms=("cuda",)).as_text()
         assert "__cudnn$fmhaSoftmaxBackward" in program
         assert f"tensor<3x2x{tokens}x{tokens}x" not in program  # no attention matrix
@@ -92,7 +97,9 @@ def test_cudnn_takes_any_number_of_tokens(monkeypatch):
 def test_any_number_of_channels():
     module = ViT(32, 2, 2, patch_size=8, image_size=16)
     x = jnp.ones((2, 16, 24, 5))
-    assert module.apply(module.init(jax.random.key(0), x), x).shape == (2, 32)
+    tokens = module.apply(module.init(jax.random.key(0), x), x)
+    assert tokens.cls.shape == (2, 32)
+    assert (tokens.registers.shape, tokens.patches.shape, tokens.grid) == ((2, 0, 32), (2, 6, 32), (2, 3))
 
 
 def test_drop_path_keeps_the_mean_and_grows_with_depth():
@@ -110,10 +117,11 @@ def test_dropped_branches_leave_the_input():
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     variables = module.init(jax.random.key(0), x)
     everything = jnp.ones((2, 2, 2))
-    np.testing.assert_allclose(module.apply(variables, x, False, everything), module.apply(variables, x), rtol=1e-6)
+    kept = module.apply(variables, x, False, everything).cls
+    np.testing.assert_allclose(kept, module.apply(variables, x).cls, rtol=1e-6)
     only_first = everything.at[:, :, 1].set(0)
-    first, second = module.apply(variables, x, False, only_first)
-    np.testing.assert_allclose(first, module.apply(variables, x)[0], rtol=1e-5, atol=1e-6)
+    first, second = module.apply(variables, x, False, only_first).cls
+    np.testing.assert_allclose(first, module.apply(variables, x).cls[0], rtol=1e-5, atol=1e-6)
     tokens = module.apply(variables, x, method="tokens")[1, 0]
     normed = (tokens - tokens.mean()) / jnp.sqrt(tokens.var() + 1e-6)
     np.testing.assert_allclose(second, normed, rtol=1e-4, atol=1e-5)

@@ -80,7 +80,7 @@ def assert_is_teacher(backbone, c, seed=0):
     model, variables = teacher(c, seed)
     x = images(c.model.in_channels)
     assert jax.tree.structure(backbone.variables["params"]) == jax.tree.structure(variables["params"])
-    np.testing.assert_allclose(backbone(x).cls, jax.jit(model.apply)(variables, x), rtol=1e-4)
+    np.testing.assert_allclose(backbone(x).cls, jax.jit(model.apply)(variables, x).cls, rtol=1e-4)
 
 
 @pytest.mark.parametrize("store", [export, checkpoint])
@@ -94,18 +94,24 @@ def test_exports_and_checkpoints_give_the_teacher(tmp_path, store, arch, channel
     assert backbone.card["provenance"]["step"] == 3
 
 
-def test_features_have_the_patches_of_a_vit_at_any_size_and_none_of_a_convnet(tmp_path):
+def test_tokens_have_the_patches_of_a_vit_at_any_size_and_the_cells_of_a_convnet(tmp_path):
     export(tmp_path / "vit", config())
     backbone = load_backbone(tmp_path / "vit" / "export")
     features = backbone(jnp.zeros((2, 48, 32, 3)))
     assert features.cls.shape == (2, 64)
     assert features.patches.shape == (2, 6 * 4, 64)
-    tokens = jax.jit(partial(backbone.model.apply, method="last_tokens"))(backbone.variables, images())[-1]
-    np.testing.assert_allclose(backbone(images()).patches, tokens[:, 1:], rtol=1e-5, atol=1e-5)
+    assert features.grid == (6, 4)
+    assert features.registers.shape == (2, 0, 64)
+    assert (backbone.patch_size, backbone.num_blocks) == (8, 3)
+    tokens = jax.jit(partial(backbone.model.apply, method="last_blocks"))(backbone.variables, images())[-1]
+    np.testing.assert_allclose(backbone(images()).patches, tokens.patches, rtol=1e-5, atol=1e-5)
     export(tmp_path / "resnet", config("resnet18"))
-    features = load_backbone(tmp_path / "resnet")(images())
+    backbone = load_backbone(tmp_path / "resnet")
+    features = backbone(images())
     assert features.cls.shape == (2, 512)
-    assert features.patches is None
+    assert (features.patches.shape, features.grid) == ((2, 1, 512), (1, 1))
+    np.testing.assert_allclose(features.patches.mean(1), features.cls, rtol=1e-5)
+    assert (backbone.patch_size, backbone.num_blocks) == (None, 1)
 
 
 def test_a_run_gives_its_export_else_its_newest_intact_checkpoint(tmp_path, capsys):
@@ -208,12 +214,12 @@ def test_card_is_readable_without_dino_jax(tmp_path):
 def test_last_blocks_and_attention_are_the_models_own(tmp_path):
     backbone = load_backbone(export(tmp_path, config()))
     x = jax.random.normal(jax.random.key(2), (2, 48, 32, 3))
-    tokens = jax.jit(partial(backbone.model.apply, n=3, method="last_tokens"))(backbone.variables, x)
+    tokens = jax.jit(partial(backbone.model.apply, n=3, method="last_blocks"))(backbone.variables, x)
     blocks = backbone.last_blocks(x, 3)
     assert [features.grid for features in blocks] == [(6, 4)] * 3
     for features, expected in zip(blocks, tokens, strict=True):
-        np.testing.assert_allclose(features.cls, expected[:, 0], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(features.patches, expected[:, 1:], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(features.cls, expected.cls, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(features.patches, expected.patches, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(backbone(x).patches, blocks[-1].patches, rtol=1e-5, atol=1e-5)
     attention = backbone.attention(x)
     assert attention.shape == (2, 4, 25, 25)

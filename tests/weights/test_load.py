@@ -171,7 +171,10 @@ def test_a_hugging_face_folder_says_what_tensors_cannot(tmp_path):
     assert {key: found.card["preprocessing"][key] for key in card["preprocessing"]} == card["preprocessing"]
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
-    with pytest.raises(UserError, match="2 attention heads, vit_nano has 4"):
+    sizes = {"arch": "vit", "embed_dim": 64, "depth": 3, "num_heads": 2}
+    assert load.load_weights(tmp_path / "hf").card["architecture"] == CARD | sizes
+    (tmp_path / "hf" / "config.json").write_text(json.dumps(config | {"num_attention_heads": 5}))
+    with pytest.raises(UserError, match="5 attention heads do not divide its width 64: correct num_heads"):
         load.load_weights(tmp_path / "hf")
 
 

@@ -46,7 +46,8 @@ def make_backbone(arch, size, channels=3):
 
 
 @pytest.mark.parametrize(
-    ("arch", "size", "channels", "names"), [("vit_nano", 48, 1, {"cls", "patches"}), ("resnet18", 32, 3, {"cls"})]
+    ("arch", "size", "channels", "names"),
+    [("vit_nano", 48, 1, {"cls", "patches"}), ("resnet18", 32, 3, {"cls", "patches"})],
 )
 def test_a_file_gives_the_features_where_only_jax_is_installed(tmp_path, arch, size, channels, names):
     backbone = make_backbone(arch, size, channels)

@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,11 +109,11 @@ def extract_with_backbone(
 ) -> FeatureTable:
     """Calls `extract_source` with a backbone and the knobs batch_size, workers, resize and crop of a protocol's config.
 
-    `apply_fn` replaces the model's own.
+    `apply_fn` computes other features than `cls`.
     """
     trained = backbone.card["preprocessing"]
     return extract_source(
-        apply_fn or backbone.model.apply,
+        apply_fn or cls_features(backbone.model),
         backbone.variables,
         source,
         what,
@@ -175,6 +175,16 @@ def _cached_table(source: Source, records: np.ndarray, cache: FeatureCache | Non
     return FeatureTable(**arrays) if arrays is not None and found.all() else None
 
 
+@cache  # one function per model, so that a second call compiles nothing
+def cls_features(model: Any) -> Callable:
+    """The apply_fn of a backbone's `cls`: (variables, normalized images [b, H, W, C]) -> [b, D]."""
+
+    def apply(variables: Any, images: jax.Array) -> jax.Array:
+        return model.apply(variables, images).cls
+
+    return apply
+
+
 def raw_pixels(variables: Any, images: jax.Array) -> jax.Array:
     """An apply_fn whose features are the pixels, [b, H*W*C]: the baseline that learned features have to beat."""
     return images.reshape(len(images), -1)
@@ -194,7 +204,7 @@ def extract_batches(
     and every process returns the complete one. The devices compute a batch while the host prepares the next.
 
     Args:
-        apply_fn: `model.apply` or a function with the same signature. Passing the same object again recompiles nothing.
+        apply_fn: `cls_features(model)` or a function with the same signature; the same object compiles once.
         variables: parameters and statistics, on the host or replicated.
         batches: this process's share. A batch smaller than the largest so far (the last one, or one with undecodable
             images) is padded on the devices, so that one compiled program serves all.

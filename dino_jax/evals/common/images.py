@@ -88,9 +88,9 @@ def image_paths(images: str) -> list[Path]:
 
 def patch_size(backbone: Backbone) -> int:
     """Pixels of a patch's side; UserError for a convnet."""
-    if not hasattr(backbone.model, "patch_size"):
+    if backbone.patch_size is None:
         raise UserError(f"this needs a vision transformer, not {backbone.config['arch']}: see --checkpoint")
-    return backbone.model.patch_size
+    return backbone.patch_size
 
 
 def normalize_images(backbone: Backbone, images: np.ndarray) -> np.ndarray:
@@ -124,8 +124,8 @@ def patch_grid(backbone: Backbone, images: jax.Array | np.ndarray) -> jax.Array:
     Raises UserError for a convnet.
     """
     patch_size(backbone)
-    found = backbone(images)  # type: ignore[arg-type]
-    return found.patches.reshape(len(images), *found.grid, -1)  # type: ignore[union-attr,misc]
+    tokens = backbone(images)  # type: ignore[arg-type]
+    return tokens.patches.reshape(len(images), *tokens.grid, -1)
 
 
 # --- out -------------------------------------------------------------------------------------------------------------

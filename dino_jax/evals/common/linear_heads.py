@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 
 from dino_jax.data.multicrop import BOX_NUMBERS, crop_and_resize, random_box
 from dino_jax.distributed.sharding import AXES
-from dino_jax.models.vit import ViT
-from dino_jax.weights.backbone import normalize
+from dino_jax.models import Tokens
+from dino_jax.weights.backbone import Backbone, normalize
 
 POOLINGS = ("cls", "cls_mean")
 MOMENTUM = 0.9
@@ -39,6 +39,7 @@ class Probe(NamedTuple):
 
     model: Any  # the backbone's module
     kinds: tuple[Kind, ...]
+    official: Kind  # what the reference's commands read, see `official_kind`
     config: ConfigDict  # with all sizes set
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -72,44 +73,42 @@ class EvalRows(NamedTuple):
     label: Array  # int32 [B], -1 in padding
 
 
-def feature_kinds(model: Any, blocks: Sequence[int], poolings: Sequence[str]) -> tuple[Kind, ...]:
+def feature_kinds(backbone: Backbone, blocks: Sequence[int], poolings: Sequence[str]) -> tuple[Kind, ...]:
     """Returns all combinations for a ViT, with at most all of its blocks; for a convnet, the pooled features."""
-    if not isinstance(model, ViT):
+    if not backbone.family.block_tokens:
         return (Kind(1, "cls"),)
-    return tuple(dict.fromkeys(Kind(min(n, model.depth), pooling) for pooling in poolings for n in blocks))
+    return tuple(dict.fromkeys(Kind(min(n, backbone.num_blocks), pooling) for pooling in poolings for n in blocks))
 
 
-def official_kind(model: Any) -> Kind:
+def official_kind(backbone: Backbone) -> Kind:
     """Returns the features of the reference's commands: CLS of four blocks (ViT-S), CLS and mean patch of one (ViT-B).
 
     The width decides: narrower models are treated like ViT-S, wider ones like ViT-B. A convnet has pooled features.
     """
-    if not isinstance(model, ViT):
+    if not backbone.family.block_tokens:
         return Kind(1, "cls")
-    return Kind(1, "cls_mean") if model.embed_dim >= 768 else Kind(min(4, model.depth), "cls")
+    wide = backbone.model.embed_dim >= 768
+    return Kind(1, "cls_mean") if wide else Kind(min(4, backbone.num_blocks), "cls")
 
 
-def probe_features(blocks: list[jax.Array], kind: Kind) -> jax.Array:
-    """Returns a head's features, given the last blocks' tokens after the final norm, [B, 1+N, D] each, oldest first.
+def probe_features(blocks: list[Tokens], kind: Kind) -> jax.Array:
+    """Returns a head's features, given the last blocks' tokens after the final norm, oldest first.
 
     For "cls" these are the concatenated CLS tokens, float32 [B, n D]. "cls_mean" adds D channels, the mean patch token
     of the last block, interleaved with the channels of its CLS token. This is the order of the reference
     (`eval_linear.py`, which does so for one block).
     """
-    parts = [tokens[:, 0].astype(jnp.float32) for tokens in blocks[-kind.blocks :]]
+    parts = [tokens.cls.astype(jnp.float32) for tokens in blocks[-kind.blocks :]]
     if kind.pooling == "cls_mean":
-        mean = blocks[-1][:, 1:].mean(1, dtype=jnp.float32)
+        mean = blocks[-1].patches.mean(1, dtype=jnp.float32)
         parts[-1] = jnp.stack([parts[-1], mean], axis=2).reshape(len(mean), -1)
     return jnp.concatenate(parts, axis=1)
 
 
 def all_features(probe: Probe, variables: dict, images: jax.Array) -> dict[str, jax.Array]:
     """Runs the backbone once on normalized images [B, H, W, channels]; returns {kind: float32 [B, D]}."""
-    if isinstance(probe.model, ViT):
-        most = max(kind.blocks for kind in probe.kinds)
-        blocks: Any = probe.model.apply(variables, images, most, method="last_tokens")
-    else:
-        blocks = [probe.model.apply(variables, images)[:, None]]  # pooled features take the place of CLS
+    most = max(kind.blocks for kind in probe.kinds)
+    blocks: Any = probe.model.apply(variables, images, most, method="last_blocks")
     return {str(kind): probe_features(blocks, kind) for kind in probe.kinds}
 
 
