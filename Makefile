@@ -2,16 +2,16 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev install-peers demo test check format bench chaos clean
+.PHONY: install install-dev install-peers demo test check format bench chaos wheel wheel-test clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
 install-peers: .venv/.installed-peers
 
-.venv/.installed: requirements.txt pyproject.toml
+.venv/.installed: requirements.txt pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable .
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet -r requirements.txt --editable .
 	touch $@
 
 .venv/.installed-dev: .venv/.installed requirements-dev.txt
@@ -26,7 +26,7 @@ install-peers: .venv/.installed-peers
 demo bench: export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 demo: install  ## pretrain on the bundled images, k-NN, attention picture
-	$(BIN)/python -m dino_jax.commands.demo --workdir=runs/demo
+	$(BIN)/dino-jax demo --workdir=runs/demo
 
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest
@@ -47,5 +47,11 @@ chaos: install  ## the demo killed at 20 random moments, and stopped at 10: the 
 	$(BIN)/python -m benchmarks.chaos --kills=20
 	$(BIN)/python -m benchmarks.chaos --kills=10 --signal=SIGTERM --config.epochs=12
 
+wheel: install-dev  ## the sdist and the wheel, in dist/
+	$(BIN)/python -m build
+
+wheel-test: install-dev  ## the wheel in a fresh environment, outside the checkout
+	.ci/wheel
+
 clean:
-	rm -rf .venv .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv build dist dino_jax.egg-info .pytest_cache .ruff_cache .mypy_cache

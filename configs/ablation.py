@@ -1,16 +1,18 @@
-"""Every cell of `python -m dino_jax.commands.ablation` before its own change: the demo, half as long.
+"""Every cell of `dino-jax ablation` before its own change: the demo, half as long.
 
-    python -m dino_jax.commands.ablation --workdir=runs/ablation
+    dino-jax ablation --workdir=runs/ablation
 
 Hardware: 2 CPU cores, 26 minutes (2026-11-22, AMD EPYC). The results are in README.md, "Is it learning?".
 """
 
-from configs import demo
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the demo; curves with many points, k-NN at the end only."""
-    config = demo.get_config()
+    config = recipes.get_config("demo")
     config.epochs = 24
     config.log_every = 50
     config.evals.knn.every_epochs = 0

@@ -1,6 +1,6 @@
 """A small ViT on the bundled garments: `make demo`.
 
-    python -m dino_jax.commands.demo --workdir=runs/demo
+    dino-jax demo --workdir=runs/demo
 
 Hardware: 2 CPU cores, 7 minutes. Our result (2026-11-23, AMD EPYC): k-NN top-1 64.1 with 30 labels a class (raw
 pixels 37.6, untrained 25.8), 70.0 with all labels (62.3, 40.2).
@@ -10,12 +10,14 @@ What was tried on the way, 6,000 steps each, k-NN of the teacher with 30 labels 
 scale 0.15-0.5, 39.7; teacher momentum 0.996 with twice the rate, 34.8. More steps help most.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the defaults; tiny net, small batch, many steps."""
-    config = default.get_config()
+    config = recipes.get_config("default")
     config.batch_size = 32
     config.epochs = 48
     config.dtype = "float32"

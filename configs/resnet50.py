@@ -1,17 +1,19 @@
 """ResNet-50, 100 epochs with SGD, the official README's convnet recipe.
 
-    python train.py --config=configs/resnet50.py --workdir=runs/resnet50 --config.data.source=folder:imagenet/train
+    dino-jax train --config=resnet50 --workdir=runs/resnet50 --config.data.source=folder:imagenet/train
 
 Hardware: 8 GPUs. No result is published for it. The published ResNet-50 (LARS, batch 4,080, 800 epochs) is the
 reference's, not ours: k-NN 67.5, linear 75.3. Nobody here has run this recipe on ImageNet.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the defaults."""
-    config = default.get_config()
+    config = recipes.get_config("default")
     config.model.arch = "resnet50"
     config.model.drop_path_rate = 0.0
     config.optim.name = "sgd"

@@ -1,18 +1,20 @@
 """ViT-B/16, 400 epochs: the published model's recipe.
 
-    python train.py --config=configs/vitb16.py --workdir=runs/vitb16 --config.data.source=folder:imagenet/train
+    dino-jax train --config=vitb16 --workdir=runs/vitb16 --config.data.source=folder:imagenet/train
 
 Hardware: 32 GPUs (batch 1,024). Clip, freeze and temperatures are from the authors' VISSL configuration, learning rate
 and crops remembered of the published arguments: unverified. Reference's result, not ours (official README): k-NN 76.1,
 linear 78.2. Nobody here has run it on ImageNet.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the defaults."""
-    config = default.get_config()
+    config = recipes.get_config("default")
     config.model.arch = "vit_base"
     config.batch_size = 1_024
     config.epochs = 400

@@ -1,17 +1,19 @@
 """ViT-B/8, 300 epochs: the published model's recipe.
 
-    python train.py --config=configs/vitb8.py --workdir=runs/vitb8 --config.data.source=folder:imagenet/train
+    dino-jax train --config=vitb8 --workdir=runs/vitb8 --config.data.source=folder:imagenet/train
 
 Hardware: 176 GPUs (batch 1,056). Temperatures and the rest are remembered of the published arguments: unverified.
 Reference's result, not ours (official README): k-NN 77.4, linear 80.1. Nobody here has run it on ImageNet.
 """
 
-from configs import vitb16
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from ViT-B/16."""
-    config = vitb16.get_config()
+    config = recipes.get_config("vitb16")
     config.model.patch_size = 8
     config.batch_size = 1_056
     config.epochs = 300

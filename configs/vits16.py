@@ -1,14 +1,16 @@
 """ViT-S/16, 100 epochs: the official defaults.
 
-    python train.py --config=configs/vits16.py --workdir=runs/vits16 --config.data.source=folder:imagenet/train
+    dino-jax train --config=vits16 --workdir=runs/vits16 --config.data.source=folder:imagenet/train
 
 Hardware: 8 GPUs (the official run: 8 x V100 for 1.75 days). Reference's result, not ours (official README): k-NN 69.3,
 linear 74.0; re-runs by others report k-NN 68.4. Nobody here has run this recipe on ImageNet.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """The defaults, by name."""
-    return default.get_config()
+    return recipes.get_config("default")

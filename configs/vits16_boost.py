@@ -1,17 +1,19 @@
 """ViT-S/16, 300 epochs, the official "boosted" recipe: warmer teacher, trainable gain of the prototypes.
 
-    python train.py --config=configs/vits16_boost.py --workdir=runs/boost --config.data.source=folder:imagenet/train
+    dino-jax train --config=vits16_boost --workdir=runs/boost --config.data.source=folder:imagenet/train
 
 Hardware: 16 GPUs. Reference's result, not ours (official README): k-NN 73.3, linear 76.0. The published S/16 model
 (800 epochs, batch 1,024, 10 local crops): k-NN 74.5, linear 77.0. Nobody here has run this recipe on ImageNet.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the defaults."""
-    config = default.get_config()
+    config = recipes.get_config("default")
     config.batch_size = 1_024
     config.epochs = 300
     config.head.norm_last_layer = False

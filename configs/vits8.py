@@ -1,17 +1,19 @@
 """ViT-S/8, 800 epochs: the published model's recipe.
 
-    python train.py --config=configs/vits8.py --workdir=runs/vits8 --config.data.source=folder:imagenet/train
+    dino-jax train --config=vits8 --workdir=runs/vits8 --config.data.source=folder:imagenet/train
 
 Hardware: 64 GPUs (batch 1,024). The settings beyond epochs and batch are those remembered of the published arguments:
 unverified. Reference's result, not ours (official README): k-NN 78.3, linear 79.7. Nobody here has run it on ImageNet.
 """
 
-from configs import default
+from ml_collections import ConfigDict
+
+from dino_jax import recipes
 
 
-def get_config():
+def get_config() -> ConfigDict:
     """Deltas from the defaults."""
-    config = default.get_config()
+    config = recipes.get_config("default")
     config.model.patch_size = 8
     config.batch_size = 1_024
     config.epochs = 800

@@ -1,5 +1,23 @@
 """A user's mistake is one clear line, never a traceback."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Libraries that `pip install dino_jax` leaves out, and the extra that installs each (pyproject.toml).
+EXTRAS = {
+    "array_record": "train",
+    "av": "video",
+    "grain": "train",
+    "matplotlib": "plots",
+    "ml_collections": "train",
+    "optax": "train",
+    "scipy": "train",
+    "tensorboardX": "train",
+    "tensorflow_datasets": "tfds",
+    "torch": "torch",
+    "umap": "umap",
+    "wandb": "wandb",
+}
 NAMED = 5  # differences that a message lists
 
 
@@ -24,3 +42,15 @@ def listed(differences: list[str]) -> str:
     """The first `NAMED` of them, and how many more there are, for a message."""
     more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
     return "; ".join(differences[:NAMED]) + more
+
+
+@contextmanager
+def missing_extras() -> Iterator[None]:
+    """Turns the failed import of a library of `EXTRAS` into a UserError that says how to install it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = str(error.name).split(".")[0]
+        if library not in EXTRAS:
+            raise
+        raise UserError(f"{library} is not installed: pip install 'dino_jax[{EXTRAS[library]}]'") from error

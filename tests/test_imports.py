@@ -5,10 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "dino_jax"
 # The house from the ground up: a room imports from itself and from rooms before it.
 FLOORS = (
     "errors",
+    "recipes",
     "progress",
     "provenance",
     "atomic",
@@ -21,6 +24,7 @@ FLOORS = (
     "evals",
     "training",
     "commands",
+    "__main__",
 )
 
 
@@ -51,9 +55,9 @@ def test_no_import_points_up():
         assert not above, f"{path.relative_to(PACKAGE)} imports {sorted(set(above))}"
 
 
-def test_configs_import_nothing_of_the_package():
+def test_configs_import_nothing_of_the_package_but_one_another():
     for path in (PACKAGE.parent / "configs").glob("*.py"):
-        assert not set(imported_rooms(path)), path
+        assert set(imported_rooms(path)) <= {"recipes"}, path
 
 
 def modules_after(code):
@@ -65,6 +69,17 @@ def modules_after(code):
 
 def test_importing_the_package_imports_no_library():
     assert not modules_after("import dino_jax") & {"jax", "flax", "numpy", "grain", "PIL", "orbax"}
+
+
+def test_getting_a_recipe_is_light():
+    loaded = modules_after("import dino_jax; dino_jax.get_config('vits16')")
+    assert not loaded & {"jax", "flax", "numpy", "grain", "PIL", "orbax"}
+
+
+@pytest.mark.parametrize("script", ["train", "evaluate", "dino_jax.__main__", "dino_jax.commands.cli"])
+def test_what_workers_import_of_the_command_line_is_light(script):
+    # Each process that reads images imports the script that was started once more.
+    assert not modules_after(f"import {script}") & {"absl", "jax", "flax", "numpy", "grain", "ml_collections"}
 
 
 def test_the_step_needs_nothing_that_reads_images():

@@ -1,15 +1,15 @@
-"""The paper's ablation (section 5) on the bundled garments: each part left out in turn, and what happens then.
+"""Trains the demo with one part of the method left out at a time: the paper's ablation (section 5).
 
-    python -m dino_jax.commands.ablation --workdir=runs/ablation
+    dino-jax ablation --workdir=runs/ablation
 
-One run after the other, each in WORKDIR/CELL as train.py would leave it; the same command goes on where it stopped.
-Prints a table, and writes it as ablation.json beside ablation.png, the two kinds of collapse (the paper's figure 7).
+Each run goes to WORKDIR/CELL, as `dino-jax train` writes it. The same command continues where it was interrupted.
+Prints a table, and writes ablation.json and ablation.png, the two kinds of collapse (figure 7 of the paper).
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -30,6 +30,8 @@ from dino_jax.weights.backbone import load_backbone
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+USAGE = "[--workdir=FOLDER] [--cells=CELL,...] [--config=RECIPE] [--config.KEY=VALUE ...]"
 
 
 class Cell(NamedTuple):
@@ -55,9 +57,16 @@ NEAR = 0.05  # of ln K: as near as this to an end counts as there
 INK, FAINT = "#333333", "#DDDDDD"
 
 
-def main(argv: list[str]) -> None:
+def define_flags(arguments: Sequence[str]) -> cli.Settings:
+    """The workdir and the cells, and the settings of the recipe `ablation`."""
+    flags.DEFINE_string("workdir", "runs/ablation", "folder for the runs, ablation.json and ablation.png")
+    flags.DEFINE_list("cells", list(CELLS), "runs to do, separated by commas; finished ones are not trained again")
+    return cli.recipe(arguments, default="ablation")
+
+
+def main(arguments: Sequence[str]) -> None:
     """Trains the cells that are not done, prints the table, writes ablation.json and ablation.png."""
-    cli.require_no_arguments(argv)
+    cli.require_no_arguments(arguments)
     config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells
     if not names or set(names) - set(CELLS):
         raise UserError(f"--cells={','.join(names)}: give some of {','.join(CELLS)}")
@@ -200,10 +209,3 @@ def _draw_panel(axes: "Axes", curves: Mapping[str, Mapping[str, np.ndarray]], sc
 def _front_to_back(curves: Mapping[str, object]) -> list[str]:
     """Names of the cells in the order in which their lines cover each other: DINO is in front of all others."""
     return sorted(curves, key=lambda name: name != "full")
-
-
-if __name__ == "__main__":
-    cli.config_file_flag("configs/ablation.py")
-    flags.DEFINE_string("workdir", "runs/ablation", "folder for the runs, ablation.json and ablation.png")
-    flags.DEFINE_list("cells", list(CELLS), "which runs, with commas between; those done before are not trained again")
-    cli.run(main)

@@ -1,9 +1,9 @@
-"""Reads and decodes every image of a data set as training would, before training does.
+"""Reads and decodes every image of a data set, as training would.
 
-    python -m dino_jax.commands.check SOURCE [--report=FILE.json]
+    dino-jax check folder:photos --report=report.json
 
-SOURCE: whatever data.source takes. Prints sizes, formats, images with the same content, and those that cannot be
-decoded, by name; the report has all of it. Exit code 1 where an image cannot be decoded, else 0.
+SOURCE is what --config.data.source takes. The command prints sizes, formats, images with the same content, and images
+that cannot be decoded, by name; the report has all of them. The exit code is 1 if an image cannot be decoded, else 0.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ import json
 import os
 import sys
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -21,13 +22,13 @@ from absl import flags
 from PIL import Image
 
 from dino_jax import atomic
-from dino_jax.commands import cli
 from dino_jax.data.decoding import FORMATS, DecodeError, to_canvas
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
 from dino_jax.progress import progress
 
+USAGE = "SOURCE [--report=FILE.json]"
 CHUNK = 64  # images that a worker looks at in one go
 SHOWN = 20  # names printed of a kind; the report has all
 
@@ -101,23 +102,23 @@ def describe(report: dict, max_bad_fraction: float) -> str:
     return "\n".join(lines + _first([f"{name}: {problem}" for name, problem in bad.items()]))
 
 
-def main(argv: list[str]) -> None:
-    """argv: the program and SOURCE."""
-    if len(argv) != 2:
-        raise UserError("usage: python -m dino_jax.commands.check SOURCE, where SOURCE is what data.source takes")
-    values = flags.FLAGS
-    source = open_source(argv[1])
+def main(arguments: Sequence[str]) -> None:
+    """Checks SOURCE and prints the findings."""
+    if len(arguments) != 1:
+        raise UserError(f"usage: dino-jax check {USAGE}, where SOURCE is what --config.data.source takes")
+    values, [spec] = flags.FLAGS, arguments
+    source = open_source(spec)
     findings = check(source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers)
     report = summarize(source, findings)
     if values.report:
         with atomic.file(values.report) as path:
-            path.write_text(json.dumps({"source": argv[1], **report}, indent=1) + "\n")
+            path.write_text(json.dumps({"source": spec, **report}, indent=1) + "\n")
     print(describe(report, values.max_bad_fraction))
     sys.exit(1 if report["bad"] else 0)
 
 
-def define_flags() -> None:
-    """The command's settings, besides SOURCE."""
+def define_flags(arguments: Sequence[str]) -> None:
+    """How to read the images, and where to write the report."""
     flags.DEFINE_string("report", None, "JSON file to write all findings to")
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
     flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the training to come", lower_bound=1)
@@ -144,10 +145,3 @@ def _digest(image: bytes | np.ndarray) -> str:
 def _first(lines: list[str]) -> list[str]:
     more = len(lines) - SHOWN
     return [f"  {line}" for line in lines[:SHOWN]] + ([f"  and {more:,} more: see --report=FILE"] if more > 0 else [])
-
-
-if __name__ == "__main__":
-    from dino_jax.commands import check as command  # by the name under which worker processes find its functions
-
-    command.define_flags()
-    cli.run(command.main)

@@ -1,105 +1,215 @@
-"""Entry points: flags in; one line and exit code 2 out when the user made a mistake."""
+"""The `dino-jax` command: finds a command, parses its flags, and turns a user's mistake into one line and exit code 2.
+
+A command is a module of this package. Its docstring is its help, and it defines
+
+    USAGE                       the arguments and required flags, such as "SOURCE OUT"
+    define_flags(arguments)     defines the absl flags, and returns the settings of --config.KEY=VALUE, if it has any
+    main(arguments)             runs the command; `arguments` are those that are not flags
+
+Worker processes import the script that started the program, and with it this module, so it imports nothing slow.
+"""
 
 import hashlib
 import os
 import platform
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
-import jax
-from absl import app, flags, logging
-from ml_collections import config_flags
+import dino_jax
+from dino_jax.errors import Stopped, UserError, missing_extras
 
-from dino_jax.distributed.watchdog import end
-from dino_jax.errors import Stopped, UserError
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
-FLAG_ERRORS = (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError)
+COMMANDS = {
+    "train": "pretrain a backbone with DINO, or resume a run",
+    "evaluate": "evaluate a backbone: k-NN, linear, attention, retrieval, video segmentation, ...",
+    "convert": "convert weights between this package, the official code, timm and Hugging Face",
+    "demo": "pretrain on the bundled images and show the result, in minutes on a CPU",
+    "ablation": "train the demo with one part of the method left out at a time",
+    "preview": "draw the crops that a recipe makes of your images",
+    "check": "read every image of a data set and report the damaged and duplicate ones",
+    "prepare": "write a data set to ArrayRecord files, in parallel",
+    "plan": "compute memory and communication of a recipe on a TPU slice, without one",
+    "replay": "compute a step again whose loss or gradient was not finite",
+}
+HELP = ("--help", "-help", "-h")
 
 
-def run(main: Callable[[list[str]], None]) -> None:
-    """Parses the command line and calls main(positional arguments, the program first).
+class Settings(NamedTuple):
+    """What --config.KEY=VALUE changes."""
 
-    A UserError, an unknown flag, an unknown key of the config or a wrong type prints `error: ...` to stderr and exits
-    with code 2; a run that was stopped by a signal exits with `Stopped.exit_code`, 75.
+    config: "ConfigDict"
+    defined_in: Callable[[], "ConfigDict"]  # its comments say what each setting means
+    about: str  # whose values these are
+
+
+def main() -> None:
+    """Runs `dino-jax COMMAND ...` from the command line."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in HELP:
+        _show(_overview())
+    elif arguments[0] == "--version":
+        print(f"dino_jax {dino_jax.__version__}")
+    elif arguments[0] in COMMANDS:
+        run(arguments[0], arguments[1:])
+    else:
+        _fail(f"no command {arguments[0]!r}: give one of {', '.join(COMMANDS)}")
+
+
+def run(name: str, arguments: Sequence[str]) -> None:
+    """Runs a command of `COMMANDS` and exits as the command line does.
+
+    A UserError, an unknown flag, an unknown key of the config, a value of a wrong type and a library that is not
+    installed print `error: ...` to stderr and exit with code 2. A run that a signal stopped exits with code 75,
+    `Stopped.exit_code`.
     """
-
-    def start(argv):
-        logging.set_verbosity(logging.FATAL)  # Orbax tells pages about every checkpoint, and raises what matters
-        keep_compiled_programs()
-        main(argv)
-
-    app.run(_reported(start), flags_parser=_reported(_parse, FLAG_ERRORS))
-
-
-def keep_compiled_programs() -> None:
-    """Keeps what JAX compiles in ~/.cache/dino_jax, so that the same command starts at once the next time.
-
-    JAX_COMPILATION_CACHE_DIR is another folder, or none where it is empty. One for each kind of processor: programs are
-    made for the very instructions that one has, and home folders are shared.
-    """
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        cpuinfo = Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
-        flags_of_cpu = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
-        kind = f"{platform.machine()}-{hashlib.sha256(flags_of_cpu.encode()).hexdigest()[:12]}"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "dino_jax" / kind))
+    try:
+        with missing_extras():
+            _start(name, list(arguments))
+    except UserError as error:
+        _fail(str(error))
+    except Stopped:
+        _exit_soon(Stopped.exit_code)
 
 
-def config_file_flag(default: str) -> flags.FlagHolder:
-    """Defines --config=FILE with --config.KEY=VALUE overrides of what the file's get_config() returns."""
-    define = _reported(config_flags.DEFINE_config_file, FLAG_ERRORS)
-    return define("config", default, "recipe; override with --config.KEY=VALUE")
+def recipe(arguments: Sequence[str], default: str) -> Settings:
+    """The settings of a command that takes --config=RECIPE, a name or a path."""
+    from dino_jax import recipes
+
+    name = _split_recipe(arguments)[0] or default
+    module = recipes.load(name)
+    return Settings(recipes.config_of(module), recipes.load("default").get_config, f"{name}: {module.__doc__ or ''}")
 
 
-def config_dict_flag(config) -> flags.FlagHolder:
-    """Defines --config.KEY=VALUE overrides of a given config."""
-    define = _reported(config_flags.DEFINE_config_dict, FLAG_ERRORS)
-    return define("config", config, "settings: --config.KEY=VALUE")
+def wants_help(arguments: Sequence[str]) -> bool:
+    """Whether the command line asks for help."""
+    return any(argument in HELP for argument in arguments)
+
+
+def usage_line(command: ModuleType) -> str:
+    """How a command is called."""
+    return f"dino-jax {command.__name__.rpartition('.')[2]} {command.USAGE}"
 
 
 def required(flag: str, value: str | None) -> str:
-    """The value, or a UserError that names the missing flag."""
+    """Returns the value, or raises a UserError that names the missing flag."""
     if not value:
         raise UserError(f"--{flag} is missing")
     return value
 
 
-def require_no_arguments(argv: list[str]) -> None:
-    """UserError where something on the command line is not a flag."""
-    if len(argv) > 1:
-        raise UserError(f"{argv[1]!r} is no flag: settings are --config.KEY=VALUE")
+def require_no_arguments(arguments: Sequence[str]) -> None:
+    """Raises a UserError if something on the command line is not a flag."""
+    if arguments:
+        raise UserError(f"{arguments[0]!r} is no flag: settings are --config.KEY=VALUE")
 
 
-def _parse(argv: list[str]) -> list[str]:
-    rest = flags.FLAGS(argv)
-    if "config" in flags.FLAGS:
-        flags.FLAGS.config.items()  # a file that can't be loaded says so only when it is looked at
-    return rest
+def _start(name: str, arguments: list[str]) -> None:
+    from absl import logging
+
+    command = import_module(f"dino_jax.commands.{name}")
+    settings = command.define_flags(arguments)
+    if wants_help(arguments):
+        from dino_jax.commands.help_page import page
+
+        _show(page(command, settings))
+        return
+    positional = _parse(name, settings, arguments)
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.FATAL)  # Orbax logs pages about every checkpoint, and raises what matters
+    _keep_compiled_programs()
+    command.main(positional)
 
 
-def _reported(function: Callable, mistakes: tuple[type[Exception], ...] = ()) -> Callable:
-    """The function, ending the program with one line at a UserError or at what else is a `mistake` of the user's."""
+def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[str]:
+    """Parses all flags and returns the arguments that are none."""
+    from absl import flags
 
-    def reported(*args):
-        try:
-            return function(*args)
-        except Stopped:
-            # Python waits for all threads: one that reads images may hang, which can be why the run was stopped.
-            last = threading.Timer(5, end, (Stopped.exit_code, "a thread did not end: cut off"))
-            last.daemon = True
-            last.start()
-            sys.exit(Stopped.exit_code)
-        except UserError as error:
-            message = str(error)
-        except mistakes as error:
-            text = str(error)
-            if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # the config has no such key
-                text = f"unknown setting {error.args[0].args[0]}"
-            message = " ".join(text.split())
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(2)
+    try:
+        if settings:
+            from ml_collections import config_flags
 
-    return reported
+            arguments = _split_recipe(arguments)[1]
+            config_flags.DEFINE_config_dict("config", settings.config, sys_argv=[name, *arguments])
+        return flags.FLAGS([name, *arguments])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # the config has no such key
+            text = f"unknown setting {error.args[0].args[0]}"
+        raise UserError(" ".join(text.split())) from error
+
+
+def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Splits --config=RECIPE, or --config RECIPE, from the other arguments. The recipe is "" if there is none."""
+    recipe, others, remaining = "", [], iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            recipe = value if equals else next(remaining, "")
+        else:
+            others.append(argument)
+    return recipe, others
+
+
+def _keep_compiled_programs() -> None:
+    """Keeps compiled programs in ~/.cache/dino_jax, so that the same command starts faster the next time.
+
+    JAX_COMPILATION_CACHE_DIR names another folder; empty switches the cache off. Each kind of processor has its own
+    folder, because programs use the instructions of one processor, and several may share a home folder.
+    """
+    import jax
+
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
+        features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
+        kind = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(cache / "dino_jax" / kind))
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:<{width}}{summary}" for name, summary in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: dino-jax COMMAND [ARGUMENTS] [FLAGS]",
+            "",
+            "DINO self-supervised pretraining in JAX.",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "`dino-jax COMMAND --help` shows the flags and settings of a command.",
+        ]
+    )
+
+
+def _show(text: str) -> None:
+    """Prints a page, also to a program such as `head` that does not read all of it."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush it at exit
+
+
+def _exit_soon(code: int) -> NoReturn:
+    """Exits; after 5 seconds without the threads that do not end."""
+    from dino_jax.distributed.watchdog import end
+
+    # Python waits for all threads. One that reads images may hang, which can be why the run was stopped.
+    last = threading.Timer(5, end, (code, "a thread did not end: cut off"))
+    last.daemon = True
+    last.start()
+    sys.exit(code)
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -1,16 +1,17 @@
-"""Converts trained weights from any form that we read to any that we write.
+"""Converts trained weights from any form that this package reads to any form that it writes.
 
-    python -m dino_jax.convert SOURCE TARGET --to=FORM
+    dino-jax convert runs/a a.safetensors --to=timm
 
-SOURCE: whatever `dino_jax.load_backbone` takes. FORM:
+SOURCE is what `dino_jax.load_backbone` takes: a run, an export, or a file of weights. FORM is one of
   official             the teacher's backbone for the official code (.safetensors, or .pth with torch installed)
-  timm                 the same, whose names are timm's and (ResNet) torchvision's, too
+  timm                 the same file: its names are also those of timm and, for a ResNet, torchvision
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
-  orbax                an export folder of ours; heads, student and center go with it where SOURCE has them
-  stablehlo            one file that JAX runs without this package, and its model card beside it
+  orbax                an export folder of this package, with heads, student and center if SOURCE has them
+  stablehlo            a file that JAX runs without this package, and its model card beside it
   official_checkpoint  student, teacher, heads and center, as the official trainer saves them
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -24,16 +25,23 @@ from dino_jax.weights import huggingface, load, official, stablehlo, tensor_file
 from dino_jax.weights.backbone import backbone_of
 from dino_jax.weights.load import Pretrained, Weights
 
-IMAGE_SIZE = flags.DEFINE_integer("image_size", None, "resize position embeddings for images of this many pixels")
-IN_CHANNELS = flags.DEFINE_integer("in_channels", None, "change the patch embedding for this many channels")
-NUM_HEADS = flags.DEFINE_integer("num_heads", None, "attention heads of SOURCE, where it does not state them")
+USAGE = "SOURCE TARGET --to=FORM"
 
 
-def main(argv: list[str]) -> None:
-    """argv: the program, SOURCE and TARGET."""
-    if len(argv) != 3:
-        raise UserError("usage: python -m dino_jax.convert SOURCE TARGET --to=" + "|".join(FORMS))
-    source, target, form = argv[1], Path(argv[2]), cli.required("to", TO.value)
+def define_flags(arguments: Sequence[str]) -> None:
+    """The form to write, and changes of the backbone."""
+    flags.DEFINE_enum("to", None, list(FORMS), "form to write")
+    flags.DEFINE_integer("image_size", None, "resize the position embeddings for images of this many pixels")
+    flags.DEFINE_integer("in_channels", None, "change the patch embedding for this many channels")
+    flags.DEFINE_integer("num_heads", None, "attention heads of SOURCE, if it does not state them")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Converts SOURCE to TARGET."""
+    if len(arguments) != 2:
+        raise UserError(f"usage: dino-jax convert {USAGE}, with FORM one of {', '.join(FORMS)}")
+    values = flags.FLAGS
+    source, target, form = arguments[0], Path(arguments[1]), cli.required("to", values.to)
     for path in (target, Path(f"{target}.tmp"), Path(f"{target}.json")):  # what a form writes, or would write over
         if path.exists():
             raise UserError(f"{path} exists: remove it or give another TARGET")
@@ -41,9 +49,9 @@ def main(argv: list[str]) -> None:
     found = load.load_weights(
         source,
         training=everything,
-        image_size=IMAGE_SIZE.value,
-        in_channels=IN_CHANNELS.value,
-        num_heads=NUM_HEADS.value,
+        image_size=values.image_size,
+        in_channels=values.in_channels,
+        num_heads=values.num_heads,
     )
     with atomic.disk_errors(target, "make room or give another TARGET"):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -132,8 +140,3 @@ FORMS = {
     "official_checkpoint": write_official_checkpoint,
 }
 KEEP_EVERYTHING = ("orbax", "official_checkpoint")
-TO = flags.DEFINE_enum("to", None, list(FORMS), "form to write")
-
-
-if __name__ == "__main__":
-    cli.run(main)

@@ -1,14 +1,16 @@
-"""`make demo`: pretrain on the bundled garments without a label, then show what was learnt, in minutes on a CPU.
+"""Pretrains on the bundled images without labels and shows the result, in minutes on a CPU.
 
-    python -m dino_jax.commands.demo --workdir=runs/demo
+    dino-jax demo --workdir=runs/demo
 
-Self-supervision is for many images and few labels: all 12,000 images are trained on, 30 labels a class are the bank
-for k-NN. Beside it stand the whole bank, raw pixels and the untrained network. Writes report.json and attention.png.
+Self-supervised learning helps when images are many and labels are few: training uses all 12,000 images, and k-NN uses
+30 labels a class. The report compares the teacher with raw pixels and with the untrained network, also with all labels.
+Writes report.json and attention.png to the workdir.
 """
 
 import json
 import os
 import statistics
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -32,13 +34,20 @@ from dino_jax.training.evaluators import feature_table
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights.backbone import Backbone, load_backbone
 
+USAGE = "[--workdir=FOLDER] [--config=RECIPE] [--config.KEY=VALUE ...]"
 ATTENTION_IMAGES = 500  # of the test split
 ATTENTION_UPSCALE = 2  # images are enlarged for it, so that the patches are finer than the garments
 
 
-def main(argv: list[str]) -> None:
-    """Train (or go on), evaluate, print the report."""
-    cli.require_no_arguments(argv)
+def define_flags(arguments: Sequence[str]) -> cli.Settings:
+    """The workdir, and the settings of the recipe `demo`."""
+    flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
+    return cli.recipe(arguments, default="demo")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Trains or resumes, evaluates, prints the report."""
+    cli.require_no_arguments(arguments)
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     set_cpu_device_count(config.batch_size)
     loop.train(config, workdir)
@@ -132,9 +141,3 @@ def _features(source, what: str, backbone: Backbone | None, config, mesh):
     return feature_table(
         cls_features(backbone.model), backbone.variables, source, what, config, mesh, config.data.mean, config.data.std
     )
-
-
-if __name__ == "__main__":
-    cli.config_file_flag("configs/demo.py")
-    flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
-    cli.run(main)

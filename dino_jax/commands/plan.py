@@ -1,18 +1,18 @@
-"""What a recipe would need on a TPU slice, without one: the real train step, compiled for it.
+"""Compiles the train step of a recipe for a TPU slice, without one, and reports what it needs.
 
-    pip install libtpu
-    python -m dino_jax.commands.plan --config=configs/vits16.py --topology=v5e:16x16 --config.batch_size=4096
+    pip install 'dino_jax[plan]'
+    dino-jax plan --config=vits16 --topology=v5e:16x16 --config.batch_size=4096
 
-Prints the peak memory beside the chip's, the largest batch that fits, what crosses chips, FLOPs, and a model of the
-step time and of its scaling. Memory and collectives are the compiler's; times are arithmetic: chips work at
-`--utilization` of their peak, and communication, which nothing is assumed to hide, goes at the links' full rate.
+Prints the peak memory beside the memory of a chip, the largest batch that fits, the communication between chips, FLOPs,
+and a model of the step time and of its scaling. Memory and collectives come from the compiler. Times are arithmetic:
+chips compute at `--utilization` of their peak, and communication runs at the full rate of the links, without overlap.
 """
 
 import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +30,8 @@ from dino_jax.training.config_checks import check_config
 from dino_jax.training.flops import peak_flops
 from dino_jax.training.setup import abstract_state, build_setup, flops_per_image
 from dino_jax.training.step import lower_step
+
+USAGE = "[--topology=CHIP:SHAPE] [--config=RECIPE] [--config.KEY=VALUE ...]"
 
 
 class Chip(NamedTuple):
@@ -55,9 +57,21 @@ class Collective(NamedTuple):
     devices: int  # that take part together
 
 
-def main(argv: list[str]) -> None:
-    """Prints the plan; writes it as JSON too if asked."""
-    cli.require_no_arguments(argv)
+def define_flags(arguments: Sequence[str]) -> cli.Settings:
+    """The slice, and a recipe's settings."""
+    flags.DEFINE_string("topology", "v5e:4x4", "chip and shape of a slice: v5e:16x16, v5p:4x4x4, v6e:8x8")
+    flags.DEFINE_integer("slices", 1, "number of slices")
+    flags.DEFINE_float("utilization", 0.4, "share of their peak at which chips compute, for the modeled times")
+    flags.DEFINE_string("output", None, "JSON file to write the plan to as well")
+    return cli.recipe(arguments, default="vits16")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Prints the plan, and writes it as JSON if --output is set."""
+    cli.require_no_arguments(arguments)
+    # Only the compiler is used, so libtpu must not look for a chip.
+    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
+    jax.config.update("jax_platforms", "cpu")
     values, config = flags.FLAGS, flags.FLAGS.config
     mesh, chip = topology_mesh(values.topology, values.slices, config.fsdp)
     if config.dtype == "auto":
@@ -81,7 +95,7 @@ def topology_mesh(name: str, slices: int, fsdp: int) -> tuple[Mesh, Chip]:
     except Exception as error:  # the compiler's own, of any kind
         why = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--topology={name} can't be compiled for ({why}): is libtpu installed (pip install libtpu)?"
+            f"--topology={name} can't be compiled for ({why}): is libtpu installed (pip install 'dino_jax[plan]')?"
         ) from error
     if len(devices) % fsdp:
         raise UserError(f"fsdp {fsdp} does not divide {len(devices)} chips: set --config.fsdp to a divisor of them")
@@ -261,15 +275,3 @@ def table(plan: dict) -> str:
         )
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())
-
-
-if __name__ == "__main__":
-    # The compiler alone: no chip is looked for.
-    os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
-    jax.config.update("jax_platforms", "cpu")
-    cli.config_file_flag("configs/vits16.py")
-    flags.DEFINE_string("topology", "v5e:4x4", "chip and shape of a slice: v5e:16x16, v5p:4x4x4, v6e:8x8")
-    flags.DEFINE_integer("slices", 1, "number of slices")
-    flags.DEFINE_float("utilization", 0.4, "share of their peak that chips compute at, for the modeled times")
-    flags.DEFINE_string("output", None, "JSON file to write the plan to as well")
-    cli.run(main)

@@ -1,16 +1,17 @@
 """Writes a data set to ArrayRecord files, in parallel: a few large files instead of a million small ones.
 
-    python -m dino_jax.commands.prepare SOURCE OUT [--canvas_size=256]
+    dino-jax prepare folder:photos prepared --canvas_size=256
 
-SOURCE: whatever data.source takes. OUT: a folder, then read with data.source=array_record:OUT/*.array_record: the same
-images in the same order, hence the same batches. Images are stored as they are, or with --canvas_size smaller. The same
-command goes on where it was cut off. OUT/manifest.json says what was made of what.
+SOURCE is what --config.data.source takes. OUT is a folder, which --config.data.source=array_record:OUT/*.array_record
+reads: the same images in the same order, so training gets the same batches. Images are stored as they are, or smaller
+with --canvas_size. The same command continues where it was interrupted. OUT/manifest.json records the source and the
+files.
 """
 
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,6 @@ from absl import flags
 from PIL import Image
 
 from dino_jax import atomic
-from dino_jax.commands import cli
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.sources import Example, Source, names_digest, open_source
 from dino_jax.data.sources.array_record import write_examples
@@ -29,6 +29,7 @@ from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
 from dino_jax.progress import progress
 
+USAGE = "SOURCE OUT [--canvas_size=256]"
 MANIFEST = "manifest.json"
 PATTERN = "*.array_record"
 JPEG = {"quality": 95, "subsampling": 0}  # at the canvas's size, each chroma pixel counts
@@ -116,24 +117,24 @@ def describe(out: str, done: dict[str, Written]) -> str:
     return "\n".join([*lines, f"train from them with --config.data.source='array_record:{out}/{PATTERN}'"])
 
 
-def main(argv: list[str]) -> None:
-    """argv: the program, SOURCE and OUT."""
-    if len(argv) != 3:
-        raise UserError("usage: python -m dino_jax.commands.prepare SOURCE OUT, where SOURCE is what data.source takes")
-    values = flags.FLAGS
+def main(arguments: Sequence[str]) -> None:
+    """Writes SOURCE to OUT."""
+    if len(arguments) != 2:
+        raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE is what --config.data.source takes")
+    values, [spec, out] = flags.FLAGS, arguments
     done = prepare(
-        argv[1],
-        argv[2],
+        spec,
+        out,
         canvas_size=values.canvas_size,
         channels=values.channels,
         shard_images=values.shard_images,
         workers=values.workers,
     )
-    print(describe(argv[2], done))
+    print(describe(out, done))
 
 
-def define_flags() -> None:
-    """The command's settings, besides SOURCE and OUT."""
+def define_flags(arguments: Sequence[str]) -> None:
+    """How images are stored, and by how many processes."""
     flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: as they are", lower_bound=0)
     flags.DEFINE_integer("channels", 3, "of images made smaller: 1 or 3", lower_bound=1)
     flags.DEFINE_integer("shard_images", 1024, "images in a file", lower_bound=1)
@@ -199,10 +200,3 @@ def _write_manifest(out: Path, plan: dict, done: dict[str, Written]) -> None:
     shards = [done[name]._asdict() for name in sorted(done)]
     with atomic.file(out / MANIFEST) as path:
         path.write_text(json.dumps({**plan, "shards": shards}, indent=1) + "\n")
-
-
-if __name__ == "__main__":
-    from dino_jax.commands import prepare as command  # by the name under which worker processes find its functions
-
-    command.define_flags()
-    cli.run(command.main)

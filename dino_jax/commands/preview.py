@@ -1,6 +1,8 @@
-"""A picture of the crops that a recipe makes of your images, to look at before training on them.
+"""Draws the crops that a recipe makes of your images, to look at before training.
 
-python -m dino_jax.commands.preview --config=configs/vits16.py --config.data.source=folder:photos --images=4
+    dino-jax preview --config=vits16 --config.data.source=folder:photos --images=4
+
+Each row of the picture shows an image, its global crops and its local crops, at the size that the network sees.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from dino_jax.errors import UserError
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.step import image_keys
 
+USAGE = "--config.data.source=SOURCE [--output=FILE] [--config=RECIPE] [--config.KEY=VALUE ...]"
 # Pixels: between tiles, of the labels' line, and of a tile's side at least (labels need the width).
 GAP, LABEL_HEIGHT, MIN_TILE = 4, 24, 96
 
@@ -72,9 +75,16 @@ def picture(canvas: np.ndarray, crops: Crops, mean: Sequence[float], std: Sequen
     return sheet
 
 
-def main(argv: list[str]) -> None:
+def define_flags(arguments: Sequence[str]) -> cli.Settings:
+    """The picture and its number of images, and a recipe's settings."""
+    flags.DEFINE_string("output", "crops.png", "the picture to write, .png or .jpg")
+    flags.DEFINE_integer("images", 4, "number of images, one in each row")
+    return cli.recipe(arguments, default="default")
+
+
+def main(arguments: Sequence[str]) -> None:
     """Writes the picture to --output."""
-    cli.require_no_arguments(argv)
+    cli.require_no_arguments(arguments)
     config, output, images = flags.FLAGS.config, Path(flags.FLAGS.output), flags.FLAGS.images
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output={output}: the picture's name must end in .png or .jpg")
@@ -85,10 +95,3 @@ def main(argv: list[str]) -> None:
     except OSError as error:
         raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
     print(f"written to {output}")
-
-
-if __name__ == "__main__":
-    cli.config_file_flag("configs/default.py")
-    flags.DEFINE_string("output", "crops.png", "the picture to write")
-    flags.DEFINE_integer("images", 4, "number of images, a row each")
-    cli.run(main)

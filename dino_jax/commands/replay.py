@@ -1,11 +1,13 @@
-"""A step that was not finite, once more: what it computed, module by module and image by image.
+"""Computes a step again that was not finite, and reports it module by module and image by image.
 
-python -m dino_jax.commands.replay WORKDIR/replay-STEP.json
+    dino-jax replay WORKDIR/replay-STEP.json
 
-The file is written when a run stops for it. The state is the checkpoint before that step, or the run's beginning; the
-batches are the same ones, since their order and all randomness are functions of seed and step.
+A run that stops because of such a step writes this file. The replay starts from the last checkpoint before the step, or
+from the first state, and computes the same batches, because their order and all randomness are functions of the seed
+and the step.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,6 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax import checkpoints
-from dino_jax.commands import cli
 from dino_jax.data.sources import open_source
 from dino_jax.distributed import fsdp, processes, sharding
 from dino_jax.errors import UserError
@@ -28,6 +29,7 @@ from dino_jax.training.config_checks import check_config
 from dino_jax.training.setup import Setup, State, abstract_state, build_setup
 from dino_jax.training.step import gradients, image_keys, train_step
 
+USAGE = "WORKDIR/replay-STEP.json"
 LISTED = 20  # modules and images that the report names
 
 
@@ -130,13 +132,18 @@ def _norms(modules: dict[str, list]) -> dict[str, jax.Array]:
     return {name: optax.tree.norm(gradients) for name, gradients in modules.items()}
 
 
-def main(argv: list[str]) -> None:
-    """A replay file in, a report out."""
-    if len(argv) != 2:
-        raise UserError("give one file: python -m dino_jax.commands.replay WORKDIR/replay-STEP.json")
-    config = nonfinite.read_replay_file(argv[1])["config"]
+def define_flags(arguments: Sequence[str]) -> None:
+    """None: the file has all settings."""
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Replays the step of a file and prints the report."""
+    if len(arguments) != 1:
+        raise UserError(f"usage: dino-jax replay {USAGE}")
+    [file] = arguments
+    config = nonfinite.read_replay_file(file)["config"]
     processes.set_cpu_device_count(config["batch_size"], config["accum_steps"])  # as the trainer does
-    metrics, grad_norms, images = replay(argv[1])
+    metrics, grad_norms, images = replay(file)
     print(", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "param_norm", "lr")))
     print(f"gradient norms, {min(LISTED, len(grad_norms))} of {len(grad_norms)} modules:")
     for name, norm in list(grad_norms.items())[:LISTED]:
@@ -144,7 +151,3 @@ def main(argv: list[str]) -> None:
     print(f"images with what is not finite: {len(images)}")
     for name, what in images[:LISTED]:
         print(f"  {name}: {what}")
-
-
-if __name__ == "__main__":
-    cli.run(main)

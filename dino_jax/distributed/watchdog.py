@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
-from jax._src import distributed  # its store of keys and values is public by way of nothing else
+
+from dino_jax.errors import UserError
 
 HUNG = 70
 PEER_LOST = 71
@@ -102,7 +103,7 @@ class Peers:
 
     def __init__(self, heartbeat: float):
         self._heartbeat = heartbeat
-        self._client: Any = distributed.global_state.client
+        self._client = key_value_store()
         self._said = ""
         self._heard: dict[str, str] = {}  # key of each process -> its number of signs and what it said
         self._answers = 0
@@ -159,6 +160,22 @@ class Peers:
                 self._answers += 1
             except jax.errors.JaxRuntimeError:  # no answer: `lost` counts the seconds
                 continue
+
+
+def key_value_store() -> Any:
+    """Returns the client of the coordinator's key-value store, which is not part of JAX's public API.
+
+    Raises: UserError if this version of JAX keeps it elsewhere.
+    """
+    try:
+        from jax._src import distributed
+
+        return distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax {jax.__version__} has no jax._src.distributed.global_state.client, through which the processes of a "
+            "run find lost ones: pip install 'jax==0.10.2', or start a single process"
+        ) from error
 
 
 @contextmanager

@@ -33,11 +33,11 @@ MASK_COLOR = np.array((255, 60, 60), np.uint8)
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py attention`."""
+    """Every knob of `dino-jax evaluate attention`."""
     return ml_collections.ConfigDict(
         {
             "images": "",  # an image file, several separated by commas, or a folder
-            "video": "",  # or a video file (needs PyAV: pip install av)
+            "video": "",  # or a video file (pip install 'dino_jax[video]')
             "size": 480,  # pixels of the longer side; 0 keeps the size of the image
             "mass": 0.6,  # share of the attention that the masks keep
             "batch_size": 4,  # frames of a video in a batch

@@ -30,7 +30,7 @@ VOID = 255  # label of outlines and of undecided pixels
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py attention_jaccard`."""
+    """Every knob of `dino-jax evaluate attention_jaccard`."""
     return ml_collections.ConfigDict(
         {
             "data": "",  # the folder of VOC, such as VOCdevkit/VOC2012

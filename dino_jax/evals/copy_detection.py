@@ -43,7 +43,7 @@ EIGENVALUE_FLOOR = 1e-5  # of the largest
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py copy_detection`."""
+    """Every knob of `dino-jax evaluate copy_detection`."""
     return ml_collections.ConfigDict(
         {
             "data": "",  # folder with original/ and a folder for each kind of copy

@@ -1,6 +1,6 @@
 """Writes the features of a set of images to files, for use in other programs.
 
-    python evaluate.py features --checkpoint=runs/a --config.source=folder:/data/photos
+    dino-jax evaluate features --checkpoint=runs/a --config.source=folder:/data/photos
 
 writes to runs/a/eval/features
 
@@ -62,7 +62,7 @@ def knobs() -> dict[str, Any]:
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py features`."""
+    """Every knob of `dino-jax evaluate features`."""
     return ml_collections.ConfigDict(knobs() | {"format": "npy"})  # or array_record
 
 
@@ -195,7 +195,7 @@ def read_set(path: Path) -> FeatureSet:
         names, classes = ([row[key] for row in rows] for key in ("name", "class"))
     except (OSError, ValueError, KeyError, csv.Error) as error:
         raise UserError(
-            f"{path} and {listed.name} beside it can't be read ({error}): write them with `evaluate.py features`"
+            f"{path} and {listed.name} beside it can't be read ({error}): write them with `dino-jax evaluate features`"
         ) from error
     if features.ndim != 2 or len(features) != len(rows):
         raise UserError(f"{path} is {features.shape}, but {listed.name} lists {len(rows)} images: write both again")

@@ -25,7 +25,7 @@ VOTES_CHUNK = 1024  # queries in a chunk of votes, float32 [queries, classes]
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py knn`."""
+    """Every knob of `dino-jax evaluate knn`."""
     return ml_collections.ConfigDict(
         {
             "train": "",  # labeled source of neighbors (data/sources): folder:PATH, tfds:NAME, demo:train

@@ -51,12 +51,12 @@ REPORT_EVERY = 10.0  # seconds
 
 
 def default_config() -> ConfigDict:
-    """Every knob of `python evaluate.py linear`."""
+    """Every knob of `dino-jax evaluate linear`."""
     return ConfigDict(
         {
             "train": "",  # labeled source (data/sources) for training: folder:PATH, tfds:NAME, demo:train
             "test": "",  # labeled source of the images to classify
-            "epochs": 100,
+            "epochs": 100,  # passes over the training images
             "batch_size": 1024,  # images, over all devices
             # Initial rates per 256 images, scaled by batch_size / 256; cosine to 0, constant within an epoch.
             "lr": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),

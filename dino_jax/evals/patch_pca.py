@@ -25,7 +25,7 @@ from dino_jax.weights.backbone import Backbone
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py patch_pca`."""
+    """Every knob of `dino-jax evaluate patch_pca`."""
     return ml_collections.ConfigDict(
         {
             "images": "",  # an image file, several separated by commas, or a folder

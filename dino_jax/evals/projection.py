@@ -5,12 +5,12 @@ import csv
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_collections
 import numpy as np
 
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, missing_extras
 from dino_jax.evals.common.extraction import image_size, l2_normalize
 from dino_jax.evals.common.pca import principal_components
 from dino_jax.evals.common.plots import new_figure, require_matplotlib
@@ -40,10 +40,10 @@ COLORS = (
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py projection`."""
+    """Every knob of `dino-jax evaluate projection`."""
     own = {
-        "features": "",  # a features.npy of `evaluate.py features`, instead of a source
-        "method": "pca",  # or umap (pip install umap-learn)
+        "features": "",  # a features.npy of `dino-jax evaluate features`, instead of a source
+        "method": "pca",  # pca, or umap (pip install 'dino_jax[umap]')
         "most": 20_000,  # maximal number of points, drawn at random from more images
         "neighbors": 15,  # umap: small values show local structure, large values global structure
         "min_dist": 0.1,  # umap: small values give tighter clusters
@@ -158,13 +158,9 @@ def _check(config: ml_collections.ConfigDict) -> None:
             raise UserError(f"{key} is {config[key]}: set --config.{key} to {least} or more")
 
 
-def _import_umap():
-    try:
+def _import_umap() -> Any:
+    with missing_extras():
         import umap
-    except ImportError as error:
-        raise UserError(
-            f"--config.method=umap needs umap-learn ({error}): pip install umap-learn, or set --config.method=pca"
-        ) from error
     return umap
 
 

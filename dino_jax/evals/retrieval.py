@@ -62,7 +62,7 @@ class Photo(NamedTuple):
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py retrieval`."""
+    """Every knob of `dino-jax evaluate retrieval`."""
     return ml_collections.ConfigDict(
         {
             "data": "",  # parent folder of the data sets' folders

@@ -1,7 +1,7 @@
 """Video object segmentation by propagating the first frame's masks: DAVIS 2017, or any video.
 
-    python evaluate.py video_segmentation --checkpoint=runs/a --config.data=DAVIS
-    python evaluate.py video_segmentation --checkpoint=runs/a --config.video=clip.mp4 --config.mask=first.png
+    dino-jax evaluate video_segmentation --checkpoint=runs/a --config.data=DAVIS
+    dino-jax evaluate video_segmentation --checkpoint=runs/a --config.video=clip.mp4 --config.mask=first.png
 
 Differences from the reference: pixels are normalized as in training (the reference has .228 instead of .225 as the
 third standard deviation), and frames are resized with antialiasing.
@@ -37,12 +37,12 @@ SETTINGS = ("size", "multiple", "context", "radius", "topk", "temperature")  # t
 
 
 def default_config() -> ml_collections.ConfigDict:
-    """Every knob of `python evaluate.py video_segmentation`."""
+    """Every knob of `dino-jax evaluate video_segmentation`."""
     return ml_collections.ConfigDict(
         {
             "data": "",  # folder of DAVIS 2017 (trainval, 480p) with JPEGImages, Annotations and ImageSets
             "split": "val",  # a list in ImageSets/2017
-            "video": "",  # or a video file (needs PyAV: pip install av)
+            "video": "",  # or a video file (pip install 'dino_jax[video]')
             "mask": "",  # image of the objects in the first frame of that video: one color each, black elsewhere
             "size": 480,  # pixels of the shorter side of a frame for the backbone
             "multiple": 64,  # the longer side is rounded down to a multiple of this

@@ -16,7 +16,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dino_jax import atomic
-from dino_jax.errors import UserError
+from dino_jax.errors import missing_extras
 from dino_jax.provenance import plain
 
 Scalars = Mapping[str, float]
@@ -129,12 +129,8 @@ class WandbWriter:
     """
 
     def __init__(self, run: Run):
-        try:
+        with missing_extras():
             import wandb
-        except ImportError as error:
-            raise UserError(
-                "writers=wandb needs wandb: pip install 'dino_jax[wandb]', or leave it out of --config.writers"
-            ) from error
         id_file = run.workdir / "wandb" / "id"
         if not id_file.is_file():
             with atomic.file(id_file) as unfinished:

@@ -161,7 +161,7 @@ def _write_torch(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None
     try:
         import torch  # imported here because it's no dependency
     except ImportError as error:
-        raise UserError(f"{path.suffix} files need torch: write .safetensors, or `pip install torch`") from error
+        raise UserError(f"{path.suffix} needs torch: write .safetensors, or pip install 'dino_jax[torch]'") from error
 
     def convert(value: Any) -> Any:
         if isinstance(value, Mapping):

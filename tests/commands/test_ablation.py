@@ -21,7 +21,7 @@ KNN = {"evals__knn__train": "demo:train:3", "evals__knn__test": "demo:test:3", "
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "dino_jax.commands.ablation", *arguments]
+    command = [sys.executable, "-m", "dino_jax", "ablation", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -166,8 +166,8 @@ def test_lines_that_coincide_are_all_visible():
 
 
 def test_no_matplotlib_is_found_out_before_the_first_run(tmp_path):
-    program = "import sys; sys.modules['matplotlib'] = None; import runpy; sys.argv[0] = 'ablation'; "
-    program += "runpy.run_module('dino_jax.commands.ablation', run_name='__main__')"
+    program = "import sys; sys.modules['matplotlib'] = None; from dino_jax.commands import cli; "
+    program += "cli.run('ablation', sys.argv[1:])"
     command = [sys.executable, "-c", program, f"--workdir={tmp_path / 'runs'}", *SHORT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr

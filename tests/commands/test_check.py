@@ -78,7 +78,7 @@ def test_arrays_are_checked_as_well():
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "dino_jax.commands.check", *map(str, arguments)]
+    command = [sys.executable, "-m", "dino_jax", "check", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

@@ -1,4 +1,4 @@
-"""`python -m dino_jax.convert` as a user runs it, and the forms it writes."""
+"""`dino-jax convert` as a user runs it, and the forms it writes."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def convert(*arguments):
-    command = [sys.executable, "-m", "dino_jax.convert", *map(str, arguments)]
+    command = [sys.executable, "-m", "dino_jax", "convert", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

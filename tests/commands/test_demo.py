@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_report_and_picture(tmp_path):
-    command = [sys.executable, "-m", "dino_jax.commands.demo", f"--workdir={tmp_path}", *SHORT]
+    command = [sys.executable, "-m", "dino_jax", "demo", f"--workdir={tmp_path}", *SHORT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())

@@ -81,8 +81,9 @@ def test_in_a_tpu_program_the_gradient_crosses_once(tmp_path, settings):
     command = [
         sys.executable,
         "-m",
-        "dino_jax.commands.plan",
-        "--config=configs/vits16.py",
+        "dino_jax",
+        "plan",
+        "--config=vits16",
         "--topology=v5e:2x4",
         *settings,
     ]

@@ -134,7 +134,7 @@ def test_a_folder_of_something_else_is_refused(folder, tmp_path):
 def test_command_in_parallel_writes_the_same(folder, tmp_path):
     prepare(f"folder:{folder}", tmp_path / "one", **AS_THEY_ARE)
     arguments = [f"folder:{folder}", str(tmp_path / "two"), "--workers=2", "--shard_images=5"]
-    run = [sys.executable, "-m", "dino_jax.commands.prepare", *arguments]
+    run = [sys.executable, "-m", "dino_jax", "prepare", *arguments]
     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "24 images in 5 files" in done.stdout

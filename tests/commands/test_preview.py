@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "dino_jax.commands.preview", *arguments]
+    command = [sys.executable, "-m", "dino_jax", "preview", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
@@ -42,7 +42,7 @@ def test_command_writes_a_picture(tmp_path):
         Image.fromarray(rng.integers(0, 256, (40, 50, 3)).astype(np.uint8)).save(tmp_path / f"{i}.png")
     output = tmp_path / "new" / "crops.png"
     done = run(
-        "--config=configs/vits16.py",
+        "--config=vits16",
         f"--config.data.source=folder:{tmp_path}",
         "--config.data.canvas_size=32",
         "--config.crops.global_size=112",
@@ -61,8 +61,8 @@ def test_command_writes_a_picture(tmp_path):
     [
         ([], "error: data.source"),
         (["--config=configs/missing.py"], "error: "),
-        (["--config=configs/vits16.py", "--config.data.source=demo", "--images=0"], "error: --images=0"),
-        (["--config=configs/vits16.py", "--config.data.source=demo", "--output=crops"], "error: --output=crops"),
+        (["--config=vits16", "--config.data.source=demo", "--images=0"], "error: --images=0"),
+        (["--config=vits16", "--config.data.source=demo", "--output=crops"], "error: --output=crops"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(arguments, message):

@@ -15,6 +15,7 @@ import pytest
 
 from dino_jax.distributed import watchdog
 from dino_jax.distributed.watchdog import HUNG, PEER_LOST, Watchdog
+from dino_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 HANGS = """
@@ -161,3 +162,11 @@ def test_a_process_that_is_done_is_not_lost():
     for process in processes:
         error = process.communicate(timeout=60)[1]
         assert process.returncode == 0, error
+
+
+def test_a_jax_that_moved_its_store_is_one_line(monkeypatch):
+    from jax._src import distributed
+
+    monkeypatch.delattr(distributed, "global_state")
+    with pytest.raises(UserError, match=r"jax \d.*has no jax\._src\.distributed\.global_state"):
+        watchdog.key_value_store()

@@ -121,7 +121,7 @@ def test_mistakes_are_named(backbone, folder, tmp_path):
 
 def test_files_that_do_not_fit_together_are_refused(tmp_path):
     np.save(tmp_path / "features.npy", np.zeros((3, 4), np.float32))
-    with pytest.raises(UserError, match="evaluate.py features"):
+    with pytest.raises(UserError, match="dino-jax evaluate features"):
         protocol.read_set(tmp_path / "features.npy")
     (tmp_path / "images.csv").write_text("record,name,label,class\n0,a,-1,\n")
     with pytest.raises(UserError, match="lists 1 images"):

@@ -105,7 +105,7 @@ def test_umap_gets_the_settings_and_its_points_are_drawn(features, tmp_path, mon
 
 def test_without_umap_the_way_out_is_named(features, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "umap", None)
-    with pytest.raises(UserError, match="pip install umap-learn"):
+    with pytest.raises(UserError, match=r"pip install 'dino_jax\[umap\]'"):
         projection.run(BACKBONE, settings(features=str(features), method="umap"), tmp_path)
 
 
@@ -156,7 +156,7 @@ def test_mistakes_are_named(features, tmp_path):
         ({"source": "demo"}, "config.features"),
         ({"method": "tsne"}, "pca or umap"),
         ({"most": 1}, "config.most"),
-        ({"features": str(tmp_path / "none.npy")}, "evaluate.py features"),
+        ({"features": str(tmp_path / "none.npy")}, "dino-jax evaluate features"),
     ):
         given = {"features": str(features)} if values else {}
         with pytest.raises(UserError, match=message):

@@ -111,5 +111,5 @@ def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
 
 def test_without_wandb_the_way_out_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"writers=wandb needs wandb: pip install 'dino_jax\[wandb\]'"):
+    with pytest.raises(UserError, match=r"wandb is not installed: pip install 'dino_jax\[wandb\]'"):
         open_logger(tmp_path, 10, 5, writers="wandb")

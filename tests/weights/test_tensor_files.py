@@ -187,6 +187,6 @@ def test_what_cannot_be_written_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="is no folder"):
         tensor_files.write(tmp_path / "absent" / "weights.safetensors", {"x": MATRIX})
     monkeypatch.setitem(sys.modules, "torch", None)  # import torch fails
-    with pytest.raises(UserError, match=r"write \.safetensors, or `pip install torch`"):
+    with pytest.raises(UserError, match=r"write \.safetensors, or pip install 'dino_jax\[torch\]'"):
         tensor_files.write(tmp_path / "weights.pth", {"x": MATRIX})
     assert os.listdir(tmp_path) == []

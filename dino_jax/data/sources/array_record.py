@@ -76,7 +76,7 @@ def _split_record(record: bytes) -> tuple[int, int, bytes]:
 def write_array_record(source: Source, path: str) -> None:
     """Writes all examples of a source to one file that `array_record:PATH` reads; arrays are stored as PNG.
 
-    `python -m dino_jax.commands.prepare` writes a large source in parallel, to many files.
+    `dino-jax prepare` writes a large source in parallel, to many files.
     """
     write_examples((source[i] for i in range(len(source))), source.num_classes, path)
 

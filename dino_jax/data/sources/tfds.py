@@ -4,7 +4,7 @@ import os
 import re
 
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.errors import UserError
+from dino_jax.errors import UserError, missing_extras
 
 # A name may contain a version (mnist:3.0.1), and a split may contain a colon (train[:50%]).
 SPEC = re.compile(r"([^:]+(?::\d+\.[\d.*]+)?)(?::(.+))?")
@@ -21,7 +21,8 @@ class TfdsSource(Source):
 
     def __init__(self, name: str, split: str):
         # Imported here because it takes seconds, which the users of other sources should not pay.
-        import tensorflow_datasets as tfds
+        with missing_extras():
+            import tensorflow_datasets as tfds
 
         try:
             folder = os.path.expanduser(name)

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from dino_jax.errors import UserError
+from dino_jax.errors import missing_extras
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,7 +26,5 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def require_matplotlib() -> None:
     """Raises UserError if matplotlib is missing. Call it before long work that ends with a figure."""
-    try:
+    with missing_extras():
         import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"plots need matplotlib ({error}): pip install 'dino_jax[plots]'") from error

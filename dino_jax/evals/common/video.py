@@ -1,4 +1,4 @@
-"""Video files, frame by frame. Needs PyAV, an optional dependency that is imported when needed: `pip install av`."""
+"""Reads and writes video files frame by frame, with PyAV (`pip install 'dino_jax[video]'`)."""
 
 import contextlib
 import itertools
@@ -95,5 +95,5 @@ def _pyav():
     try:
         import av
     except ImportError as error:
-        raise UserError("videos need PyAV: pip install av") from error
+        raise UserError("videos need PyAV: pip install 'dino_jax[video]'") from error
     return av

@@ -87,7 +87,10 @@ def test_what_is_no_video_is_named(av, tmp_path):
 
 def test_without_pyav_the_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(UserError, match="pip install av"):
+    with pytest.raises(UserError, match=r"pip install 'dino_jax\[video\]'"):
         read_video(tmp_path / "a.mp4")
-    with pytest.raises(UserError, match="pip install av"), write_video(tmp_path / "a.mp4", Fraction(25)):
+    with (
+        pytest.raises(UserError, match=r"pip install 'dino_jax\[video\]'"),
+        write_video(tmp_path / "a.mp4", Fraction(25)),
+    ):
         pass

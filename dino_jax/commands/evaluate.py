@@ -1,0 +1,72 @@
+"""Evaluates a trained backbone with one of the protocols.
+
+    dino-jax evaluate knn --checkpoint=runs/a --config.train=folder:train --config.test=folder:val
+    dino-jax evaluate linear --checkpoint=runs/a --config.train=folder:train --config.test=folder:val
+    dino-jax evaluate attention --checkpoint=runs/a --config.images=photo.jpg
+    dino-jax evaluate attention --checkpoint=runs/a --config.video=clip.mp4
+    dino-jax evaluate attention_jaccard --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
+    dino-jax evaluate video_segmentation --checkpoint=runs/a --config.data=/data/DAVIS
+    dino-jax evaluate retrieval --checkpoint=runs/a --config.data=/data/revisited --config.dataset=rparis6k
+    dino-jax evaluate copy_detection --checkpoint=runs/a --config.data=copydays --config.whitening=yfcc20k
+    dino-jax evaluate features --checkpoint=runs/a --config.source=folder:photos
+    dino-jax evaluate projection --checkpoint=runs/a --config.source=folder:photos
+    dino-jax evaluate patch_pca --checkpoint=runs/a --config.images=photo.jpg
+
+`dino-jax evaluate PROTOCOL --help` shows the settings of a protocol. Results, settings and the model card go to
+OUT/results.json.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from dino_jax.commands import cli
+from dino_jax.distributed.processes import set_cpu_device_count
+from dino_jax.errors import UserError
+from dino_jax.evals import PROTOCOLS
+from dino_jax.weights.backbone import load_backbone
+
+USAGE = "PROTOCOL --checkpoint=PATH [--out=FOLDER] [--config.KEY=VALUE ...]"
+
+
+def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
+    """The checkpoint and the folder for results, and the settings of the protocol that the command line names."""
+    flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
+    flags.DEFINE_integer("num_heads", None, "attention heads, if a file of weights does not state them")
+    flags.DEFINE_string("out", None, "folder for results.json and pictures; unless set, CHECKPOINT/eval/PROTOCOL")
+    named = [argument for argument in arguments if argument in PROTOCOLS]
+    if named:
+        protocol = PROTOCOLS[named[0]]
+        return cli.Settings(protocol.default_config(), protocol.default_config, f"{named[0]}: {protocol.__doc__}")
+    if cli.wants_help(arguments):
+        return None
+    raise UserError(f"usage: dino-jax evaluate {USAGE}, with PROTOCOL one of {', '.join(PROTOCOLS)}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the protocol and writes results.json."""
+    if len(arguments) != 1:
+        raise UserError(f"give one protocol, not {' '.join(arguments)}: settings are --config.KEY=VALUE")
+    [protocol], checkpoint = arguments, cli.required("checkpoint", flags.FLAGS.checkpoint)
+    set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
+    backbone = load_backbone(checkpoint, num_heads=flags.FLAGS.num_heads)
+    # The results of a file of weights go beside it, to a folder of its name.
+    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
+    out = Path(flags.FLAGS.out or folder / "eval" / protocol)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"can't write to {out} ({error.strerror}): set --out to another folder") from error
+    results = PROTOCOLS[protocol].run(backbone, flags.FLAGS.config, out)
+    record = {
+        "protocol": protocol,
+        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "checkpoint": checkpoint,
+        **results,
+        "model": backbone.card,
+    }
+    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"written to {out}")

@@ -1,0 +1,169 @@
+"""The page that `dino-jax COMMAND --help` prints. The meanings of settings are the comments in their source."""
+
+import ast
+import inspect
+import io
+import shutil
+import textwrap
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from absl import flags
+
+from dino_jax.commands.cli import Settings, usage_line
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
+
+COLUMN = 44  # where meanings start
+MOST = 120  # characters in a line
+
+
+class Source(NamedTuple):
+    """The source of a function: its syntax tree and, for each line that has one, its comment."""
+
+    tree: ast.Module
+    inline: Mapping[int, str]  # comments behind code
+    above: Mapping[int, str]  # comments that have a line of their own
+
+    def comment(self, node: ast.stmt | ast.expr, end: int | None) -> str:
+        """The comment lines directly above a node, then the comment at its end."""
+        first = node.lineno
+        while first - 1 in self.above:
+            first -= 1
+        lines = [self.above[line] for line in range(first, node.lineno)]
+        return " ".join([*lines, self.inline.get(end or node.lineno, "")]).strip()
+
+
+def page(command: ModuleType, settings: Settings | None) -> str:
+    """The help of a command: usage, description, flags, and settings with their values and meanings."""
+    parts = [f"usage: {usage_line(command)}", inspect.cleandoc(command.__doc__ or "")]
+    if rows := [(_flag(flag), str(flag.help)) for flag in _flags_of(command)]:
+        parts.append("flags:\n" + _table(rows))
+    if settings:
+        parts += [f"settings of {inspect.cleandoc(settings.about)}", *_groups(settings)]
+    return "\n\n".join(parts)
+
+
+def meanings(function: Callable[..., Any]) -> dict[str, str]:
+    """What the settings mean that a function defines: dotted name -> comment.
+
+    The function assigns them (`config.optim.lr = 5e-4  # peak`) or has them as the keys of a dict. A comment stands
+    behind the value or on the lines directly above. Functions of this package that it calls are read as well.
+    """
+    found: dict[str, str] = {}
+    source = _read(function)
+    for name in _called(source.tree):
+        helper = getattr(function, "__globals__", {}).get(name)
+        if isinstance(helper, FunctionType) and helper.__module__.startswith("dino_jax."):
+            found |= meanings(helper)
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
+            name = ast.unparse(node.targets[0]).partition(".")[2]
+            found[name] = source.comment(node, node.end_lineno)
+            found |= _entries(source, node.value, f"{name}.")
+        elif isinstance(node, ast.Return | ast.Assign) and node.value:
+            found |= _entries(source, node.value, "")
+    return found
+
+
+def _entries(source: Source, node: ast.expr, prefix: str) -> dict[str, str]:
+    """The settings in the dicts of an expression, with those of dicts within them."""
+    found: dict[str, str] = {}
+    for literal in _outer_dicts(node):
+        for key, value in zip(literal.keys, literal.values, strict=True):
+            if isinstance(key, ast.Constant) and isinstance(key.value, str):
+                name = f"{prefix}{key.value}"
+                nested = any(_outer_dicts(value))
+                found[name] = source.comment(key, key.lineno if nested else value.end_lineno)
+                found |= _entries(source, value, f"{name}.")
+    return found
+
+
+def _outer_dicts(node: ast.AST) -> Iterator[ast.Dict]:
+    """The dicts in an expression that are not within another one."""
+    if isinstance(node, ast.Dict):
+        yield node
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _outer_dicts(child)
+
+
+def _read(function: Callable[..., Any]) -> Source:
+    text = textwrap.dedent(inspect.getsource(function))
+    lines = text.splitlines()
+    inline: dict[int, str] = {}
+    above: dict[int, str] = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            line, column = token.start
+            comments = inline if lines[line - 1][:column].strip() else above
+            comments[line] = token.string.lstrip("# ")
+    return Source(ast.parse(text), inline, above)
+
+
+def _called(tree: ast.Module) -> Iterator[str]:
+    """Names of the functions that some code calls."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            yield node.func.id
+
+
+def _groups(settings: Settings) -> Iterator[str]:
+    """A table for each group of settings (config.optim, ...), those without a group first."""
+    meaning = meanings(settings.defined_in)
+    values = flat(settings.config)
+    groups: dict[str, list[tuple[str, str]]] = {"": []}
+    for name in sorted(values, key=[*meaning, *values].index):  # in the order of the source
+        group = name.rpartition(".")[0]
+        groups.setdefault(group, []).append((f"--config.{name}={_shown(values[name])}", meaning.get(name, "")))
+    for group, rows in groups.items():
+        title = f"{group}: {meaning[group]}" if meaning.get(group) else group
+        if rows:
+            yield f"{textwrap.fill(title, _width())}\n{_table(rows)}" if title else _table(rows)
+
+
+def flat(config: "ConfigDict") -> dict[str, Any]:
+    """The settings of a config by dotted name."""
+    found: dict[str, Any] = {}
+    for name in config:
+        value = config[name]
+        if isinstance(value, type(config)) and len(value):
+            found |= {f"{name}.{key}": inner for key, inner in flat(value).items()}
+        else:
+            found[name] = value
+    return found
+
+
+def _flags_of(command: ModuleType) -> list[flags.Flag]:
+    """The flags that a command defines, but not those of the libraries that it imports."""
+    return flags.FLAGS.flags_by_module_dict().get(command.__name__, [])
+
+
+def _flag(flag: flags.Flag) -> str:
+    return f"--{flag.name}={_shown(flag.default)}"
+
+
+def _shown(value: Any) -> str:
+    """A value as it is written on the command line; nothing if it is not set."""
+    if value is None:
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    """Names on the left and their meanings on the right, below the name if it is long."""
+    lines: list[str] = []
+    for name, meaning in rows:
+        text = textwrap.wrap(meaning, _width() - COLUMN)
+        first = f"  {name:<{COLUMN - 4}}  "
+        if text and len(first) <= COLUMN:
+            first += text.pop(0)
+        lines += [first.rstrip(), *(" " * COLUMN + line for line in text)]
+    return "\n".join(lines)
+
+
+def _width() -> int:
+    return max(min(shutil.get_terminal_size((MOST, 24)).columns, MOST), COLUMN + 30)
