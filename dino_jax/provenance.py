@@ -13,7 +13,7 @@ def versions() -> dict[str, str]:
     }
 
 
-def plain(config: Any) -> dict:
+def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict or dict as JSON would give it back: dicts, lists, numbers, strings."""
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
 

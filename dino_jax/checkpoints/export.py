@@ -14,7 +14,7 @@ from dino_jax.models.registry import architecture_card, given_sizes
 from dino_jax.provenance import plain, versions
 
 
-def model_card(config: Any, step: int) -> dict:
+def model_card(config: Any, step: int) -> dict[str, Any]:
     """What a user of the exported backbone must know: architecture, preprocessing and provenance, as plain JSON."""
     config = plain(config)
     model = config["model"]
@@ -42,7 +42,7 @@ def model_card(config: Any, step: int) -> dict:
     }
 
 
-def write_export(folder: str | Path, trees: Mapping[str, Any], card: Mapping) -> Path:
+def write_export(folder: str | Path, trees: Mapping[str, Any], card: Mapping[str, Any]) -> Path:
     """Writes trees of arrays, each to a subfolder of its name, and a `model_card` to `folder`, and returns that path.
 
     What was there stays until the new one is complete. Raises UserError where it can't be written.

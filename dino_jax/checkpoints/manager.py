@@ -54,7 +54,7 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
     with atomic.disk_errors(f"to --workdir={workdir}", "give another folder"):
         directory.mkdir(parents=True, exist_ok=True)
 
-    def write_manifest_of_save_in_progress():
+    def write_manifest_of_save_in_progress() -> None:
         # Orbax calls this on process 0 when all data is written and before the checkpoint counts as finished, so there
         # is none without a manifest. It does not say which; one save runs at a time.
         for folder in directory.glob("[0-9]*"):
@@ -111,12 +111,12 @@ def restore_arrays(folder: Path, target: Any) -> Any:
         return checkpointer.restore(folder, args=restore_args)
 
 
-def tree_of(folder: Path) -> dict:
+def tree_of(folder: Path) -> dict[str, Any]:
     """The structure of an Orbax tree on disk, as a target for `restore_arrays`."""
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
-def read_metadata(folder: Path) -> dict:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The config and the library versions saved with the checkpoint in `folder`."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder / "metadata")
@@ -166,7 +166,7 @@ def _saving(directory: Path) -> Iterator[None]:
         raise
 
 
-def _state_settings(config: Mapping) -> dict[str, Any]:
+def _state_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that shape the state, by dotted name."""
     settings = {f"{section}.{key}": value for section in STATE_SECTIONS for key, value in config[section].items()}
     for name in STATE_KEYS:
@@ -177,7 +177,7 @@ def _state_settings(config: Mapping) -> dict[str, Any]:
     return {name: value for name, value in settings.items() if name not in FREE_KEYS}
 
 
-def _require_same_settings(saved: Mapping, current: Mapping, folder: Any) -> None:
+def _require_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Any) -> None:
     saved, current = _state_settings(saved), _state_settings(current)
     different = [name for name in current if name in saved and saved[name] != current[name]]
     if different:

@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -38,7 +38,7 @@ class Cell(NamedTuple):
     """A run of the ablation."""
 
     title: str
-    changes: dict  # of the config, by dotted name
+    changes: dict[str, Any]  # of the config, by dotted name
     color: str  # Okabe and Ito's, which color-blind people tell apart
 
 
@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> None:
     require_matplotlib()
     set_cpu_device_count(config.batch_size)
     check_config(config, jax.device_count())
-    report: dict = {"config": plain(config), "bank": config.evals.knn.train, "bank_full": config.data.source}
+    report: dict[str, Any] = {"config": plain(config), "bank": config.evals.knn.train, "bank_full": config.data.source}
     report["ln_k"] = math.log(config.head.out_dim)
     report["pixels"] = demo.knn_top1(config, None)._asdict()
     report["untrained"] = demo.knn_top1(config, demo.untrained(config))._asdict()
@@ -93,14 +93,14 @@ def main(arguments: Sequence[str]) -> None:
     print(f"\n{table(report)}\nwritten: {workdir / 'ablation.json'}, {workdir / 'ablation.png'}")
 
 
-def changed(config: ConfigDict, changes: Mapping) -> ConfigDict:
+def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
     """A copy of the config with changes by dotted name."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     return config
 
 
-def run_cell(config: ConfigDict, workdir: Path) -> dict:
+def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """Trains a cell (or goes on) and evaluates its teacher.
 
     Returns its final `SCALARS` and k-NN top-1 ("few", "full", see `demo.Accuracy`; None where it could not be trained
@@ -137,7 +137,7 @@ def final(curve: Mapping[str, np.ndarray]) -> dict[str, float | None]:
     return {name: float(curve[name][-last:].mean()) if last else None for name in SCALARS}
 
 
-def verdict(figures: Mapping, ln_k: float, untrained: float) -> str:
+def verdict(figures: Mapping[str, Any], ln_k: float, untrained: float) -> str:
     """What became of a run, from its final figures and the k-NN top-1 of the untrained network.
 
     It has collapsed if the teacher says the same of every image: if the entropy of a batch's mean target is that of the
@@ -154,7 +154,7 @@ def verdict(figures: Mapping, ln_k: float, untrained: float) -> str:
     return "learns" if figures["few"] > untrained else "no better than untrained"
 
 
-def table(report: Mapping) -> str:
+def table(report: Mapping[str, Any]) -> str:
     """The report for people."""
     lines = [
         f"k-NN top-1 in percent with the labels of {report['bank']} (few) and of {report['bank_full']} (all); "

@@ -14,7 +14,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -62,7 +62,7 @@ def check(source: Source, *, canvas_size: int, channels: int, workers: int) -> l
         return [finding for part in progress(found, total, "check", size=len) for finding in part]
 
 
-def summarize(source: Source, findings: list[Finding]) -> dict:
+def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
     """The report, as JSON can hold it: `bad` by name with the reason, `duplicates` as lists of names, and counts."""
     good = [finding for finding in findings if not finding.problem]
     twins = defaultdict(list)
@@ -83,7 +83,7 @@ def summarize(source: Source, findings: list[Finding]) -> dict:
     }
 
 
-def describe(report: dict, max_bad_fraction: float) -> str:
+def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
     """The report for who reads it on a terminal: what to act on comes last."""
     images, bad, duplicates = report["images"], report["bad"], report["duplicates"]
     lines = [f"{images:,} images" + (f", {report['classes']:,} classes" if report["classes"] else ", no labels")]

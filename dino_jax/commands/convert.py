@@ -13,6 +13,7 @@ SOURCE is what `dino_jax.load_backbone` takes: a run, an export, or a file of we
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -85,7 +86,9 @@ def write_huggingface(found: Pretrained, target: Path) -> None:
 def write_orbax(found: Pretrained, target: Path) -> None:
     """An export folder, with a `training` tree beside the backbone's variables if there is more than a backbone."""
     teacher, student = found.teacher, found.student
-    trees: dict = {"variables": {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}}
+    trees: dict[str, Any] = {
+        "variables": {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}
+    }
     if "head" in teacher.params:
         trees["training"] = {
             "teacher": {"head": teacher.params["head"]},
@@ -112,7 +115,7 @@ def write_official_checkpoint(found: Pretrained, target: Path) -> None:
         raise UserError("SOURCE has no student, heads and center to keep: use --to=official for its backbone")
     wrapped = "module." if jax.tree.leaves(found.teacher.stats) else ""
     networks = {"student": (found.student, "module."), "teacher": (found.teacher, wrapped)}
-    checkpoint: dict = {
+    checkpoint: dict[str, Any] = {
         who: {
             f"{prefix}{part}.{name}": x
             for part in ("backbone", "head")

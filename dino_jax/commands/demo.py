@@ -13,19 +13,21 @@ import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from absl import flags
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from dino_jax.checkpoints import model_card
 from dino_jax.commands import cli
 from dino_jax.data import demo_images
-from dino_jax.data.sources import open_source
+from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.evals.attention import evaluate_masks
-from dino_jax.evals.common.extraction import cls_features, raw_pixels
+from dino_jax.evals.common.extraction import FeatureTable, cls_features, raw_pixels
 from dino_jax.evals.knn import knn_accuracy
 from dino_jax.models import from_card
 from dino_jax.provenance import versions
@@ -62,7 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
 
 
-def untrained(config) -> Backbone:
+def untrained(config: ConfigDict) -> Backbone:
     """The network of a config as it is before the first step."""
     state = init_state(build_setup(config, steps_per_epoch=1), make_mesh())
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
@@ -70,9 +72,9 @@ def untrained(config) -> Backbone:
     return Backbone(from_card(card["architecture"]), variables, card)
 
 
-def knn_report(config, trained: Backbone, initial: Backbone) -> dict:
+def knn_report(config: ConfigDict, trained: Backbone, initial: Backbone) -> dict[str, Any]:
     """k-NN top-1 in percent of pixels, untrained network and teacher, with the bank of few labels and the whole one."""
-    report: dict = {"k": config.evals.knn.k, "bank": config.evals.knn.train}
+    report: dict[str, Any] = {"k": config.evals.knn.k, "bank": config.evals.knn.train}
     report |= {"bank_full": config.data.source, "test": config.evals.knn.test}
     for what, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
         accuracy = knn_top1(config, backbone)
@@ -87,7 +89,7 @@ class Accuracy(NamedTuple):
     full: float  # with all that is trained on
 
 
-def knn_top1(config, backbone: Backbone | None) -> Accuracy:
+def knn_top1(config: ConfigDict, backbone: Backbone | None) -> Accuracy:
     """k-NN top-1 with both banks, of raw pixels without a backbone. Raises UserError for a source without labels."""
     mesh, k, queries = make_mesh(), config.evals.knn.k, open_source(config.evals.knn.test)
     test = _features(queries, "queries", backbone, config, mesh)
@@ -100,7 +102,7 @@ def knn_top1(config, backbone: Backbone | None) -> Accuracy:
     return Accuracy(*top1)
 
 
-def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict:
+def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict[str, Any]:
     """Mean Jaccard index of the best head's mask with the exact garment, and the picture."""
     images = demo_images.demo_images("test")[:ATTENTION_IMAGES]
     masks = demo_images.demo_masks("test")[:ATTENTION_IMAGES]
@@ -118,7 +120,7 @@ def training_rate(metrics: Path) -> float:
     return statistics.median(line["images_per_second"] for line in lines if "images_per_second" in line)
 
 
-def table(report: dict, config) -> str:
+def table(report: dict[str, Any], config: ConfigDict) -> str:
     """The report for people."""
     rows = [("raw pixels", "knn_top1_pixels"), ("untrained network", "knn_top1_init"), ("DINO teacher", "knn_top1")]
     lines = [f"{'k-NN top-1, %':<20}{'30 labels a class':>20}{'all labels':>14}"]
@@ -133,7 +135,7 @@ def table(report: dict, config) -> str:
     )
 
 
-def _features(source, what: str, backbone: Backbone | None, config, mesh):
+def _features(source: Source, what: str, backbone: Backbone | None, config: ConfigDict, mesh: Mesh) -> FeatureTable:
     """Features of a source, of its raw pixels (0 to 1) without a backbone."""
     if backbone is None:
         channels = config.model.in_channels

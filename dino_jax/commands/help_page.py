@@ -137,12 +137,12 @@ def flat(config: "ConfigDict") -> dict[str, Any]:
     return found
 
 
-def _flags_of(command: ModuleType) -> list[flags.Flag]:
+def _flags_of(command: ModuleType) -> list[flags.Flag[Any]]:
     """The flags that a command defines, but not those of the libraries that it imports."""
     return flags.FLAGS.flags_by_module_dict().get(command.__name__, [])
 
 
-def _flag(flag: flags.Flag) -> str:
+def _flag(flag: flags.Flag[Any]) -> str:
     return f"--{flag.name}={_shown(flag.default)}"
 
 

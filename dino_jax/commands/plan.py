@@ -12,9 +12,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -102,24 +102,24 @@ def topology_mesh(name: str, slices: int, fsdp: int) -> tuple[Mesh, Chip]:
     return sharding.make_mesh(devices, fsdp), CHIPS[generation]
 
 
-def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilization: float) -> dict:
+def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilization: float) -> dict[str, Any]:
     """Compiles the step at the config's batch and at half of it, and works out the rest. Takes minutes."""
     batch, chips = config.batch_size, mesh.size
     share = batch // chips
     program = compile_step(config, mesh)
-    peak = program.memory_analysis().peak_memory_in_bytes
+    peak = peak_bytes(program)
     fits = None
     smaller = share // 2 // config.accum_steps * config.accum_steps
     if smaller:
         half = config.copy_and_resolve_references()
         half.batch_size = smaller * chips
-        peaks = {share: peak, smaller: compile_step(half, mesh).memory_analysis().peak_memory_in_bytes}
+        peaks = {share: peak, smaller: peak_bytes(compile_step(half, mesh))}
         fits = images_that_fit(peaks, chip.memory * (1 - RESERVED), config.accum_steps)
     setup = build_setup(config, steps_per_epoch=1_000)
     flops = flops_per_image(setup) * share
     parameters = sum(x.size for x in jax.tree.leaves(abstract_state(setup, mesh).student))
     rate = peak_flops(mesh.devices.flat[0])
-    found = list(collectives(program.as_text(), chips))
+    found = list(collectives(program.as_text() or "", chips))
     seconds = {
         "compute": flops / (rate * utilization) if rate else None,
         "links": sum(link_seconds(one, chip, chips // slices) for one in found),
@@ -143,7 +143,13 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilizati
     }
 
 
-def images_that_fit(peaks: dict[int, float], memory: float, multiple: int) -> int | None:
+def peak_bytes(program: jax.stages.Compiled) -> int:
+    """The compiler's figure for the peak memory of a device."""
+    memory: Any = program.memory_analysis()
+    return memory.peak_memory_in_bytes
+
+
+def images_that_fit(peaks: Mapping[int, float], memory: float, multiple: int) -> int | None:
     """The most images of a chip, off a line through its `peaks` with two numbers of them; a multiple of `multiple`.
 
     None where the line does not rise: with a few images, what does not depend on them takes most.
@@ -154,7 +160,7 @@ def images_that_fit(peaks: dict[int, float], memory: float, multiple: int) -> in
     return int(few + (memory - low) * (many - few) / (high - low)) // multiple * multiple
 
 
-def compile_step(config: ConfigDict, mesh: Mesh):
+def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
     """The train step of a config as the compiler makes it for these devices."""
     print(f"compiling for {mesh.size} chips, batch {config.batch_size:,} (a few minutes)", file=sys.stderr, flush=True)
     setup = build_setup(config, steps_per_epoch=1_000)
@@ -179,7 +185,7 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     assert entry is not None
 
-    overlapped: set[tuple] = set()
+    overlapped: set[tuple[Any, ...]] = set()
 
     def walk(name: str, times: int, fused: bool = False) -> Iterator[Collective]:
         for line in bodies.get(name, "").splitlines():
@@ -241,7 +247,7 @@ def network_seconds(gradient: int, chip: Chip, slices: int, per_slice: int) -> f
     return 2 * gradient / per_slice * (slices - 1) / slices / chip.network
 
 
-def table(plan: dict) -> str:
+def table(plan: dict[str, Any]) -> str:
     """The plan for people."""
     seconds, gb = plan["seconds"], 1e9
     total = sum(seconds.values()) if seconds["compute"] else None

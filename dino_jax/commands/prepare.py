@@ -14,7 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -169,7 +169,7 @@ def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channel
     return Written(shard.name, images, size, left_out)
 
 
-def _finished(out: Path, plan: dict) -> dict[str, Written]:
+def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
     """The files that a run before this one finished. UserError where it was a run of something else."""
     for unfinished in out.glob(".*.unfinished"):
         unfinished.unlink()
@@ -196,7 +196,7 @@ def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
 
 
-def _write_manifest(out: Path, plan: dict, done: dict[str, Written]) -> None:
+def _write_manifest(out: Path, plan: dict[str, Any], done: dict[str, Written]) -> None:
     shards = [done[name]._asdict() for name in sorted(done)]
     with atomic.file(out / MANIFEST) as path:
         path.write_text(json.dumps({**plan, "shards": shards}, indent=1) + "\n")

@@ -89,14 +89,14 @@ def state_after(step: int, workdir: Path, setup: Setup, mesh: Mesh) -> State:
     return fsdp.place(checkpoints.restore_arrays(folder / "state", target), mesh)
 
 
-def not_finite(setup: Setup, mesh: Mesh, state: State, batch) -> dict[str, jax.Array]:
+def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, jax.Array]:
     """Of each image of the batch, whether its crops, its teacher's or its student's logits hold what is not finite.
 
     Bool [B] each, under "pixels", "teacher" and "student". Without drop paths.
     """
     config, method = setup.config, setup.method
 
-    def own(state, batch):
+    def own(state: Any, batch: Any) -> dict[str, jax.Array]:
         keys = image_keys(config.seed, state.step, batch.position)
         groups = setup.augment(keys[:, 0], batch).groups
         gather = partial(fsdp.gather, dtype=method.backbone.dtype)
@@ -105,7 +105,7 @@ def not_finite(setup: Setup, mesh: Mesh, state: State, batch) -> dict[str, jax.A
         student_z, _ = method.embed(student, state.student_stats, groups, nothing)
         teacher_z, _ = method.embed(teacher, state.teacher_stats, groups[:1], [None])
 
-        def broken(arrays):
+        def broken(arrays: Any) -> jax.Array:
             return ~jnp.stack([jnp.isfinite(x).reshape(len(x), -1).all(1) for x in arrays]).all(0)
 
         return {
@@ -121,14 +121,14 @@ def not_finite(setup: Setup, mesh: Mesh, state: State, batch) -> dict[str, jax.A
 
 def module_norms(grads: Any) -> dict[str, float]:
     """L2 norm of the gradients of each module, by dotted path: those that are not finite first, then the largest."""
-    modules: dict[str, list] = {}
+    modules: dict[str, list[Any]] = {}
     for path, gradient in jax.tree.leaves_with_path(grads):
         modules.setdefault(jax.tree_util.keystr(path[:-1], simple=True, separator="."), []).append(gradient)
     norms = {name: float(norm) for name, norm in jax.device_get(jax.jit(_norms)(modules)).items()}
     return dict(sorted(norms.items(), key=lambda item: (np.isfinite(item[1]), -item[1])))
 
 
-def _norms(modules: dict[str, list]) -> dict[str, jax.Array]:
+def _norms(modules: dict[str, list[Any]]) -> dict[str, jax.Array]:
     return {name: optax.tree.norm(gradients) for name, gradients in modules.items()}
 
 

@@ -80,7 +80,7 @@ def multicrop(
     slope = 1.0 / (255.0 * jnp.array(std))
     offset = jnp.array(mean) / jnp.array(std)
 
-    def normalized(group):
+    def normalized(group: Any) -> jax.Array:
         images = _group_crops(keys, planes, sizes, group, crops)
         return (jnp.swapaxes(images, 3, 4) * slope - offset).astype(dtype)
 
@@ -93,7 +93,7 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
     if number == 0:
         return jnp.zeros((planes.shape[0], 0, group.size, planes.shape[2], group.size))
 
-    def view(key, image, size, blur, solarize):
+    def view(key: jax.Array, image: jax.Array, size: jax.Array, blur: jax.Array, solarize: jax.Array) -> jax.Array:
         numbers = jax.random.uniform(key, (BOX_NUMBERS + JITTER_NUMBERS + OTHER_NUMBERS,))
         for_box, for_jitter, others = jnp.split(numbers, (BOX_NUMBERS, BOX_NUMBERS + JITTER_NUMBERS))
         flipped, grayed, blurred, sigma, solarized = others
@@ -111,7 +111,7 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
             crop = jnp.where(solarized < solarize, photometric.solarize(crop), crop)
         return crop
 
-    def views(key, image, size):
+    def views(key: jax.Array, image: jax.Array, size: jax.Array) -> jax.Array:
         view_keys = jax.vmap(jax.random.fold_in, (None, 0))(key, group.first + jnp.arange(number))
         arguments = view_keys, image, size, jnp.array(group.blur), jnp.array(group.solarize)
         return jax.vmap(view, (0, None, None, 0, 0))(*arguments)

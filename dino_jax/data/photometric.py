@@ -83,7 +83,7 @@ def _pixelwise_jitter(image: jax.Array, factors: jax.Array, places: jax.Array) -
     pair = jnp.where(swapped, jnp.array([SATURATION, BRIGHTNESS]), jnp.array([BRIGHTNESS, SATURATION]))
     before_hue = places[pair] < places[HUE]
 
-    def blend_pair(image, due):
+    def blend_pair(image: jax.Array, due: jax.Array) -> jax.Array:
         for i in range(2):
             target = jnp.where(pair[i] == SATURATION, 1.0, 0.0) * gray(image)
             image = blend(image, target, jnp.where(due[i], factors[pair[i]], 1.0))

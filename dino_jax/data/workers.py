@@ -92,7 +92,7 @@ class Batches(Generic[T]):
     def __enter__(self) -> "Batches[T]":
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _stalled(self) -> str:
@@ -142,7 +142,7 @@ def _state(worker: BaseProcess) -> str:
     return STATES.get(status.rpartition(")")[2].split()[0], "alive")
 
 
-def iterate(elements: grain.MapDataset, workers: int, stall_timeout: float = STALL_TIMEOUT) -> Batches:
+def iterate(elements: grain.MapDataset, workers: int, stall_timeout: float = STALL_TIMEOUT) -> Batches[Any]:
     """Iterates over a dataset in order, prefetching in `workers` processes, or in threads if 0. See `Batches`."""
     if workers < 0:
         raise UserError(f"data.workers {workers} is negative: set it to 0 or more")

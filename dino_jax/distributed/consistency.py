@@ -5,6 +5,7 @@ gradients hides it. They therefore compare what they are about to do at the star
 """
 
 import hashlib
+import importlib.metadata
 import json
 import os
 from collections import Counter
@@ -15,7 +16,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
@@ -68,7 +68,7 @@ def settings(config: Any) -> dict[str, Any]:
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(PER_HOST)} | {
         **{f"version of {name}": version for name, version in provenance.versions().items()},
-        "version of jaxlib": jaxlib.__version__,
+        "version of jaxlib": importlib.metadata.version("jaxlib"),
         "code of dino_jax": _code(),
         "devices of a host": f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}",
         "XLA_FLAGS": " ".join(flags),

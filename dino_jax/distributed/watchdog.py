@@ -44,7 +44,7 @@ class Watchdog:
     A silence is counted in ticks of the thread itself: a run that is suspended (Ctrl-Z) is suspended with it.
     """
 
-    def __init__(self, limits, heartbeat: float):
+    def __init__(self, limits: Any, heartbeat: float) -> None:
         self._limits, self._heartbeat = limits, heartbeat
         self._begun: set[str] = set()
         self._peers = Peers(heartbeat) if jax.process_count() > 1 else None
@@ -69,7 +69,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(self, kind, error, traceback) -> None:
+    def __exit__(self, kind: Any, error: object, traceback: object) -> None:
         if self._peers and isinstance(error, jax.errors.JaxRuntimeError):
             # A collective that broke off, most likely: the thread soon knows who is lost, and ends this process.
             self._thread.join(2 * self._heartbeat)

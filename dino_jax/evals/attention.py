@@ -1,8 +1,10 @@
 """Self-attention of the CLS token in the last block: pictures, masks of each head, overlap with objects."""
 
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_collections
@@ -45,7 +47,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Draws the attention for images of any shape, or for a video.
 
     Writes NNN_NAME.png for each image, with the image, the mean attention, the attention of each head, and the mask.
@@ -122,7 +124,7 @@ def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.nda
 
 
 @partial(jax.jit, static_argnums=0)
-def _cls_attention(apply_fn, variables, images):
+def _cls_attention(apply_fn: Callable[..., Any], variables: Any, images: jax.Array) -> jax.Array:
     return apply_fn(variables, images, method="last_attention")[:, :, 0, 1:]
 
 

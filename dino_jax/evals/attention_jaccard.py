@@ -8,6 +8,7 @@ that covers them; images keep their size, cut to whole patches, and so do the ob
 
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -41,7 +42,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Scores the best head's mask of each object, prints a table and draws the first images to `out`/objects.png.
 
     Images are processed one by one; each new size is compiled once.

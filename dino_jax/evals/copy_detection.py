@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +59,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Looks up each copy among originals and distractors, prints mAP for each kind, draws some copies with answers.
 
     Features (see `cls_and_gem`) are whitened, then L2-normalized, and compared by cosine similarity; the first 20
@@ -178,7 +179,7 @@ def _squeezed(path: Path, imsize: int, channels: int) -> np.ndarray:
 
 
 @cache  # the same object for the same model, so that a second call compiles nothing
-def descriptor(apply_fn: Callable) -> Callable:
+def descriptor(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
     """A ViT's `apply` -> (variables, normalized images [B, H, W, C]) -> [B, 2 D], see `cls_and_gem`."""
     return lambda variables, images: cls_and_gem(apply_fn(variables, images))
 

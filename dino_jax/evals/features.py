@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -66,7 +67,7 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(knobs() | {"format": "npy"})  # or array_record
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Writes features and a list of their images, see the module. An interrupted run continues where it stopped.
 
     Returns:
@@ -127,14 +128,14 @@ def describe(source: Source, table: FeatureTable) -> FeatureSet:
 
 
 @cache  # the same object for the same model, so that a second call compiles nothing
-def reader(model: Any, kind: Kind) -> Callable:
+def reader(model: Any, kind: Kind) -> Callable[..., Any]:
     """Returns an apply_fn (variables, normalized images [B, H, W, C]) -> float32 [B, D'] for this kind of features.
 
     For a convnet these are the pooled features. For a ViT, D' is `blocks` times the model's D, oldest block first, and
     "cls_mean" adds D (see `linear_heads.probe_features`).
     """
 
-    def read(variables, images):
+    def read(variables: Any, images: jax.Array) -> jax.Array:
         blocks: Any = model.apply(variables, images, kind.blocks, method="last_blocks")
         if kind.pooling == "mean":
             return jnp.concatenate([tokens.patches.mean(1, dtype=jnp.float32) for tokens in blocks], axis=1)

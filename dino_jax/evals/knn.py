@@ -4,7 +4,7 @@ import os
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,7 @@ class Bank(NamedTuple):
         return f"{name} shots={self.shots}" if self.shots else name
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Classifies the test images by their neighbors among the training images and prints a table.
 
     Besides the votes of the k nearest images, images are classified by the nearest class mean (of L2-normalized
@@ -106,7 +106,7 @@ def classify(
 ) -> dict[Bank, dict[str, float]]:
     """Computes the figures of `run` from features."""
 
-    def accuracies(chosen, shots: int) -> dict[Bank, np.ndarray]:
+    def accuracies(chosen: Any, shots: int) -> dict[Bank, np.ndarray]:
         rows, labels = bank.features[chosen], bank.labels[chosen]
         votes = dict.fromkeys(min(k, len(labels)) for k in config.k)
         arguments = queries.features, queries.labels, tuple(votes), config.temperature, num_classes, mesh

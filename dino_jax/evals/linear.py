@@ -14,6 +14,7 @@ import time
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,7 +78,7 @@ def default_config() -> ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict[str, Any]:
     """Trains all heads, tests them every `val_every` epochs and prints the grid, the best head and the official one.
 
     The same command resumes an interrupted run after its last complete epoch, from `out`/linear_state.npz. The best
@@ -201,7 +202,7 @@ def say(text: str) -> None:
 
 
 def fit(
-    probe: Probe, variables: dict, train: Source, test: Source, mesh: Mesh, file: Path
+    probe: Probe, variables: dict[str, Any], train: Source, test: Source, mesh: Mesh, file: Path
 ) -> tuple[list[Record], Watch]:
     """Trains from the state in `file`, or from the start, to the last epoch; saves the state after each epoch.
 
@@ -241,7 +242,9 @@ def fit(
     return history, watch
 
 
-def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -> tuple[int, np.ndarray, np.ndarray]:
+def evaluate(
+    probe: Probe, count: Any, state: ProbeState, test: Source, mesh: Mesh
+) -> tuple[int, np.ndarray, np.ndarray]:
     """Tests all heads in one pass; returns the number of images, and top-1 and top-5 accuracy in percent [K, L].
 
     `count` is `eval_step` on the mesh. Raises UserError if no image can be decoded.
@@ -263,7 +266,7 @@ def evaluate(probe: Probe, count, state: ProbeState, test: Source, mesh: Mesh) -
     return int(total), top1, top5
 
 
-def checked_labels(source: Source, split: str, values, records: np.ndarray) -> np.ndarray:
+def checked_labels(source: Source, split: str, values: Any, records: np.ndarray) -> np.ndarray:
     """Returns the labels of some records as int32 [b]. Raises UserError if one is not a class of the source."""
     label = np.array(values, np.int32)
     wrong = records[(label < 0) | (label >= source.num_classes)]
@@ -275,7 +278,7 @@ def checked_labels(source: Source, split: str, values, records: np.ndarray) -> n
     return label
 
 
-def _reading(probe: Probe) -> dict:
+def _reading(probe: Probe) -> dict[str, Any]:
     """Returns the settings of batches that training and testing share."""
     return {
         "batch_size": probe.config.batch_size,
@@ -289,7 +292,7 @@ def _reading(probe: Probe) -> dict:
 # --- report ---------------------------------------------------------------------------------------------------------
 
 
-def summary(probe: Probe, history: list[Record]) -> dict:
+def summary(probe: Probe, history: list[Record]) -> dict[str, Any]:
     """Returns {"best", "official", "grid"} for `run`, with the best and the last epoch of each head."""
     heads = {
         (str(kind), lr): _head(
@@ -298,20 +301,20 @@ def summary(probe: Probe, history: list[Record]) -> dict:
         for k, kind in enumerate(probe.kinds)
         for i, lr in enumerate(probe.config.lr)
     }
-    grid: dict = {str(kind): {} for kind in probe.kinds}
+    grid: dict[str, Any] = {str(kind): {} for kind in probe.kinds}
     for (kind, lr), head in heads.items():
         grid[kind][str(lr)] = head
     best = max(heads.values(), key=lambda head: head["top1"])
     return {"best": best, "official": heads.get((str(probe.official), OFFICIAL_LR)), "grid": grid}
 
 
-def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dict:
+def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dict[str, Any]:
     epoch, top1, top5 = max(measured, key=lambda row: row[1])
     last = dict(zip(("epoch", "top1", "top5"), measured[-1], strict=True))
     return {"features": kind, "lr": lr, "epoch": epoch, "top1": top1, "top5": top5, "last": last}
 
 
-def table(figures: dict) -> str:
+def table(figures: dict[str, Any]) -> str:
     """Formats the figures: the grid, then the best and the official head."""
     grid, best, official = figures["grid"], figures["best"], figures["official"]
     lines = [

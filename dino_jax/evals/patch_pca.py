@@ -2,6 +2,7 @@
 
 import time
 from pathlib import Path
+from typing import Any
 
 import ml_collections
 import numpy as np
@@ -36,7 +37,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Draws images of any shape beside the components of their patch tokens, together and one by one.
 
     Writes patch_pca.png, with a row per image, and NNN_NAME.png for each image, with the colors alone at its size.

@@ -52,7 +52,7 @@ def default_config() -> ml_collections.ConfigDict:
     return ml_collections.ConfigDict(knobs() | own)
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Projects L2-normalized features to two dimensions; writes METHOD.png, and METHOD.csv with the images.
 
     Returns:

@@ -77,7 +77,7 @@ def default_config() -> ml_collections.ConfigDict:
     )
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Ranks all images for each query; prints mAP and mean precision at 1, 5, 10; draws some queries with answers.
 
     A feature is the CLS token, averaged over the scales, then L2-normalized; images are ranked by cosine similarity.
@@ -182,23 +182,23 @@ def read_ground_truth(path: Path) -> dict[str, Any]:
 class _Dtype:
     """Replaces a pickled NumPy dtype: i8, f4, U20."""
 
-    def __init__(self, code: str, *_):
+    def __init__(self, code: str, *_: object) -> None:
         self.code = code
 
-    def __setstate__(self, state: tuple):
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         self.code = state[1].replace("|", "") + self.code
 
 
-class _Array(list):
+class _Array(list[Any]):
     """Replaces a pickled NumPy array by a flat list of its values."""
 
-    def __setstate__(self, state: tuple):
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
         _, _, dtype, _, data = state
         self[:] = np.frombuffer(data, dtype.code).tolist()  # refuses dtypes of objects
 
 
 # NumPy's own functions would read and write arbitrary memory if given hostile arguments.
-_STAND_INS: dict[str, Callable] = {
+_STAND_INS: dict[str, Callable[..., Any]] = {
     "_reconstruct": lambda *_: _Array(),
     "scalar": lambda dtype, data: np.frombuffer(data, dtype.code)[0].item(),
     "ndarray": _Array,
@@ -209,7 +209,7 @@ _STAND_INS: dict[str, Callable] = {
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable:
+    def find_class(self, module: str, name: str) -> Callable[..., Any]:
         if module.split(".")[0] in ("numpy", "_codecs", "builtins", "__builtin__") and name in _STAND_INS:
             return _STAND_INS[name]
         raise UserError(f"the ground truth's pickle asks for {module}.{name}: refused, download it from its authors")
@@ -319,7 +319,7 @@ def _load(photo: Photo, imsize: int, shape: tuple[int, int], channels: int) -> n
 
 
 @cache  # the same object for the same model, so that a second call compiles nothing
-def multi_scale(apply_fn: Callable, scales: tuple[float, ...], step: int) -> Callable:
+def multi_scale(apply_fn: Callable[..., Any], scales: tuple[float, ...], step: int) -> Callable[..., Any]:
     """Wraps apply_fn(variables, images [b, H, W, C]) -> [b, D] to return its mean over scaled versions of the images.
 
     These are bilinear without antialiasing, as in the reference, and cut to multiples of `step` pixels.
@@ -332,7 +332,7 @@ def multi_scale(apply_fn: Callable, scales: tuple[float, ...], step: int) -> Cal
         factors, shift = np.full(2, scale, np.float32), np.zeros(2, np.float32)
         return jax.image.scale_and_translate(images, shape, (1, 2), factors, shift, "linear", antialias=False)
 
-    def averaged(variables, images: jax.Array) -> jax.Array:
+    def averaged(variables: Any, images: jax.Array) -> jax.Array:
         return jnp.mean(jnp.stack([apply_fn(variables, seen(images, scale)) for scale in scales]), 0)
 
     return averaged
@@ -366,7 +366,7 @@ def score_queries(
     return precision, at_k
 
 
-def _score(ranking: np.ndarray, gnd: list[dict]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
+def _score(ranking: np.ndarray, gnd: list[dict[str, Any]]) -> tuple[dict[str, dict[str, float]], dict[str, int]]:
     """Returns figures in percent and the number of queries they are averaged over, for each level that has any."""
     figures, counted = {}, {}
     for level, kinds in LEVELS.items():
@@ -379,7 +379,7 @@ def _score(ranking: np.ndarray, gnd: list[dict]) -> tuple[dict[str, dict[str, fl
     return figures, counted
 
 
-def _print_table(figures: dict, counted: dict, dataset: str, queries: int, images: int) -> None:
+def _print_table(figures: dict[str, Any], counted: dict[str, Any], dataset: str, queries: int, images: int) -> None:
     print(f"{dataset}: {queries} queries of {images:,} images, percent:")
     print(f"{'':8}{'queries':>8}{'mAP':>8}" + "".join(f"{f'mP@{k}':>8}" for k in KS))
     for level, values in figures.items():
@@ -387,7 +387,7 @@ def _print_table(figures: dict, counted: dict, dataset: str, queries: int, image
 
 
 def _draw(
-    database: list[Photo], queries: list[Photo], ranking: np.ndarray, gnd: list[dict], rows: int, sheet: Path
+    database: list[Photo], queries: list[Photo], ranking: np.ndarray, gnd: list[dict[str, Any]], rows: int, sheet: Path
 ) -> None:
     """Draws queries at equal intervals in the list, with easy and hard answers framed in green and junk in gray."""
     shown = np.unique(np.linspace(0, len(queries) - 1, rows).astype(int))

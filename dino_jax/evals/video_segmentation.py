@@ -14,11 +14,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dino_jax.data.decoding import decode
@@ -62,7 +63,7 @@ class AnnotatedVideo(NamedTuple):
     annotations: list[Path]  # of all frames, or of only the first one in the test sets
 
 
-def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict:
+def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
     """Writes the masks of each video to `out`/masks/VIDEO as palette PNGs; scores those of DAVIS and prints a table.
 
     An interrupted run continues with the unfinished videos. With config.video, also writes VIDEO_masks.mp4.
@@ -181,7 +182,7 @@ def list_videos(root: Path, split: str) -> list[AnnotatedVideo]:
     return videos
 
 
-def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
+def _segment_davis(backbone: Backbone, config: ConfigDict, out: Path) -> tuple[int, Scores]:
     """Returns the number of frames computed, and J and F of each video, [objects, frames except the first and last]."""
     videos, masks, channels = (
         list_videos(Path(config.data), config.split),
@@ -212,7 +213,7 @@ def _segment_davis(backbone, config, out: Path) -> tuple[int, Scores]:
     return done, scores
 
 
-def _segment_own(backbone, config, out: Path) -> int:
+def _segment_own(backbone: Backbone, config: ConfigDict, out: Path) -> int:
     """Writes the masks, and a video of them over the frames; returns the number of frames."""
     if not config.mask:
         raise UserError("--config.mask is empty: set it to a picture of the objects in the video's first frame")
@@ -243,7 +244,7 @@ def _davis_labels(path: Path) -> np.ndarray:
     return np.where(labels == VOID, 0, labels)
 
 
-def _claim(masks: Path, settings: dict) -> None:
+def _claim(masks: Path, settings: dict[str, Any]) -> None:
     """Records settings and model beside the masks. Raises UserError if there are masks of others."""
     note, text = masks / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
     if note.exists() and note.read_text() != text:

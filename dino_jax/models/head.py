@@ -44,7 +44,7 @@ class DINOHead(nn.Module):
     axis_name: str | tuple[str, ...] | None = None
     dtype: jnp.dtype = jnp.float32
 
-    def setup(self):
+    def setup(self) -> None:
         """Declares `layers` linear layers (batch norm behind all but the last) and the prototypes."""
         widths = [self.hidden_dim] * (self.layers - 1) + [self.bottleneck_dim]
         self.mlp = [nn.Dense(width, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype) for width in widths]

@@ -61,7 +61,9 @@ class BatchNorm(nn.Module):
         return jax.lax.pmean(value, self.axis_name) if self.axis_name else value
 
 
-def apply_in_training(module: nn.Module, params: dict, stats: dict, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+def apply_in_training(
+    module: nn.Module, params: dict[str, Any], stats: dict[str, Any], x: jax.Array, *args: Any, **kwargs: Any
+) -> Any:
     """Runs module(x, train=True, *args) -> its output, and the batch norm statistics that it leaves."""
     variables = {"params": params, "batch_stats": stats}
     y, mutated = module.apply(variables, x, True, *args, mutable=["batch_stats"], **kwargs)

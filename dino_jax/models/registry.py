@@ -114,7 +114,7 @@ def build_backbone(
     attention: str = "xla",
     dtype: jnp.dtype = jnp.float32,
     axis_name: str | tuple[str, ...] | None = None,
-    gather: Callable | None = None,
+    gather: Callable[..., Any] | None = None,
 ) -> BackboneModule:
     """The module of an architecture: `apply(variables, images [B, H, W, C], train) -> Tokens`.
 

@@ -7,6 +7,7 @@ makes tracing and compilation as fast for 24 blocks as for one, unless `unroll` 
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ class Attention(nn.Module):
     dtype: jnp.dtype
     kernel: str
 
-    def setup(self):
+    def setup(self) -> None:
         """Declares the projections; their widths follow the input."""
         self.qkv = Projection(3, self.dtype)
         self.proj = Projection(1, self.dtype)
@@ -109,7 +110,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     attention_kernel: str = "xla"
 
-    def setup(self):
+    def setup(self) -> None:
         """Declares the two residual branches."""
         self.norm1 = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
         self.attn = Attention(self.num_heads, self.dtype, self.attention_kernel)
@@ -120,7 +121,7 @@ class Block(nn.Module):
         """[B, N, D] -> float32 [B, h, N, N], this block's attention probabilities."""
         return self.attn.probabilities(self.norm1(x))
 
-    def __call__(self, x: jax.Array, drop_path: jax.Array | None, collect: bool):
+    def __call__(self, x: jax.Array, drop_path: jax.Array | None, collect: bool) -> tuple[jax.Array, jax.Array | None]:
         """[B, N, D] and drop_path [2, B], a factor for each branch of each image -> ([B, N, D], the same or None)."""
         scale = (1, 1) if drop_path is None else drop_path.astype(self.dtype)[:, :, None, None]
         x = x + scale[0] * self.attn(self.norm1(x))
@@ -142,9 +143,9 @@ class ViT(nn.Module):
     attention: str = "xla"  # or cudnn: one fused kernel, of NVIDIA GPUs from Ampere on, in bfloat16 or float16
     dtype: jnp.dtype = jnp.float32
     # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`fsdp.gather`).
-    gather: Callable | None = None
+    gather: Callable[..., Any] | None = None
 
-    def setup(self):
+    def setup(self) -> None:
         """Declares patch embedding, tokens, `depth` scanned blocks and the final norm."""
         grid = self.image_size // self.patch_size
         self.patch_embed = nn.Conv(
@@ -169,7 +170,7 @@ class ViT(nn.Module):
         self.blocks = scanned(self.num_heads, self.mlp_ratio * self.embed_dim, self.dtype, self.attention)
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
 
-    def _block(self):
+    def _block(self) -> Any:
         """`Block`, with what the backward pass is to compute again rather than to keep.
 
         The results of the products with weights are kept, all else (norms, attention, GELU, gathered parameters) is

@@ -1,6 +1,9 @@
 """What is wrong with a config, found before anything is read or compiled: one line with the knob and the way out."""
 
+from typing import Any
+
 import jax
+from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
@@ -76,7 +79,7 @@ FAMILY_SETTINGS = {
 RANGES = ("global_scale", "local_scale", "blur_sigma")
 
 
-def check_config(config, devices: int) -> None:
+def check_config(config: ConfigDict, devices: int) -> None:
     """Raises UserError for the first setting that cannot work on this many devices."""
     if not config.data.source:
         raise UserError("data.source is not set: give --config.data.source=folder:PATH (or tfds:NAME, demo)")
@@ -97,7 +100,7 @@ def check_config(config, devices: int) -> None:
         )
 
 
-def _check_values(config) -> None:
+def _check_values(config: ConfigDict) -> None:
     for name, options in CHOICES.items():
         if (value := _get(config, name)) not in options:
             raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
@@ -120,7 +123,7 @@ def _check_values(config) -> None:
         raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more, below 1")
 
 
-def _check_crops(crops) -> None:
+def _check_crops(crops: ConfigDict) -> None:
     for key in (*PROBABILITIES, *PAIRS_OF_PROBABILITIES, *RANGES):
         values = (crops[key],) if key in PROBABILITIES else tuple(crops[key])
         if key not in PROBABILITIES and len(values) != 2:
@@ -135,7 +138,7 @@ def _check_crops(crops) -> None:
             raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities, 0 to 1")
 
 
-def _check_channels(config) -> None:
+def _check_channels(config: ConfigDict) -> None:
     for key in ("mean", "std"):
         if len(config.data[key]) != config.model.in_channels:
             raise UserError(
@@ -146,7 +149,7 @@ def _check_channels(config) -> None:
         raise UserError(f"data.std is {tuple(config.data.std)}: set --config.data.std to values above 0")
 
 
-def _check_model(config) -> None:
+def _check_model(config: ConfigDict) -> None:
     model, crops, family = config.model, config.crops, family_of(config.model.arch)
     check_sizes(model.arch, model)
     for key, (what, without) in FAMILY_SETTINGS.items():
@@ -188,7 +191,7 @@ def _check_cudnn(dtype: str) -> None:
         )
 
 
-def _check_batch(config, devices: int) -> None:
+def _check_batch(config: ConfigDict, devices: int) -> None:
     if devices % config.fsdp:
         raise UserError(f"fsdp {config.fsdp} does not divide {devices} devices: set --config.fsdp to a divisor of them")
     share = devices * config.accum_steps
@@ -199,7 +202,7 @@ def _check_batch(config, devices: int) -> None:
         raise UserError(f"batch {config.batch_size} does not divide over {parts}: set --config.batch_size to {options}")
 
 
-def _get(config, name: str):
+def _get(config: ConfigDict, name: str) -> Any:
     for key in name.split("."):
         config = config[key]
     return config

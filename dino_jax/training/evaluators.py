@@ -68,7 +68,7 @@ def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh
     knn.check_classes(bank, queries)
     backbone, config = setup.method.backbone, setup.config
 
-    def both(variables: dict, images: jax.Array) -> jax.Array:
+    def both(variables: dict[str, Any], images: jax.Array) -> jax.Array:
         """Features of teacher and student side by side, so that each image is read once."""
         tokens = [backbone.apply(variables[who], images) for who in ("teacher", "student")]
         return jnp.concatenate([one.cls for one in tokens], axis=-1)
@@ -99,7 +99,14 @@ EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Una
 
 
 def feature_table(
-    apply_fn: Callable, variables: Any, source: Source, what: str, config: ConfigDict, mesh: Mesh, mean: Any, std: Any
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    source: Source,
+    what: str,
+    config: ConfigDict,
+    mesh: Mesh,
+    mean: Any,
+    std: Any,
 ) -> FeatureTable:
     """`extract_source` of a source with the image sizes and batch size of config.eval."""
     return extract_source(

@@ -45,7 +45,7 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
 
     parts = ("backbone", "head") if heads else ("backbone",)
 
-    def merged(before: dict, loaded: dict) -> dict:
+    def merged(before: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
         return before | place({part: loaded[part] for part in parts}, mesh)
 
     state = fresh.replace(
@@ -83,7 +83,7 @@ def _said(found: Pretrained, config: ConfigDict, heads: bool) -> str:
     )
 
 
-def _check_backbone(architecture: dict, config: ConfigDict) -> None:
+def _check_backbone(architecture: dict[str, Any], config: ConfigDict) -> None:
     there = {"model.in_channels": architecture["in_channels"]}
     ours = {"model.in_channels": config.model.in_channels}
     their_sizes, our_sizes = given_sizes(sizes_on_card(architecture)), given_sizes(config.model)
@@ -100,7 +100,7 @@ def _check_backbone(architecture: dict, config: ConfigDict) -> None:
     _require_same(there, ours, config, way_out)
 
 
-def _network(arch: str, sizes: dict) -> dict:
+def _network(arch: str, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"model.arch": arch} | {f"model.{name}": value for name, value in sizes.items()}
 
 
@@ -124,7 +124,7 @@ def _head_of(weights: Weights, config: ConfigDict) -> Weights:
     return weights._replace(params=weights.params | {"head": head | {"last_layer": last_layer}})
 
 
-def _require_same(there: dict, ours: dict, config: ConfigDict, way_out: str) -> None:
+def _require_same(there: dict[str, Any], ours: dict[str, Any], config: ConfigDict, way_out: str) -> None:
     different = [name for name in there if there[name] != ours[name]]
     if different:
         said = ", ".join(f"{name} is {ours[name]}, there {there[name]}" for name in different)

@@ -2,9 +2,10 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 from ml_collections import ConfigDict
@@ -12,6 +13,7 @@ from ml_collections import ConfigDict
 from dino_jax import checkpoints
 from dino_jax.data.pipeline import Batch, train_batches
 from dino_jax.data.sources import Source, open_source
+from dino_jax.data.workers import Batches
 from dino_jax.distributed import consistency, fsdp, processes, sharding
 from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
@@ -138,7 +140,7 @@ class Run:
         peak = peak_flops(jax.devices()[0])
         self._utilization = peak and flops_per_image(setup) / (peak * jax.device_count())  # at one image a second
         self._bad: set[int] = set()
-        self._running: tuple | None = None  # (step, metrics, images) that has been dispatched but not checked
+        self._running: tuple[Any, ...] | None = None  # (step, metrics, images) that has been dispatched but not checked
         self._started = time.perf_counter()
         self._first = True
 
@@ -147,10 +149,10 @@ class Run:
         lowered = lower_step(self._setup, self._mesh, state)
         consistency.require_same(lambda: consistency.program(lowered))
         with readable_out_of_memory():
-            self._train_step: Callable = compile_lowered(lowered)
+            self._train_step: Callable[..., Any] = compile_lowered(lowered)
         self._compiled = time.perf_counter()
 
-    def step(self, state: State, batch, done: int) -> State:
+    def step(self, state: State, batch: Any, done: int) -> State:
         """Trains on a batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
         self._watchdog.beat("step", done)
         self._note_bad(batch)
@@ -209,13 +211,13 @@ class Run:
             )
 
 
-def on_devices(batch, mesh: jax.sharding.Mesh) -> DeviceBatch:
+def on_devices(batch: Any, mesh: jax.sharding.Mesh) -> DeviceBatch:
     """This process's `Batch` -> the global DeviceBatch, split over the devices."""
     return sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), mesh)
 
 
 @contextmanager
-def readable_out_of_memory():
+def readable_out_of_memory() -> Iterator[None]:
     """Turns XLA's report of a full device into one line."""
     try:
         yield
@@ -247,7 +249,7 @@ def first_state(setup: Setup, mesh: jax.sharding.Mesh) -> tuple[tuple[State, int
     return (state, 0), f"\n{origin}"
 
 
-def batches_from(step: int, source: Source, config: ConfigDict):
+def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch]:
     """This process's stream of training batches from a step on."""
     return train_batches(
         source,

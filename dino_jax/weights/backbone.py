@@ -28,8 +28,8 @@ class Backbone:
     """
 
     model: BackboneModule
-    variables: dict
-    card: dict
+    variables: dict[str, Any]
+    card: dict[str, Any]
 
     def __call__(self, images: jax.Array) -> Tokens:
         """Tokens of normalized images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
@@ -55,7 +55,7 @@ class Backbone:
         return _attention(self.model, self.variables, images)
 
     @property
-    def config(self) -> dict:
+    def config(self) -> dict[str, Any]:
         """The card's architecture: arch, patch_size, in_channels, image_size, embed_dim (see `architecture_card`)."""
         return self.card["architecture"]
 
@@ -133,13 +133,13 @@ def backbone_of(found: load.Pretrained) -> Backbone:
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _last_blocks(model: BackboneModule, variables: dict, images: jax.Array, n: int) -> list[Tokens]:
+def _last_blocks(model: BackboneModule, variables: dict[str, Any], images: jax.Array, n: int) -> list[Tokens]:
     blocks: Any = model.apply(variables, images, n, method="last_blocks")
     return blocks
 
 
 @partial(jax.jit, static_argnums=0)
-def _attention(model: BackboneModule, variables: dict, images: jax.Array) -> jax.Array:
+def _attention(model: BackboneModule, variables: dict[str, Any], images: jax.Array) -> jax.Array:
     return model.apply(variables, images, method="last_attention")  # type: ignore[return-value]
 
 

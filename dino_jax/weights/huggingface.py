@@ -86,7 +86,7 @@ def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {_huggingface_name(name): tensor for name, tensor in apart.items()}
 
 
-def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Mapping) -> None:
+def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
     """Writes a ViT's tensors (official names) and what its `model_card` says as a new folder, whole or not at all.
 
     `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` read it; add_pooling_layer=False spares the
@@ -134,13 +134,13 @@ def _huggingface_name(name: str) -> str:
     return ("" if layer is None else f"encoder.layer.{layer}.") + inverse[module] + kind
 
 
-def _parts(pattern: re.Pattern, name: str) -> tuple[str | None, str, str]:
+def _parts(pattern: re.Pattern[str], name: str) -> tuple[str | None, str, str]:
     """Number of the block (None outside of blocks), module, and ".weight", ".bias" or nothing."""
     layer, module, kind = pattern.fullmatch(name).groups()  # type: ignore[union-attr]
     return layer, module, kind or ""
 
 
-def _config(architecture: Mapping) -> dict[str, Any]:
+def _config(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """ViTConfig."""
     model: Any = from_card(architecture)
     return {
@@ -161,7 +161,7 @@ def _config(architecture: Mapping) -> dict[str, Any]:
     }
 
 
-def _processor(preprocessing: Mapping, channels: int) -> dict[str, Any]:
+def _processor(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:
     """BitImageProcessor's settings: ViTImageProcessor neither keeps the aspect ratio nor crops."""
     return {
         "image_processor_type": "BitImageProcessor",
@@ -179,7 +179,7 @@ def _processor(preprocessing: Mapping, channels: int) -> dict[str, Any]:
     }
 
 
-def _sizes(processor: Mapping) -> dict[str, int]:
+def _sizes(processor: Mapping[str, Any]) -> dict[str, int]:
     """The card's resize and crop; without a center crop both are the size."""
     resize = _side(processor.get("size"))
     crop = _side(processor.get("crop_size")) if processor.get("do_center_crop") else resize
@@ -194,7 +194,7 @@ def _side(size: Any) -> int | None:
     return min(sides) if sides and None not in sides else None
 
 
-def _statistics(processor: Mapping) -> dict[str, list[float]]:
+def _statistics(processor: Mapping[str, Any]) -> dict[str, list[float]]:
     """The card's mean and std."""
     if processor.get("do_normalize") is False:
         return {"mean": [0.0], "std": [1.0]}
@@ -212,5 +212,5 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is damaged ({error}): copy it again") from error
 
 
-def _write_json(path: Path, value: Mapping) -> None:
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -28,14 +28,14 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 class Weights(NamedTuple):
     """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and, where there is one, "head"."""
 
-    params: dict
-    stats: dict  # running statistics of batch norm, {} in a part that has none
+    params: dict[str, Any]
+    stats: dict[str, Any]  # running statistics of batch norm, {} in a part that has none
 
 
 class Pretrained(NamedTuple):
     """What a source holds: always a teacher's backbone; heads, student and center are what only training needs."""
 
-    card: dict  # see `checkpoints.model_card`
+    card: dict[str, Any]  # see `checkpoints.model_card`
     teacher: Weights
     student: Weights | None = None
     center: np.ndarray | None = None  # float32 [K]
@@ -137,7 +137,7 @@ def _from_export(folder: Path, training: bool) -> Pretrained:
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     like = official.backbone_like(card["architecture"])
     variables = checkpoints.restore_arrays(folder / "variables", like)
-    state: dict = {
+    state: dict[str, Any] = {
         "teacher": {"backbone": variables["params"]},
         "teacher_stats": {"backbone": variables["batch_stats"]},
     }
@@ -162,7 +162,7 @@ def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
     return _from_state(checkpoints.restore_arrays(folder / "state", part), card)
 
 
-def _from_state(state: Mapping, card: dict) -> Pretrained:
+def _from_state(state: Mapping[str, Any], card: dict[str, Any]) -> Pretrained:
     """Trees under the names of a TrainState."""
     student = Weights(state["student"], state["student_stats"]) if "student" in state else None
     return Pretrained(card, Weights(state["teacher"], state["teacher_stats"]), student, state.get("center"))
@@ -176,7 +176,7 @@ def _huggingface_file(folder: Path) -> Path | None:
     return next((folder / name for name in HUGGINGFACE_FILES if (folder / name).is_file()), None)
 
 
-def _settings(weights: Path) -> dict:
+def _settings(weights: Path) -> dict[str, Any]:
     """What a file states beside its tensors: in its metadata if it is ours, in its folder if it is Hugging Face's."""
     metadata = tensor_files.read_metadata(weights)
     if ours := {key: json.loads(metadata[key]) for key in (PREPROCESSING, NUM_HEADS) if key in metadata}:
@@ -185,7 +185,7 @@ def _settings(weights: Path) -> dict:
 
 
 def _from_tensors(
-    tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping, training: bool, heads: bool
+    tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping[str, Any], training: bool, heads: bool
 ) -> Pretrained:
     """settings: what is stated beside the tensors, see `_settings`."""
     tensors = _unwrapped(tensors)
@@ -261,7 +261,7 @@ def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else tensors
 
 
-def _weights(network: Mapping, architecture: dict, source: str, with_head: bool) -> Weights:
+def _weights(network: Mapping[str, Any], architecture: dict[str, Any], source: str, with_head: bool) -> Weights:
     """Trees of one network's tensors."""
     like = {"backbone": official.backbone_like(architecture)}
     if with_head and network["head"]:
@@ -270,14 +270,14 @@ def _weights(network: Mapping, architecture: dict, source: str, with_head: bool)
     return Weights(*({part: variables[part][kind] for part in like} for kind in ("params", "batch_stats")))
 
 
-def file_metadata(card: Mapping) -> dict[str, str]:
+def file_metadata(card: Mapping[str, Any]) -> dict[str, str]:
     """What our .safetensors files state beside their tensors, in the metadata that `_settings` reads."""
     heads = num_heads_of(card["architecture"])
     stated = {PREPROCESSING: card["preprocessing"]} | ({} if heads is None else {NUM_HEADS: heads})
     return {key: json.dumps(value) for key, value in stated.items()}
 
 
-def _preprocessing(architecture: Mapping) -> dict:
+def _preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """The reference's evaluation: shorter side to 256, center 224, ImageNet's statistics; other sizes in proportion."""
     crop, channels = architecture["image_size"], architecture["in_channels"]
     mean, std = (_per_channel(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -296,7 +296,7 @@ def _resized(found: Pretrained, image_size: int) -> Pretrained:
         return found
     side = image_size // patch
 
-    def resized(params):
+    def resized(params: Any) -> Any:
         return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side))}
 
     return _map_backbones(resized, found)
@@ -310,7 +310,7 @@ def _with_channels(found: Pretrained, in_channels: int) -> Pretrained:
     statistics = {name: _per_channel(trained[name], in_channels) for name in ("mean", "std")}
     first = family_of(architecture["arch"]).input_layer
 
-    def changed(params):
+    def changed(params: Any) -> Any:
         return params | {first: params[first] | {"kernel": _kernel_of(params[first]["kernel"], in_channels)}}
 
     return _map_backbones(changed, _described(found, {"in_channels": in_channels}, trained | statistics))
@@ -335,7 +335,7 @@ def _per_channel(values: list[float], channels: int) -> list[float]:
     return [values[i % len(values)] for i in range(channels)]
 
 
-def _described(found: Pretrained, architecture: dict, preprocessing: dict) -> Pretrained:
+def _described(found: Pretrained, architecture: dict[str, Any], preprocessing: dict[str, Any]) -> Pretrained:
     card = found.card | {"architecture": found.card["architecture"] | architecture, "preprocessing": preprocessing}
     return found._replace(card=card)
 

@@ -28,7 +28,7 @@ from dino_jax.models.registry import (
 NAMED = 12  # names that an error lists of each kind
 
 
-def to_official(tree: Mapping) -> dict[str, np.ndarray]:
+def to_official(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
     """A tree of one module, backbone or head, its parameters or its statistics -> arrays by official name."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree):
@@ -38,7 +38,7 @@ def to_official(tree: Mapping) -> dict[str, np.ndarray]:
     return tensors
 
 
-def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str) -> dict:
+def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
     """Arrays by official name -> variables like `like` ({"params", "batch_stats"} of one module), float32.
 
     Takes all or nothing: raises UserError that lists each tensor of `source` which is missing, not used or of another
@@ -51,7 +51,7 @@ def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str)
         for name in names
     }
     _require_same(expected, {name: x.shape for name, x in tensors.items() if not _is_counter(name)}, source)
-    variables: dict = {collection: {} for collection in like}
+    variables: dict[str, Any] = {collection: {} for collection in like}
     for path, names, leaf in places:
         layers = [_our_layout(path[1:], tensors[name]) for name in names]
         stacked = np.stack(layers, dtype=np.float32, casting="same_kind")
@@ -64,7 +64,7 @@ def from_official(like: Mapping, tensors: Mapping[str, np.ndarray], source: str)
     return variables
 
 
-def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict:
+def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict[str, Any]:
     """The "architecture" section of a model card (see `registry.architecture_card`), read off the tensors' shapes.
 
     A ViT of another width, depth or number of heads than the named ones is arch `vit`. A ResNet's image_size is 224,
@@ -85,13 +85,13 @@ def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_he
     )
 
 
-def backbone_like(architecture: Mapping) -> dict:
+def backbone_like(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """Shapes of the variables {"params", "batch_stats"} of a card's architecture."""
     size, channels = architecture["image_size"], architecture["in_channels"]
     return _shapes(from_card(architecture), (1, size, size, channels))
 
 
-def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict:
+def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict[str, Any]:
     """Shapes of the variables of the projection head that the tensors seem to be of, with its gain."""
     mlp = sorted(
         (name for name, x in tensors.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and x.ndim == 2),
@@ -125,7 +125,7 @@ def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {**tensors, **{name: np.zeros((), np.int64) for name in counters}}
 
 
-def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any) -> dict:
+def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any) -> dict[str, Any]:
     kernel, pos_embed = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
     if len(kernel) != 4 or len(pos_embed) != 3 or 0 in kernel or pos_embed[1] < 2:
         raise UserError(f"{source} has a patch embedding {kernel} and positions {pos_embed}, which are no ViT's")
@@ -166,7 +166,7 @@ def _usual_heads(embed_dim: int, depth: int, source: str) -> int:
     return heads
 
 
-def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict:
+def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
     stem, kernels = tensors["conv1.weight"], 3 if "layer1.0.conv3.weight" in tensors else 2
     stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     blocks = tuple(len(stage) for stage in stages)
@@ -179,24 +179,24 @@ def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict
     return architecture_card(arch, in_channels=stem.shape[1], image_size=224)
 
 
-def _shapes(module: Any, shape: tuple[int, ...]) -> dict:
+def _shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
 
-def _leaves(tree: Mapping) -> Iterator[tuple[tuple[str, ...], Any]]:
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
     for path, leaf in jax.tree.leaves_with_path(tree):
         yield tuple(entry.key for entry in path), leaf
 
 
-def _names(path: tuple[str, ...], tree: Mapping, depth: int) -> list[str]:
+def _names(path: tuple[str, ...], tree: Mapping[str, Any], depth: int) -> list[str]:
     """The official names of a leaf of `tree`: one, or for the stacked `blocks` one each."""
     if path[0] == "blocks":
         return [f"blocks.{i}.{_name(path[1:], tree)}" for i in range(depth)]
     return [_name(path, tree)]
 
 
-def _name(path: tuple[str, ...], tree: Mapping) -> str:
+def _name(path: tuple[str, ...], tree: Mapping[str, Any]) -> str:
     """("mlp_1", "kernel") -> "mlp.2.weight"."""
     use_bn = any(key.startswith("bn_") for key in tree)
     stride = 3 if use_bn else 2  # the head's MLP is a list of linear, (batch norm,) GELU, ...
@@ -238,7 +238,7 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _require_same(expected: Mapping[str, tuple], found: Mapping[str, tuple], source: str) -> None:
+def _require_same(expected: Mapping[str, tuple[Any, ...]], found: Mapping[str, tuple[Any, ...]], source: str) -> None:
     wrong = [
         f"{name} {found[name]} instead of {shape}"
         for name, shape in expected.items()

@@ -39,7 +39,7 @@ def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
 def _without_source_paths(backbone: Backbone, images: jax.ShapeDtypeStruct) -> bytes:
     """The serialized program. JAX would put the paths of all source files into it, which are nobody else's business."""
 
-    def features(images):
+    def features(images: jax.Array) -> dict[str, jax.Array]:
         tokens = backbone(images)  # as a plain dict, because the reader of the file does not have Tokens
         return {"cls": tokens.cls, "patches": tokens.patches}
 

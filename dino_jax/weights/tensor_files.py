@@ -74,7 +74,7 @@ def read_metadata(path: str | Path) -> dict[str, str]:
         return {}
 
 
-def write(path: str | Path, tree: Mapping, metadata: Mapping[str, str] | None = None) -> None:
+def write(path: str | Path, tree: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Writes a dict of arrays, flat or nested, to `path`: whole, or not at all.
 
     `.safetensors` stores nested names with dots, and `metadata`, for which the others have no place; `.pth` and `.pt`
@@ -149,7 +149,7 @@ def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _walk(value, f"{prefix}{key}.")
 
 
-def _write_safetensors(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
+def _write_safetensors(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     # The library writes the memory of an array as it lies, so a transposed one must be made contiguous.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _walk(tree) if not isinstance(leaf, Mapping)}
     save_file(
@@ -157,7 +157,7 @@ def _write_safetensors(path: Path, tree: Mapping, metadata: Mapping[str, str]) -
     )  # PyTorch's names and layouts; transformers asks for it
 
 
-def _write_torch(path: Path, tree: Mapping, metadata: Mapping[str, str]) -> None:
+def _write_torch(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     try:
         import torch  # imported here because it's no dependency
     except ImportError as error:

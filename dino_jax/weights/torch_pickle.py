@@ -157,7 +157,7 @@ def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
     def load(storage: Storage, key: str, size: int) -> Storage:
         return Storage(storage.dtype, entry(f"{folder}data/{key}")[: size * storage.dtype.itemsize])
 
-    if f"{folder}byteorder" in entries and entry(f"{folder}byteorder") != b"little":
+    if f"{folder}byteorder" in entries and bytes(entry(f"{folder}byteorder")) != b"little":
         raise Unreadable("was saved on a big-endian machine: save it again on another")
     return _unpickle(io.BytesIO(entry(pickles[0])), load)
 
@@ -189,7 +189,7 @@ def _unpickle(file: mmap.mmap | BinaryIO, load: Callable[[Storage, str, int], St
     marks: list[int] = []
     memo: dict[int, Any] = {}
 
-    def pop_to_mark() -> list:
+    def pop_to_mark() -> list[Any]:
         start = marks.pop()
         items = stack[start:]
         del stack[start:]
@@ -252,14 +252,14 @@ def _unpickle(file: mmap.mmap | BinaryIO, load: Callable[[Storage, str, int], St
     return stack.pop()
 
 
-def _append(target: Any, items: Sequence) -> None:
+def _append(target: Any, items: Sequence[Any]) -> None:
     if isinstance(target, list):
         target.extend(items)
     elif not isinstance(target, Other):
         raise TypeError
 
 
-def _set_items(target: Any, keys: Sequence, values: Sequence) -> None:
+def _set_items(target: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
     if isinstance(target, dict):
         target.update((key, value) for key, value in zip(keys, values, strict=True) if _is_name(key))
     elif not isinstance(target, Other):

@@ -37,8 +37,8 @@ class FeatureTable(NamedTuple):
 
 
 def extract_source(
-    apply_fn: Callable,
-    variables,
+    apply_fn: Callable[..., Any],
+    variables: Any,
     source: Source,
     what: str,
     mesh: Mesh,
@@ -105,7 +105,7 @@ def extract_with_backbone(
     mesh: Mesh,
     config: ConfigDict,
     cache: FeatureCache,
-    apply_fn: Callable | None = None,
+    apply_fn: Callable[..., Any] | None = None,
 ) -> FeatureTable:
     """Calls `extract_source` with a backbone and the knobs batch_size, workers, resize and crop of a protocol's config.
 
@@ -176,7 +176,7 @@ def _cached_table(source: Source, records: np.ndarray, cache: FeatureCache | Non
 
 
 @cache  # one function per model, so that a second call compiles nothing
-def cls_features(model: Any) -> Callable:
+def cls_features(model: Any) -> Callable[..., Any]:
     """The apply_fn of a backbone's `cls`: (variables, normalized images [b, H, W, C]) -> [b, D]."""
 
     def apply(variables: Any, images: jax.Array) -> jax.Array:
@@ -191,7 +191,7 @@ def raw_pixels(variables: Any, images: jax.Array) -> jax.Array:
 
 
 def extract_batches(
-    apply_fn: Callable,
+    apply_fn: Callable[..., Any],
     variables: Any,
     batches: Iterable[EvalBatch],
     mesh: Mesh,
@@ -244,7 +244,9 @@ def images_in(batch: EvalBatch) -> int:
 
 
 @partial(jax.jit, static_argnums=0)
-def _forward(apply_fn: Callable, variables: Any, images: jax.Array, mean: jax.Array, std: jax.Array) -> jax.Array:
+def _forward(
+    apply_fn: Callable[..., Any], variables: Any, images: jax.Array, mean: jax.Array, std: jax.Array
+) -> jax.Array:
     """uint8 [b, H, W, C], split over the devices -> float32 [b, D], split the same way."""
     return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
 

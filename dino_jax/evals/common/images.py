@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -100,7 +101,7 @@ def normalize_images(backbone: Backbone, images: np.ndarray) -> np.ndarray:
 
 
 def map_images(
-    images: Iterable[np.ndarray], function: Callable, backbone: Backbone, batch_size: int = 1
+    images: Iterable[np.ndarray], function: Callable[..., Any], backbone: Backbone, batch_size: int = 1
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yields each image with its row of the result of function(backbone, normalized images [B, H, W, C]).
 

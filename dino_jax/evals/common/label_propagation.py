@@ -5,7 +5,7 @@ There is no training: each patch takes the labels of the most similar patches in
 
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,12 +74,14 @@ def hard_labels(soft: jax.Array, patch_size: int) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("radius", "topk"), donate_argnums=0)
-def _follow(known: Context, frame: jax.Array, seen, radius: int, topk: int, temperature) -> tuple[Context, jax.Array]:
+def _follow(
+    known: Context, frame: jax.Array, seen: jax.Array, radius: int, topk: int, temperature: jax.Array
+) -> tuple[Context, jax.Array]:
     """Returns the context with a new frame, and its labels [h, w, C]; `seen` is the number of previous frames."""
     places, shape = len(known.features), known.labels.shape[1:]
     frame, tile = _unit(frame), (min(TILE, shape[0]), min(TILE, shape[1]))
 
-    def add(labels, start):
+    def add(labels: jax.Array, start: Any) -> tuple[jax.Array, None]:
         found = _tile_labels(known, jnp.arange(places) < seen, frame, start, tile, radius, topk, temperature)
         return jax.lax.dynamic_update_slice(labels, found, (*start, 0)), None
 
@@ -94,7 +96,16 @@ def _tile_starts(h: int, w: int, tile_h: int, tile_w: int) -> np.ndarray:
     return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1).reshape(-1, 2)
 
 
-def _tile_labels(known: Context, valid, frame, start, tile: tuple[int, int], radius: int, topk: int, temperature):
+def _tile_labels(
+    known: Context,
+    valid: jax.Array,
+    frame: jax.Array,
+    start: jax.Array,
+    tile: tuple[int, int],
+    radius: int,
+    topk: int,
+    temperature: jax.Array,
+) -> jax.Array:
     """Returns labels [tile_h, tile_w, C] of the tile that begins at `start`, from the valid frames of the context."""
     places, h, w, D = known.features.shape
     # The patches within reach of the tile. At the borders this window is shifted inwards, to have a constant size.

@@ -52,9 +52,9 @@ class ProbeState:
     """The arrays of a step; `heads` and `momentum`: {kind: {"kernel": float32 [D, L, C], "bias": float32 [L, C]}}."""
 
     step: jax.Array
-    variables: dict  # of the frozen backbone
-    heads: dict
-    momentum: dict
+    variables: dict[str, Any]  # of the frozen backbone
+    heads: dict[str, Any]
+    momentum: dict[str, Any]
 
 
 class TrainRows(NamedTuple):
@@ -105,7 +105,7 @@ def probe_features(blocks: list[Tokens], kind: Kind) -> jax.Array:
     return jnp.concatenate(parts, axis=1)
 
 
-def all_features(probe: Probe, variables: dict, images: jax.Array) -> dict[str, jax.Array]:
+def all_features(probe: Probe, variables: dict[str, Any], images: jax.Array) -> dict[str, jax.Array]:
     """Runs the backbone once on normalized images [B, H, W, channels]; returns {kind: float32 [B, D]}."""
     most = max(kind.blocks for kind in probe.kinds)
     blocks: Any = probe.model.apply(variables, images, most, method="last_blocks")
@@ -120,7 +120,7 @@ def random_crops(probe: Probe, step: jax.Array, rows: TrainRows) -> jax.Array:
     config = probe.config
     step_key = jax.random.fold_in(jax.random.key(config.seed), step)
 
-    def crop(position, plane, size):
+    def crop(position: Any, plane: Any, size: Any) -> jax.Array:
         numbers = jax.random.uniform(jax.random.fold_in(step_key, position), (BOX_NUMBERS + 1,))
         box = random_box(numbers[:BOX_NUMBERS], size, config.scale)
         return crop_and_resize(plane, size, box, numbers[BOX_NUMBERS] < config.flip, config.crop)
@@ -129,16 +129,16 @@ def random_crops(probe: Probe, step: jax.Array, rows: TrainRows) -> jax.Array:
     return normalize(jnp.swapaxes(jax.vmap(crop)(rows.position, planes, rows.size), 2, 3), probe.mean, probe.std)
 
 
-def logits(head: dict, features: jax.Array) -> jax.Array:
+def logits(head: dict[str, Any], features: jax.Array) -> jax.Array:
     """Returns the logits for all learning rates by one matrix product: [B, D] -> [B, L, C]."""
     product = jnp.einsum("bd,dlc->blc", features, head["kernel"], precision=jax.lax.Precision.HIGHEST)
     return product + head["bias"]
 
 
-def losses(heads: dict, features: dict[str, jax.Array], label: Array) -> jax.Array:
+def losses(heads: dict[str, Any], features: dict[str, jax.Array], label: Array) -> jax.Array:
     """Returns the mean cross-entropy of each head, [K, L], given labels int32 [B]."""
 
-    def mean_loss(head, x):
+    def mean_loss(head: Any, x: jax.Array) -> jax.Array:
         z = logits(head, x)
         return (jax.nn.logsumexp(z, axis=2) - jnp.take_along_axis(z, label[:, None, None], axis=2)[:, :, 0]).mean(0)
 
@@ -156,7 +156,7 @@ def train_step(probe: Probe, state: ProbeState, rows: TrainRows) -> tuple[ProbeS
     """Takes a step of SGD with momentum (as in torch) with all heads; returns the new state and the losses [K, L]."""
     features = all_features(probe, state.variables, random_crops(probe, state.step, rows))
 
-    def total(heads):
+    def total(heads: Any) -> tuple[jax.Array, jax.Array]:
         each = losses(heads, features, rows.label)  # independent, so the gradient of the sum is that of each
         return each.sum(), each
 
@@ -175,7 +175,7 @@ def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Arra
     features = all_features(probe, state.variables, normalize(rows.images, probe.mean, probe.std))
     label = rows.label[:, None, None]
 
-    def right(head, x):
+    def right(head: Any, x: jax.Array) -> jax.Array:
         z = logits(head, x)
         own = jnp.take_along_axis(z, label, axis=2)
         # A head with NaNs is never correct, and ties go to the lower class.
@@ -187,7 +187,7 @@ def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Arra
     return jax.lax.psum(((rows.label >= 0).sum(), each), AXES)
 
 
-def init_heads(probe: Probe, variables: dict) -> dict:
+def init_heads(probe: Probe, variables: dict[str, Any]) -> dict[str, Any]:
     """Returns weights from N(0, 0.01), equal for all learning rates and independent of the grid, and zero biases."""
     crop, channels = probe.config.crop, len(probe.mean)
     images = jax.ShapeDtypeStruct((1, crop, crop, channels), jnp.float32)

@@ -30,7 +30,7 @@ class Record(NamedTuple):
     top5: np.ndarray  # float64 [K, L], accuracy in percent; among all classes if there are fewer than five
 
 
-def fingerprint(probe: Probe, variables: dict, train: Source, test: Source) -> dict:
+def fingerprint(probe: Probe, variables: dict[str, Any], train: Source, test: Source) -> dict[str, Any]:
     """Returns everything that must be equal for a run to resume from another's state, as plain JSON."""
     backbone = hashlib.sha256()
     for leaf in jax.tree.leaves(variables):
@@ -39,7 +39,7 @@ def fingerprint(probe: Probe, variables: dict, train: Source, test: Source) -> d
     return settings | {"images": [len(train), len(test)], "backbone": backbone.hexdigest()}
 
 
-def save_state(file: Path, settings: dict, state: ProbeState, history: list[Record]) -> None:
+def save_state(file: Path, settings: dict[str, Any], state: ProbeState, history: list[Record]) -> None:
     """Writes heads, momentum, step, measurements and settings atomically, on process 0."""
     if jax.process_index() > 0:
         return
@@ -50,7 +50,7 @@ def save_state(file: Path, settings: dict, state: ProbeState, history: list[Reco
         np.savez(stream, settings=json.dumps(settings), **(measured | jax.device_get(arrays)))
 
 
-def load_state(file: Path, settings: dict) -> tuple[dict, list[Record]]:
+def load_state(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], list[Record]]:
     """Returns {"step", "heads", "momentum"} and the measurements so far; both empty if there is nothing to resume.
 
     Raises UserError if the file is damaged or has the state of an unfinished run with other settings.

@@ -3,6 +3,7 @@
 import sys
 import time
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def _place(bank: np.ndarray, start: int, chunk: int, share: int, mesh: Mesh) -> 
     Beyond the end of the bank its last row is repeated, which does not change the largest similarity of its block.
     """
 
-    def rows(index):
+    def rows(index: Any) -> Any:
         first = index[0].indices(mesh.size)[0] * share + start
         if first + chunk <= len(bank):
             return np.asarray(bank[None, first : first + chunk], np.float32)
@@ -91,17 +92,19 @@ def _normalize(x: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("share", "rows", "block", "mesh"), donate_argnums=0)
-def _search(best, queries, vectors, start, share, rows, block, mesh):
+def _search(
+    best: Any, queries: jax.Array, vectors: Any, start: jax.Array, share: Any, rows: Any, block: Any, mesh: Mesh
+) -> Any:
     """Returns the k best after this chunk.
 
     Takes the best so far [devices, groups, t, k], queries [groups, t, D] and the vectors of `_place`.
     """
 
-    def on_device(best, queries, vectors, start):
+    def on_device(best: Any, queries: jax.Array, vectors: Any, start: jax.Array) -> Any:
         k, vectors = best[0].shape[-1], _normalize(vectors[0])
         first = jax.lax.axis_index(AXES) * share + start
 
-        def one_group(group):
+        def one_group(group: Any) -> Any:
             (similarity, row), queries = group
             product = jnp.matmul(_normalize(queries), vectors.T, precision=jax.lax.Precision.HIGHEST)
             found, place = _contenders(product, rows - first, k, block)
@@ -136,10 +139,10 @@ def _top(similarity: jax.Array, row: jax.Array, k: int) -> tuple[jax.Array, jax.
 
 
 @partial(jax.jit, static_argnames="mesh")
-def _join(best, mesh):
+def _join(best: Any, mesh: Mesh) -> Any:
     """Returns the best of all devices, replicated: [devices, groups, t, k] -> [groups, t, k]."""
 
-    def on_device(best):
+    def on_device(best: Any) -> Any:
         # Each device gets all candidates of its share of a group's queries: [t, k] -> [t / devices, devices * k].
         exchange = partial(jax.lax.all_to_all, axis_name=AXES, split_axis=0, concat_axis=1, tiled=True)
         return jax.lax.map(

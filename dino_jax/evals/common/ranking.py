@@ -3,15 +3,16 @@
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import grain
 import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
 
-from dino_jax.data.pipeline import Batches, EvalBatch
+from dino_jax.data.pipeline import EvalBatch
 from dino_jax.data.sources.folder import IMAGE_EXTENSIONS
+from dino_jax.data.workers import Batches
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import extract_batches, images_in
@@ -49,7 +50,7 @@ def average_precision(ranks: Sequence[int] | np.ndarray, positives: int) -> floa
 
 def extract_files(
     backbone: Backbone,
-    apply_fn: Callable,
+    apply_fn: Callable[..., Any],
     batches: Sequence[np.ndarray],
     load: Callable[[np.ndarray], np.ndarray],
     names: Sequence[str],

@@ -47,7 +47,7 @@ def read_video(path: Path) -> Video:
     return Video(itertools.chain([first], frames), rate, stream.frames)
 
 
-def _decode(av, container, path: Path) -> Iterator[np.ndarray]:
+def _decode(av: Any, container: Any, path: Path) -> Iterator[np.ndarray]:
     size: dict[str, int] = {}
     done = 0
     with container:
@@ -91,7 +91,7 @@ def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], N
         container.mux(stream.encode())
 
 
-def _pyav():
+def _pyav() -> Any:
     try:
         import av
     except ImportError as error:
