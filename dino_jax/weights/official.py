@@ -160,7 +160,10 @@ def _usual_heads(embed_dim: int, depth: int, source: str) -> int:
         return named
     known = f"{source} is a ViT of width {embed_dim} and depth {depth}, which does not show its number of heads"
     if embed_dim % CHANNELS_A_HEAD:
-        raise UserError(f"{known}: give num_heads (load_backbone(path, num_heads=N), or --num_heads=N)")
+        raise UserError(
+            f"{known}: give num_heads (load_backbone(path, num_heads=N), --num_heads=N, or where the file is init_from "
+            "--config.model.num_heads=N)"
+        )
     heads = embed_dim // CHANNELS_A_HEAD
     print(f"{known}: {heads} are assumed, width / {CHANNELS_A_HEAD}; give num_heads if it has others", file=sys.stderr)
     return heads

@@ -75,3 +75,18 @@ def test_mistakes_end_with_one_line_and_nothing_written(source, tmp_path, argume
     assert len(result.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
     assert source.is_file()
+
+
+def test_heads_of_a_file_that_does_not_state_them_are_a_flag(tmp_path):
+    sizes = {"arch": "vit", "embed_dim": 48, "depth": 1, "num_heads": 3}
+    like = official.backbone_like(sizes | {"patch_size": 8, "image_size": 16, "in_channels": 3})
+    tree = jax.tree.map(lambda s: np.ones(s.shape, np.float32), like)
+    bare, target = tmp_path / "bare.safetensors", tmp_path / "stated.safetensors"
+    tensor_files.write(bare, official.to_official(tree["params"]))
+    result = convert(bare, target, "--to=timm")
+    assert result.returncode == 2
+    assert "--num_heads=N" in result.stderr
+    result = convert(bare, target, "--to=timm", "--num_heads=3")
+    assert result.returncode == 0, result.stderr
+    assert "vit/8" in result.stdout
+    assert load_backbone(target).config["num_heads"] == 3
