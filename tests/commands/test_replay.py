@@ -13,7 +13,7 @@ from dino_jax.data.pipeline import train_batches
 from dino_jax.data.sources import open_source
 from dino_jax.errors import NotFiniteError, UserError
 from dino_jax.training import loop, nonfinite
-from dino_jax.training.nonfinite import Skipped
+from dino_jax.training.nonfinite import StepGuard
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def finished(tmp_path_factory):
     source = open_source(config.data.source)
     with train_batches(source, batch_size=16, canvas_size=config.data.canvas_size, channels=1, seed=0) as batches:
         index = [next(batches).index for _ in range(7)][-1]
-    return workdir, nonfinite.write(workdir, config, source, step=7, saved=4, skipped=[], index=index)
+    return workdir, nonfinite.write_replay_file(workdir, config, source, step=7, saved=4, skipped=[], index=index)
 
 
 def test_the_very_same_step(finished):
@@ -88,39 +88,39 @@ def values(skip=False, grad_norm=1.0, param_norm=1.0):
 @pytest.fixture
 def watch(tmp_path):
     config = tiny_config(optim__max_skipped=2)
-    return Skipped(config, tmp_path, open_source("demo:train:2"), saved=0)
+    return StepGuard(config, tmp_path, open_source("demo:train:2"), last_saved=0)
 
 
 def test_only_steps_in_a_row_end_a_run(watch):
     index = np.arange(16)
     for step, skip in enumerate([True, True, False, True, True], start=1):
-        scalars = watch.look(step, values(skip), index)
+        scalars = watch.check(step, values(skip), index)
     assert scalars["skipped_steps"] == 4
     with pytest.raises(NotFiniteError, match="loss is nan at step 6"):
-        watch.look(6, values(skip=True), index)
+        watch.check(6, values(skip=True), index)
 
 
 def test_parameters_that_are_not_finite_end_a_run_at_once(watch):
     with pytest.raises(NotFiniteError, match="param_norm is inf at step 1"):
-        watch.look(1, values(param_norm=math.inf), np.arange(16))
+        watch.check(1, values(param_norm=math.inf), np.arange(16))
 
 
 def test_spikes_are_skipped(tmp_path):
     """The limit is a multiple of the quantile, once there are enough norms; a spike does not raise it."""
     config = tiny_config(optim__skip_above=3.0)
-    watch = Skipped(config, tmp_path, open_source("demo:train:2"), saved=0)
+    watch = StepGuard(config, tmp_path, open_source("demo:train:2"), last_saved=0)
     for step in range(1, 200):
         assert (watch.max_grad_norm() < np.inf) == (step > nonfinite.FEW)
-        watch.look(step, values(grad_norm=2.0), np.arange(16))
-    watch.look(200, values(grad_norm=7.0) | {"skipped": 1.0}, np.arange(16))
+        watch.check(step, values(grad_norm=2.0), np.arange(16))
+    watch.check(200, values(grad_norm=7.0) | {"skipped": 1.0}, np.arange(16))
     assert watch.max_grad_norm() == 6.0
-    assert Skipped(tiny_config(), tmp_path, None, saved=0).max_grad_norm() == np.inf
+    assert StepGuard(tiny_config(), tmp_path, None, last_saved=0).max_grad_norm() == np.inf
 
 
 def test_quantile_of_gradient_norms(watch):
     norms = np.random.default_rng(0).gamma(2.0, size=1500)
     for step, norm in enumerate(norms, start=1):
-        scalars = watch.look(step, values(grad_norm=norm), np.arange(16))
+        scalars = watch.check(step, values(grad_norm=norm), np.arange(16))
     assert scalars["grad_norm_q99"] == np.quantile(norms[500:], 0.99)
-    spike = watch.look(1501, values(skip=True, grad_norm=math.inf), np.arange(16))
+    spike = watch.check(1501, values(skip=True, grad_norm=math.inf), np.arange(16))
     assert spike["grad_norm_q99"] == scalars["grad_norm_q99"]

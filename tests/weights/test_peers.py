@@ -107,7 +107,7 @@ def assert_equal(tensors, expected):
 
 
 def convert(source, target, to):
-    command = [sys.executable, "-m", "dino_jax.convert", str(source), str(target), f"--to={to}"]
+    command = [sys.executable, "-m", "dino_jax", "convert", str(source), str(target), f"--to={to}"]
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return target
