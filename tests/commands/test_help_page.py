@@ -94,13 +94,8 @@ def test_meanings_are_the_comments_beside_and_above():
 
 def test_settings_that_a_helper_defines_are_found():
     meanings = help_page.meanings(PROTOCOLS["projection"].default_config)
-<<<<<<< Updated upstream
     assert "folder:PATH" in meanings["source"]  # which `features` defines as well
     assert "points" in meanings["most"]
-=======
-    assert "folder:PATH" in meanings["source"]
-    assert meanings["most"].startswith("points")
->>>>>>> Stashed changes
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
