@@ -8,7 +8,18 @@ from peers import import_timm, import_torch
 from PIL import Image
 from skimage import data
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+
+
+def test_every_file_that_the_documents_name_exists():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "benchmarks" / "results.md"]
+    named = {
+        (document.name, path)
+        for document in documents
+        for path in re.findall(r"\b(?:tests|benchmarks|configs|dino_jax)/[\w/]+\.(?:py|md|npz)", document.read_text())
+    }
+    assert not {(document, path) for document, path in named if not (ROOT / path).exists()}
 
 
 def test_the_python_of_use_pretrained_weights(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def multicrop(
       std: C values, for levels in 0..1.
       dtype: of the result; all arithmetic is in float32.
 
-    `checks.check_config` says what is wrong with `crops`, mean and std.
+    `training.config_checks.check_config` says what is wrong with `crops`, mean and std.
     """
     local = crops.local_number
     groups = (
