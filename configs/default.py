@@ -59,8 +59,8 @@ def get_config() -> ConfigDict:
     config.dino.teacher_temp = 0.04  # after the warmup; 0.07 with a warmup for long runs
     config.dino.warmup_teacher_temp = 0.04  # at the start; rises linearly to teacher_temp
     config.dino.warmup_teacher_temp_epochs = 0  # length of that warmup
-    config.dino.teacher_momentum = 0.996  # weight of the old teacher in each update; rises on a cosine to the end, 0.9995 for batch 256 [C]
-    config.dino.teacher_momentum_end = 1.0  # at the last step
+    config.dino.teacher_momentum = 0.996  # weight of the old teacher in each update; 0.9995 for batch 256 [C]
+    config.dino.teacher_momentum_end = 1.0  # reached on a cosine at the last step
     config.dino.center_momentum = 0.9  # of the moving average of the teacher's logits
     # Parts of the method that the ablation switches off.
 
