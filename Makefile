@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev install-peers demo test check format bench chaos wheel wheel-test clean
+.PHONY: install install-dev install-peers demo test test-fast check format bench chaos wheel wheel-test clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
@@ -30,6 +30,9 @@ demo: install  ## pretrain on the bundled images, k-NN, attention picture
 
 test: install-dev  ## the whole test suite
 	$(BIN)/python -m pytest
+
+test-fast: install-dev  ## what takes less than seconds a test, for work in progress
+	$(BIN)/python -m pytest -m "not slow"
 
 check: install-dev  ## lint, format and types
 	$(BIN)/ruff check .

@@ -5,10 +5,13 @@ import json
 import os
 from pathlib import Path
 
-# Programs that many tests compile, here and in processes that they start; before any of them imports JAX.
+# Programs that many tests compile, here and in processes that they start; before any of them imports JAX. Small ones
+# too: there are thousands, most of them single operations.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parent.parent / ".pytest_cache" / "programs"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
 
 import numpy as np
+import processes
 import pytest
 
 
@@ -16,6 +19,18 @@ def pytest_addoption(parser):
     parser.addoption(
         "--goldens", default=str(Path(__file__).parent / "golden"), help="folder with the reference's arrays"
     )
+
+
+def pytest_collection_modifyitems(items):
+    """Files with slow tests come first, so that no worker is left with one when the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(autouse=True)
+def _end_processes():
+    yield
+    processes.end_all()
 
 
 @pytest.fixture(scope="session")

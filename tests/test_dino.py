@@ -15,6 +15,7 @@ from dino_jax.distributed import sharding
 from dino_jax.models import DINOHead
 from dino_jax.models.vit import ViT
 from dino_jax.training import chunked_loss, optimizers, schedules
+from dino_jax.training import step as training_step
 from dino_jax.training.setup import Setup, build_dino
 from dino_jax.training.step import gradients, train_step
 from dino_jax.weights.official import from_official, to_official
@@ -128,8 +129,9 @@ def load_run(golden, rule_weights, kind, **changes):
     config.update(changes)
     method = build_dino(config, backbone, head)
     setup = Setup(config, method, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
-    state = method.init(jax.random.key(0), (v["img_size"], v["img_size"], 3))
-    state = state.replace(opt_state=optimizers.build(config.optim).init(state.student))
+    shapes = jax.eval_shape(partial(method.init, image_shape=(v["img_size"], v["img_size"], 3)), jax.random.key(0))
+    state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+    state = state.replace(opt_state=jax.jit(optimizers.build(config.optim).init)(state.student))
     weights = rule_weights(meta["shapes"], meta["weights_seed"], override=meta["override"])
     if meta["norm_last_layer"]:
         np.testing.assert_array_equal(weights.pop("head.last_layer.weight_g"), 1)  # no parameter of ours then
@@ -175,15 +177,28 @@ def norms_by_name(arrays, meta, key):
     return {name: i for i, name in enumerate(names) if "qkv.bias" not in name and name not in meta["ignore"]}
 
 
+def step_and_gradient(setup, mesh, state, batch):
+    """`train_step` and the gradient that it took, in one program."""
+    taken = []
+
+    def remember(*arguments):
+        taken.append(gradients(*arguments))
+        return taken[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_step, "gradients", remember)
+        state, metrics = train_step(setup, mesh, state, batch)
+    return state, metrics, taken[0][0]
+
+
 @pytest.mark.parametrize("kind", TRAJECTORIES)
 def test_trajectory(golden, rule_weights, kind):
     arrays, meta, setup, state = load_run(golden, rule_weights, kind)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    gradients_now = jax.jit(partial(gradients, setup, mesh))
-    step = jax.jit(partial(train_step, setup, mesh))
+    step = jax.jit(partial(step_and_gradient, setup, mesh))
 
     for i, batch in enumerate(meta["batches"]):
-        grads, _, _, _ = gradients_now(state, batch)
+        state, metrics, grads = step(state, batch)
         ours = torch_params(grads)
         if i == 0:
             theirs = {k.removeprefix("grad_step0/"): v for k, v in arrays.items() if k.startswith("grad_step0/")}
@@ -192,7 +207,6 @@ def test_trajectory(golden, rule_weights, kind):
             expected = arrays["grad_norms_before_clip"][i, column]
             np.testing.assert_allclose(np.linalg.norm(ours[name]), expected, err_msg=name, rtol=1e-4, atol=1e-4)
 
-        state, metrics = step(state, batch)
         for key, theirs in [("loss", "loss"), ("lr", "lr"), ("weight_decay", "wd"), ("teacher_momentum", "momentum")]:
             np.testing.assert_allclose(metrics[key], arrays[theirs][i], err_msg=f"{key} {i}", rtol=1e-4, atol=1e-6)
         np.testing.assert_allclose(state.center, arrays[f"center_step{i}"][0], rtol=1e-4, atol=1e-4)

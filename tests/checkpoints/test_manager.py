@@ -2,9 +2,6 @@ import json
 import os
 import random
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from processes import Process, free_port
 
 from dino_jax import checkpoints, provenance
+from dino_jax.checkpoints import export
 from dino_jax.errors import UserError
 from dino_jax.training import optimizers
 
@@ -276,7 +275,7 @@ def test_an_interrupted_export_leaves_the_last_one(tmp_path, monkeypatch):
     folder = checkpoints.write_export(tmp_path / "export", {"variables": {"w": jnp.ones(3)}}, card)
     assert folder == tmp_path / "export"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "write_manifest", lambda folder: 1 / 0)
+        patch.setattr(export, "write_manifest", lambda folder: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             checkpoints.write_export(tmp_path / "export", {"variables": {"w": jnp.zeros(3)}}, card)
     assert checkpoints.damage(folder) is None
@@ -332,24 +331,11 @@ checkpoints.write_export(f"{workdir}/export", {"variables": state.teacher}, chec
 
 
 def test_two_processes_save_shards_and_one_device_restores_them(tmp_path):
-    with socket.socket() as s:
-        s.bind(("localhost", 0))
-        port = s.getsockname()[1]
-    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
-    root = Path(checkpoints.__file__).parents[1]
-    arguments = [sys.executable, "-c", SAVE_IN_ONE_OF_TWO_PROCESSES, str(tmp_path), __file__, str(port)]
-    processes = [
-        subprocess.Popen([*arguments, str(i)], cwd=root, env=os.environ | flags, stderr=subprocess.PIPE, text=True)
-        for i in range(2)
-    ]
-    try:
-        for process in processes:
-            _, err = process.communicate(timeout=120)
-            assert process.returncode == 0, err[-2000:]
-    finally:
-        for process in processes:
-            process.kill()
-    state, step = restore(tmp_path)
+    port = str(free_port())
+    arguments = ["-c", SAVE_IN_ONE_OF_TWO_PROCESSES, str(tmp_path / "run"), __file__, port]
+    for process in [Process(tmp_path / f"log{i}", *arguments, str(i), devices=2) for i in range(2)]:
+        process.finish()
+    state, step = restore(tmp_path / "run")
     assert step == 9
     assert_same(state, make_state(step=9))
-    assert checkpoints.damage(tmp_path / "export") is None
+    assert checkpoints.damage(tmp_path / "run" / "export") is None

@@ -1,22 +1,19 @@
 """Processes and devices that disagree must be refused and named: they would train garbage without a word."""
 
 import json
-import os
-import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import LONGEST, environment, free_port
 from tiny import tiny_config
 
 from dino_jax.data.sources import open_source
 from dino_jax.distributed import consistency, sharding
 
-ROOT = Path(__file__).parents[2]
 TWO = """
 import sys
 import jax, jax.numpy as jnp, numpy as np
@@ -60,19 +57,12 @@ outcome("other state", lambda: consistency.require_same_state(sharding.replicate
 @pytest.fixture(scope="module")
 def outcomes():
     """What each of two processes, of two devices each, says of each comparison: [{comparison: outcome}]."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", TWO, str(i), str(port)], env=env, **pipes) for i in range(2)]
+    port = str(free_port())
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment(devices=2)}
+    processes = [subprocess.Popen([sys.executable, "-c", TWO, str(i), port], **pipes) for i in range(2)]
     told = []
     for process in processes:
-        output, errors = process.communicate(timeout=120)
+        output, errors = process.communicate(timeout=LONGEST)
         assert process.returncode == 0, errors
         told.append(dict(line.split(": ", 1) for line in output.splitlines() if ": " in line))
     return told

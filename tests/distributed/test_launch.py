@@ -1,13 +1,9 @@
 """Launchers that processes find each other by, with their environment faked on one machine."""
 
-import os
 import re
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from processes import Process
 
 
 def slurm_environment(task, job):
@@ -34,29 +30,20 @@ def free_job():
     raise AssertionError("no free port")
 
 
+PROGRAM = """
+import jax
+from configs import default
+from dino_jax.distributed import processes
+
+config = default.get_config()
+config.distributed.auto, config.distributed.timeout = True, 300
+processes.initialize(config.distributed)
+print("task", jax.process_index(), "of", jax.process_count(), "devices", jax.device_count())
+"""
+
+
 def test_slurm_tasks_find_each_other(tmp_path):
     job = free_job()
-    program = [
-        "import sys, jax",
-        "from dino_jax import sharding",
-        "from configs import default",
-        "config = default.get_config()",
-        "config.distributed.auto, config.distributed.timeout = True, 60",
-        "processes.initialize(config.distributed)",
-        "print('task', jax.process_index(), 'of', jax.process_count(), 'devices', jax.device_count())",
-    ]
-    (tmp_path / "program.py").write_text("\n".join(program))
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    tasks = [
-        subprocess.Popen(
-            [sys.executable, str(tmp_path / "program.py")],
-            env=os.environ | flags | slurm_environment(task, job),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for task in (0, 1)
-    ]
-    said = [task.communicate(timeout=120)[0] for task in tasks]
-    assert [task.returncode for task in tasks] == [0, 0], said
-    assert [re.findall(r"task (\d) of 2 devices 4", text) for text in said] == [["0"], ["1"]]
+    tasks = [Process(tmp_path / f"log{i}", "-c", PROGRAM, devices=2, **slurm_environment(i, job)) for i in range(2)]
+    outputs = [task.finish() for task in tasks]
+    assert [re.findall(r"task (\d) of 2 devices 4", output) for output in outputs] == [["0"], ["1"]]

@@ -1,16 +1,12 @@
 """Parameters in parts: the same training, and no more communication than the arithmetic asks for."""
 
 import json
-import os
-import subprocess
-import sys
 import tempfile
-from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from processes import Process
 from tiny import tiny_config
 
 from dino_jax import checkpoints
@@ -18,7 +14,7 @@ from dino_jax.commands.plan import collectives
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import UserError
 from dino_jax.training.setup import DeviceBatch, abstract_state, build_setup, init_state
-from dino_jax.training.step import lower_step, train_step
+from dino_jax.training.step import lower_step
 
 DEVICES = 8
 # (fsdp, changes of the config): the first is what the others must agree with.
@@ -34,15 +30,22 @@ RUNS = {
     "lars_fsdp": (8, {"optim__name": "lars"}),
 }
 MESHES = {"1x1": (1, 1), "2x2": (2, 2), "4x1": (4, 1), "8x4": (8, 4), "8x8": (8, 8)}  # devices and groups of them
+# Halves the time of a compilation. LLVM sees one device's program, in which nothing between devices is left to change.
+FAST = {"xla_backend_optimization_level": 0}
 
 
-def tiny_run(groups=1, devices=None, **changes):
-    """Setup, mesh and fresh state of a tiny run; `groups`: config.fsdp."""
+def tiny_setup(groups=1, devices=None, **changes):
+    """Setup and mesh of a tiny run; `groups`: config.fsdp."""
     # So many prototypes that the loss takes them in two parts.
     changes = {"head__out_dim": 2_048, "model__drop_path_rate": 0.2, "optim__clip_grad": 0.3} | changes
     config = tiny_config(fsdp=groups, optim__warmup_epochs=0, **changes)
     mesh = sharding.make_mesh(jax.devices()[:devices], groups)
-    setup = build_setup(config, steps_per_epoch=2)
+    return build_setup(config, steps_per_epoch=2), mesh
+
+
+def tiny_run(groups=1, **changes):
+    """Setup, mesh and fresh state of a tiny run on all devices."""
+    setup, mesh = tiny_setup(groups, **changes)
     return setup, mesh, init_state(setup, mesh)
 
 
@@ -57,7 +60,7 @@ def follow(groups, changes, steps=5):
     """What a short run gives, as plain numbers, and what its program says between devices."""
     setup, mesh, state = tiny_run(groups, **changes)
     batch = random_batch(setup, mesh)
-    step = lower_step(setup, mesh, state).compile()
+    step = lower_step(setup, mesh, state).compile(FAST)
     kernel = state.student["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
     moments = [x for path, x in jax.tree.leaves_with_path(state.opt_state) if "kernel" in jax.tree_util.keystr(path)]
     held = [kernel, state.teacher["head"]["last_layer"]["weight_v"], *moments]
@@ -83,14 +86,14 @@ def without_keys_bias(name, x):
 
 def restored(saved, devices, groups, steps=50):
     """Whether the state saved by 8 devices in groups of 4 comes back bit for bit on others, and the losses after it."""
-    setup, mesh, _ = tiny_run(groups, devices)
+    setup, mesh = tiny_setup(groups, devices)
     with checkpoints.open_manager(saved["folder"], setup.config.checkpoint) as manager:
         state, _ = checkpoints.restore(manager, abstract_state(setup, mesh), setup.config)
     same = jax.tree.map(np.array_equal, jax.device_get(state), saved["state"])
-    step, batch = jax.jit(partial(train_step, setup, mesh), donate_argnums=0), random_batch(setup, mesh)
+    step, batch = lower_step(setup, mesh, state).compile(), random_batch(setup, mesh)
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, batch, np.float32(np.inf))
         losses.append(float(metrics["loss"]))
     return {"same": all(jax.tree.leaves(same)), "losses": losses}
 
@@ -98,9 +101,9 @@ def restored(saved, devices, groups, steps=50):
 def save_on_8(folder):
     """A state after two steps, saved in parts."""
     setup, mesh, state = tiny_run(4)
-    step, batch = jax.jit(partial(train_step, setup, mesh)), random_batch(setup, mesh)
+    step, batch = lower_step(setup, mesh, state).compile(), random_batch(setup, mesh)
     for _ in range(2):
-        state, _ = step(state, batch)
+        state, _ = step(state, batch, np.float32(np.inf))
     with checkpoints.open_manager(folder, setup.config.checkpoint) as manager:
         checkpoints.save(manager, 2, state, setup.config)
     return {"folder": folder, "state": jax.device_get(state)}
@@ -111,14 +114,10 @@ def named(tree):
 
 
 @pytest.fixture(scope="module")
-def followed():
-    """`follow` of each of RUNS on eight devices, which take a process of their own."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}", "JAX_PLATFORMS": "cpu"}
-    root = Path(__file__).parents[1]
-    env = os.environ | flags | {"PYTHONPATH": os.pathsep.join([str(root), str(root.parent)])}
-    done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+def followed(tmp_path_factory):
+    """`follow` of each of RUNS and `restored` on each of MESHES, on devices that take a process of their own."""
+    process = Process(tmp_path_factory.mktemp("followed") / "log", __file__, devices=DEVICES)
+    return json.loads(process.finish().splitlines()[-1])
 
 
 @pytest.mark.parametrize("name", [name for name in RUNS if "fsdp" in name])
@@ -146,7 +145,8 @@ def test_a_checkpoint_in_parts_restores_on_any_mesh(followed, mesh):
 @pytest.mark.parametrize("name", ["replicated", "accumulated", "more_crops"])
 def test_gradients_cross_devices_once(followed, name):
     """4 bytes a parameter in few operations, and nothing of the size of batch x K; whatever the parts and the crops."""
-    setup, _, state = tiny_run()
+    setup, mesh = tiny_setup()
+    state = abstract_state(setup, mesh)
     gradient = 4 * sum(x.size for x in jax.tree.leaves(state.student))
     moved = followed[name]["collectives"]
     assert {operation for operation, _ in moved} == {"all-reduce"}
@@ -161,7 +161,8 @@ def test_parts_are_gathered_and_gradients_scattered(followed, name, groups):
 
     Gradients: summed by those that share, of which each keeps a part, and that part over the others.
     """
-    setup, _, state = tiny_run()
+    setup, mesh = tiny_setup()
+    state = abstract_state(setup, mesh)
     leaves = [
         (jax.tree_util.keystr(path), path[-1].key, 4 * x.size) for path, x in jax.tree.leaves_with_path(state.student)
     ]
@@ -182,7 +183,7 @@ def test_parts_are_gathered_and_gradients_scattered(followed, name, groups):
 
 
 def test_a_number_that_does_not_divide_is_named():
-    setup, mesh, _ = tiny_run()
+    setup, mesh = tiny_setup()
     shapes = abstract_state(setup, mesh)
     with pytest.raises(UserError, match=r"does not divide over fsdp=3 .*--config.fsdp"):
         fsdp.check_divides(shapes, 3)

@@ -1,9 +1,7 @@
 """A run that hangs, or waits for a dead process, must end by itself and say why: tried with processes that do."""
 
-import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -12,12 +10,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from processes import LONGEST, environment, free_port
 
 from dino_jax.distributed import watchdog
 from dino_jax.distributed.watchdog import HUNG, PEER_LOST, Watchdog
 from dino_jax.errors import UserError
 
-ROOT = Path(__file__).parents[2]
 HANGS = """
 import multiprocessing, sys, time
 from types import SimpleNamespace
@@ -47,7 +45,8 @@ me, port, who, fault = int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), sys.argv
 jax.distributed.initialize(f"localhost:{port}", 2, me, heartbeat_timeout_seconds=60)
 with Watchdog(SimpleNamespace(seconds=0, slow_seconds=300), heartbeat=2) as dog:
     dog.beat("step", 7)
-    time.sleep(2)  # until both have heard of each other
+    while not dog._peers.others():  # until both have heard of each other
+        time.sleep(0.05)
     if me == who and fault == "killed":
         os.kill(os.getpid(), signal.SIGKILL)
     if me == who and fault == "stopped":
@@ -62,9 +61,9 @@ with Watchdog(SimpleNamespace(seconds=0, slow_seconds=300), heartbeat=2) as dog:
 
 
 def run(script, *args):
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([sys.executable, *([script] if args == () else ["-c", script, *args])], env=env, **pipes)
+    command = [sys.executable, *([script] if args == () else ["-c", script, *args])]
+    return subprocess.Popen(command, env=environment(), **pipes)
 
 
 def is_alive(pid):
@@ -78,7 +77,7 @@ def test_a_hang_ends_with_the_stacks_and_without_workers(tmp_path):
     script = tmp_path / "hangs.py"  # a file, since workers are spawned
     script.write_text(HANGS)
     process = run(script)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=LONGEST)
     assert process.returncode == HUNG, err
     [line] = [line for line in err.splitlines() if line.startswith("error: ")]
     assert re.search(r"step 2 .* 0.5 s in its phase `data`, on process 0.*--config.watchdog.seconds", line)
@@ -130,10 +129,8 @@ def test_beats_keep_it_quiet_and_0_switches_it_off(ended):
 
 def two(who, fault):
     """Process 0 and 1, of which `who` has a fault."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    return [run(PEER, str(me), str(port), str(who), fault) for me in range(2)]
+    port = str(free_port())
+    return [run(PEER, str(me), port, str(who), fault) for me in range(2)]
 
 
 @pytest.mark.parametrize(
@@ -149,7 +146,7 @@ def test_a_lost_process_ends_the_others_and_is_named(who, fault, message):
     processes = two(who, fault)
     survivor = processes[1 - who]
     try:
-        error = survivor.communicate(timeout=60)[1]
+        error = survivor.communicate(timeout=LONGEST)[1]
     finally:
         processes[who].send_signal(signal.SIGKILL)
         processes[who].communicate()
@@ -160,7 +157,7 @@ def test_a_lost_process_ends_the_others_and_is_named(who, fault, message):
 def test_a_process_that_is_done_is_not_lost():
     processes = two(1, "done")
     for process in processes:
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=LONGEST)[1]
         assert process.returncode == 0, error
 
 

@@ -1,135 +1,107 @@
-"""Runs that are killed: real processes, real signals."""
+"""Runs that are killed or stopped: real processes, real signals."""
 
-import os
+import json
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
+from processes import HELD, Held, train
+from tiny import KNN, tiny_flags
 
 from benchmarks import chaos
 from dino_jax import checkpoints
 from dino_jax.errors import Stopped
 
-ROOT = Path(__file__).parents[2]
-TINY = [  # tiny_config() as flags, but longer
-    "--config.batch_size=16",
-    "--config.epochs=12",  # of 5 steps
-    "--config.log_every=1",
-    "--config.head.out_dim=64",
-    "--config.head.hidden_dim=32",
-    "--config.head.bottleneck_dim=16",
-    "--config.crops.local_number=0",
-    "--config.data.source=demo:train:8",
-    "--config.evals.knn.every_epochs=0",
-    "--config.checkpoint.every_steps=4",
-]
+EPOCHS, STEPS = 12, 60
+pytestmark = pytest.mark.slow
 
 
-def test_a_run_that_is_killed_3_times_ends_with_the_same_bits(tmp_path):
-    report = chaos.run(kills=3, seed=0, folder=tmp_path, arguments=TINY)
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A run that was never killed, `reference`, beside one that was killed three times: (report, folder)."""
+    folder = tmp_path_factory.mktemp("chaos") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+        return chaos.run(kills=3, seed=0, folder=folder, arguments=tiny_flags(epochs=EPOCHS)[1:]), folder
+
+
+def test_a_run_that_is_killed_3_times_ends_with_the_same_bits(killed):
+    report, folder = killed
     assert report.kills == 3
     assert {"student", "teacher", "center", "opt_state"} <= set(report.digests)
     assert report.digests == report.reference_digests
+    assert chaos.last_saved(folder / "killed") == chaos.last_saved(folder / "reference") == STEPS
     assert not report.left_over
     assert report.good
 
 
-def start(workdir, *flags, program="train.py", **env):
-    """A run in a process of its own, and the file that has what it says."""
-    said = workdir.with_suffix(".log")
-    command = [sys.executable, program, "--config=configs/demo.py", *TINY, f"--workdir={workdir}", *flags]
-    with open(said, "w") as log:
-        env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | env
-        return subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log), said
+def test_a_killed_run_resumes_and_logs_each_step_once(killed):
+    """With the losses of the run that was never killed."""
+    _, folder = killed
+    resumed_after = re.findall(r"resuming after step (\d+)", (folder / "killed.log").read_text())
+    assert resumed_after
+    assert all(0 < int(step) < STEPS for step in resumed_after)
+    logged = [json.loads(line)["step"] for line in (folder / "killed" / "metrics.jsonl").read_text().splitlines()]
+    assert len(logged) == len(set(logged))
+    assert losses(folder / "killed") == losses(folder / "reference")
 
 
-def wait_until(process, said, words, timeout=200):
-    deadline = time.monotonic() + timeout
-    while words not in said.read_text():
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < deadline, said.read_text()
-        time.sleep(0.02)
+def losses(workdir):
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
-def last_step(text):
-    return max((int(step) for step in re.findall(r"^step (\d+)/", text, re.MULTILINE)), default=0)
-
-
-KNN = [
-    "--config.evals.knn.every_epochs=1",
-    "--config.evals.knn.train=demo:train:400",
-    "--config.evals.knn.test=demo:test",
-    "--config.evals.knn.k=5",
-]
-PHASES = {  # what the run has said, seconds after it, flags
-    "evaluation": ("step 5/60", 0.1, KNN),
-    "step": ("step 6/60", 0.0, []),
-    "saving": ("step 8/60", 0.0, ["--config.head.out_dim=65536"]),
-    "start": ("no knn evaluation", 0.3, []),
+PHASES = {  # the function in which the signal comes, the call of it, the step saved then, changes
+    "evaluation": ("dino_jax.evals.knn:knn_accuracy", 3, 5, KNN),  # the first two are those of step 0
+    "saving": ("dino_jax.checkpoints:save", 2, 8, {}),
+    "writing": ("dino_jax.checkpoints.manager:write_manifest", 2, 8, {}),  # in Orbax's thread
+    "start": ("dino_jax.training.loop:Run.compile", 1, 0, {}),
 }
 
 
 @pytest.mark.parametrize("phase", PHASES)
 def test_sigterm_saves_and_exits_with_75_in_any_phase(tmp_path, phase):
-    words, seconds, flags = PHASES[phase]
-    process, said = start(tmp_path / "run", "--config.epochs=12000", *flags)
-    wait_until(process, said, words.replace("/60", "/60,000"))
-    time.sleep(seconds)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
-    text = said.read_text()
+    function, call, step, changes = PHASES[phase]
+    held = Held(tmp_path / "run", function, call, epochs=EPOCHS, **changes)
+    held.wait()
+    held.process.end(signal.SIGTERM)
+    held.release()
+    assert held.process.popen.wait(timeout=chaos.LONGEST) == Stopped.exit_code, held.process.output
     saved = checkpoints.newest_intact(tmp_path / "run" / "checkpoints") or 0
-    assert f"stopped by a signal after step {saved}: the same command resumes here" in text
-    assert last_step(text) == saved
+    assert f"stopped by a signal after step {saved}: the same command resumes here" in held.process.output
+    assert held.process.last_step == saved
+    if phase == "writing":  # steps go on meanwhile
+        assert saved >= step
+    else:
+        assert saved == step
+
+
+def test_sigterm_in_a_step_saves_and_the_same_command_resumes(tmp_path):
+    held = Held(tmp_path / "run", "dino_jax.training.loop:Run.step", call=6, epochs=EPOCHS)
+    held.wait()
+    held.process.end(signal.SIGTERM)
+    held.release()
+    assert "stopped by a signal after step 6: the same command resumes here" in held.process.finish(Stopped.exit_code)
+    assert held.process.last_step == chaos.last_saved(tmp_path / "run") == 6
+    assert "resuming after step 6" in train(tmp_path / "run", epochs=EPOCHS).finish()
+    assert chaos.last_saved(tmp_path / "run") == STEPS
 
 
 def test_sigterm_while_the_compiler_works_does_not_wait_for_it(tmp_path):
-    process, said = start(tmp_path / "run", "--config.model.arch=vit_small", JAX_COMPILATION_CACHE_DIR="")
-    wait_until(process, said, "no knn evaluation")
-    time.sleep(2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
-    assert "stopped by a signal" in said.read_text()
-
-
-STALLING = """
-import os, sys, time
-from pathlib import Path
-from dino_jax.data.sources import SCHEMES
-from dino_jax.data.sources.demo import DemoSource
-
-class Stalling(DemoSource):
-    def __getitem__(self, i):
-        while Path(os.environ["STALL"]).exists():
-            time.sleep(0.1)
-        return super().__getitem__(i)
-
-SCHEMES["demo"] = Stalling
-import train
-from dino_jax.commands import cli
-
-if __name__ == "__main__":
-    cli.run(train.main)
-"""
+    """Python runs no handler of signals then."""
+    place = {"HOLD": "dino_jax.training.loop:compile_lowered:1", "REACHED": str(tmp_path / "reached")}
+    process = train(tmp_path / "run", program=HELD, env=place, checkpoint__stop_within=1)
+    process.wait_for_file(tmp_path / "reached")
+    process.end(signal.SIGTERM)
+    assert process.popen.wait(timeout=chaos.LONGEST) == Stopped.exit_code, process.output
+    assert "stopped by a signal, cut off after 1 s" in process.output
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_sigterm_while_no_image_comes(tmp_path, workers):
-    program, stall = tmp_path / "stalling.py", tmp_path / "stall"
-    program.write_text(STALLING)
-    flags = ["--config.epochs=12000", f"--config.data.workers={workers}"]
-    process, said = start(tmp_path / "run", *flags, program=str(program), STALL=str(stall))
-    wait_until(process, said, "step 6/")
-    stall.touch()
-    before, after = -1, 0
-    while before < after:  # until the batches that were ready are used up
-        time.sleep(1)
-        before, after = after, last_step(said.read_text())
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=chaos.LONGEST) == Stopped.exit_code, said.read_text()
-    saved = checkpoints.newest_intact(tmp_path / "run" / "checkpoints")
-    assert f"stopped by a signal after step {saved}" in said.read_text()
+    process = train(tmp_path / "run", program=HELD, env={"DEMO_EPOCHS": "1"}, epochs=EPOCHS, data__workers=workers)
+    process.wait_for("phase data 6")
+    process.end(signal.SIGTERM)
+    assert process.popen.wait(timeout=chaos.LONGEST) == Stopped.exit_code, process.output
+    assert checkpoints.newest_intact(tmp_path / "run" / "checkpoints") == 5
+    assert "stopped by a signal after step 5" in process.output

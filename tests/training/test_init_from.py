@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny import tiny_config
+from tiny import KNN, tiny_config
 
 from dino_jax.commands import convert as convert
 from dino_jax.distributed.sharding import make_mesh
@@ -14,13 +14,6 @@ from dino_jax.training import loop
 from dino_jax.training.init_from import start_from
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights import load, tensor_files
-
-KNN = {
-    "evals__knn__every_epochs": 1,
-    "evals__knn__train": "demo:train:4",
-    "evals__knn__test": "demo:test:4",
-    "evals__knn__k": 5,
-}
 
 
 def fresh(config):
