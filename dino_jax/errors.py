@@ -1,9 +1,9 @@
-"""A user's mistake is one clear line, never a traceback."""
+"""Errors that users see as one line instead of a traceback."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Libraries that `pip install dino_jax` leaves out, and the extra that installs each (pyproject.toml).
+# Libraries that `pip install dino_jax` does not install, and the extra that installs each (pyproject.toml).
 EXTRAS = {
     "array_record": "train",
     "av": "video",
@@ -22,24 +22,24 @@ NAMED = 5  # differences that a message lists
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message is one line that names the knob and the way out.
+    """A mistake that the user can fix. The message is one line that names the setting and how to fix it.
 
     The command line prints it and exits with code 2.
     """
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop: it is saved, and the same command goes on. The command line exits with 75."""
+    """A signal stopped the run after it saved; the same command resumes it. The command line exits with code 75."""
 
-    exit_code = 75  # EX_TEMPFAIL of sysexits.h, by which a scheduler can tell it from finished (0) and failed (1, 2)
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h; lets a scheduler distinguish it from finished (0) and failed (1, 2)
 
 
 class NotFiniteError(UserError):
-    """The loss, the gradient or the parameters of a step are not finite: this run cannot go on, others can."""
+    """The loss, gradient or parameters of a step are not finite. This run cannot continue; later runs still can."""
 
 
 def listed(differences: list[str]) -> str:
-    """The first `NAMED` of them, and how many more there are, for a message."""
+    """Joins the first `NAMED` differences for a message, followed by the number of others."""
     more = f" and {len(differences) - NAMED} more" if len(differences) > NAMED else ""
     return "; ".join(differences[:NAMED]) + more
 

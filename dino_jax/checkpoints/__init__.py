@@ -1,11 +1,11 @@
-"""What a run leaves on disk: checkpoints to resume from, its config, and the teacher's backbone for everyone else.
+"""The files of a run: checkpoints to resume from, the config, and the exported backbone of the teacher.
 
 workdir/
   config.json          the config of the run
   checkpoints/STEP/    state (Orbax), metadata (config and versions), manifest.json (a hash of each file)
   export/              variables (Orbax), card.json (architecture, preprocessing, provenance), manifest.json
 
-A workdir is a path that all processes see. All of them call these functions; process 0 alone writes JSON.
+All processes must see the workdir and call these functions. Only process 0 writes JSON.
 """
 
 from dino_jax.checkpoints.export import model_card, write_export

@@ -1,4 +1,4 @@
-"""Exports: the teacher's backbone with its model card, for everyone but the trainer."""
+"""Exports the teacher's backbone with its model card, for use without the trainer."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ from dino_jax.provenance import plain, versions
 
 
 def model_card(config: Any, step: int) -> dict[str, Any]:
-    """What a user of the exported backbone must know: architecture, preprocessing and provenance, as plain JSON."""
+    """Returns the model card of an exported backbone: architecture, preprocessing and provenance, as plain JSON."""
     config = plain(config)
     model = config["model"]
     return {
@@ -43,9 +43,10 @@ def model_card(config: Any, step: int) -> dict[str, Any]:
 
 
 def write_export(folder: str | Path, trees: Mapping[str, Any], card: Mapping[str, Any]) -> Path:
-    """Writes trees of arrays, each to a subfolder of its name, and a `model_card` to `folder`, and returns that path.
+    """Writes trees of arrays and a `model_card` to `folder`, and returns its path.
 
-    What was there stays until the new one is complete. Raises UserError where it can't be written.
+    Each tree goes to a subfolder with its name. Previous content stays in place until the new export is complete.
+    Raises UserError if the folder cannot be written.
     """
     final = Path(folder).resolve()
     unfinished = atomic.unfinished_folder(final)

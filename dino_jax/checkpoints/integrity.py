@@ -1,4 +1,4 @@
-"""Manifests: the SHA-256 of every file of a checkpoint or an export, and what is wrong by them."""
+"""Manifests with the SHA-256 of every file of a checkpoint or an export, and verification against them."""
 
 import hashlib
 import json
@@ -11,21 +11,22 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes `folder/manifest.json`: the SHA-256 of the card and of each file in folder's subfolders, by its path."""
+    """Writes `folder/manifest.json`: relative path -> SHA-256 of the card and of each file in folder's subfolders."""
     files = sorted(path for pattern in ("card.json", "*/**/*") for path in folder.glob(pattern) if path.is_file())
     write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a folder's files by its manifest, or None. Orbax itself restores flipped bits silently.
+    """Returns what is wrong with a folder's files according to its manifest, or None if they are intact.
 
-    In the subfolders that the manifest tells of, files that it does not tell of count as well, hidden ones aside (which
-    file managers and NFS leave): Orbax reads some by their names.
+    This check is needed because Orbax restores flipped bits without an error. Files that were added to the manifest's
+    subfolders also count as damage, because Orbax reads some files by their names. Hidden files, which file managers
+    and NFS create, are ignored.
     """
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        if not manifest or text != _json(manifest):  # not as we write it: cut short, for one
+        if not manifest or text != _json(manifest):  # differs from what we write, for example truncated
             return f"{MANIFEST} has changed"
         for name, expected in manifest.items():
             path = folder / name
@@ -51,7 +52,7 @@ def _sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes indented JSON to `path`, complete or not at all."""
+    """Atomically writes indented JSON to `path`."""
     with atomic.file(path) as unfinished:
         unfinished.write_text(_json(value), encoding="utf-8")
 

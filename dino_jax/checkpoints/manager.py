@@ -17,46 +17,50 @@ from dino_jax.checkpoints.integrity import MANIFEST, damage, write_json, write_m
 from dino_jax.errors import UserError, listed
 from dino_jax.provenance import plain, versions
 
-# What may change between a run and its continuation; any other key of these sections shapes the state.
+# Sections of the config that determine the state, except for FREE_KEYS.
 STATE_SECTIONS = ("model", "head")
 
-# The size of global crops sets the grid of learnt positions; batch size, seed and init_from say what step N means.
+# The size of global crops sets the grid of learned positions; batch size, seed and init_from define what step N means.
 STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
 
+# Settings that may change when a run resumes.
 FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.unroll", "model.attention")
 
-MAKE_ROOM = "the checkpoints before are intact; make room there, and the same command resumes"
+MAKE_ROOM = "earlier checkpoints are intact; make room there and resume with the same command"
 
 UNFINISHED = "*.orbax-checkpoint-tmp"
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's, which raises what went wrong in the background whenever it next waits for that: here, as one line."""
+    """Orbax's manager with one-line errors. Orbax raises errors of background saves when it next waits for them."""
 
     def wait_until_finished(self) -> None:
-        """Returns when the save in progress is on disk. Raises UserError where there is no room for it."""
+        """Waits until the save in progress is on disk. Raises UserError if the disk is full."""
         with _saving(Path(self.directory)):
             super().wait_until_finished()
 
 
 def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
-    """The asynchronous manager of `workdir/checkpoints`; whoever opens it closes it, which waits for saves.
+    """Opens the asynchronous manager of `workdir/checkpoints`. The caller must close it, which waits for saves.
 
-    checkpoint: config.checkpoint. Kept are the newest `keep_last` and, unless `keep_every_steps` is 0, every
-    multiple of it. What a killed run left half-written is removed. When to save is the caller's business.
-    Raises UserError if keep_last is less than 1.
+    checkpoint: config.checkpoint. The manager keeps the newest `keep_last` checkpoints and, unless `keep_every_steps`
+    is 0, those of every multiple of it. It removes incomplete checkpoints of killed runs. The caller decides when to
+    save. Raises UserError if keep_last is less than 1, or the workdir is not a local path or cannot be written.
     """
     if checkpoint.keep_last < 1:
-        raise UserError(f"checkpoint.keep_last is {checkpoint.keep_last}: a run needs its newest; set it to 1 or more")
+        raise UserError(
+            f"checkpoint.keep_last is {checkpoint.keep_last}: a run needs its newest checkpoint; "
+            "set --config.checkpoint.keep_last to 1 or more"
+        )
     if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is no local path: mount the bucket and give the mounted path")
+        raise UserError(f"--workdir={workdir} is not a local path: mount the bucket and give the mounted path")
     directory = Path(workdir).resolve() / "checkpoints"
     with atomic.disk_errors(f"to --workdir={workdir}", "give another folder"):
         directory.mkdir(parents=True, exist_ok=True)
 
     def write_manifest_of_save_in_progress() -> None:
-        # Orbax calls this on process 0 when all data is written and before the checkpoint counts as finished, so there
-        # is none without a manifest. It does not say which; one save runs at a time.
+        # Orbax calls this on process 0 after all data is written and before the checkpoint counts as finished, so every
+        # finished checkpoint has a manifest. Orbax does not pass the step, but only one save runs at a time.
         for folder in directory.glob("[0-9]*"):
             if not (folder / MANIFEST).exists() and folder.suffix != ".damaged":
                 write_manifest(folder)
@@ -71,10 +75,11 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
 
 
 def save(manager: Manager, step: int, state: Any, config: Any) -> bool:
-    """Starts saving the state (a pytree of arrays) after `step`; False if that step is saved already.
+    """Starts saving the state (a pytree of arrays) after `step`. Returns False if that step is already saved.
 
-    Returns once the arrays are copied to the host: the caller may donate them to the next step. Raises UserError where
-    there is no room for this one, or was none for the one before; a full disk shows at the next save, wait or close.
+    Returns as soon as the arrays are copied to the host, so the caller may donate them to the next step. Raises
+    UserError if the disk is full. Saves run in the background, so the error may also be raised by the next save, wait
+    or close.
     """
     if step in manager.all_steps():
         return False
@@ -85,11 +90,12 @@ def save(manager: Manager, step: int, state: Any, config: Any) -> bool:
 
 
 def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int] | None:
-    """The newest intact checkpoint as (state, step), or None if there is no checkpoint.
+    """Restores the newest intact checkpoint as (state, step). Returns None if there is no checkpoint.
 
-    state_target: the state's tree of jax.ShapeDtypeStruct with the shardings wanted, on any mesh. Damaged newer
-    checkpoints are renamed to `STEP.damaged`, with one line on stderr. Raises UserError if `config` differs from the
-    checkpoint's in what shapes the state, if its arrays are others all the same, or if every checkpoint is damaged.
+    state_target: tree of jax.ShapeDtypeStruct with the desired shardings, on any mesh. Newer damaged checkpoints are
+    renamed to `STEP.damaged` and reported on stderr. Raises UserError if `config` and the checkpoint's config differ in
+    a setting that determines the state, if the arrays differ although the settings agree, or if every checkpoint is
+    damaged.
     """
     step = newest_intact(manager.directory)
     if step is None:
@@ -104,7 +110,7 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
 
 
 def restore_arrays(folder: Path, target: Any) -> Any:
-    """The part of an Orbax tree that `target` (any leaves) has the structure of, as NumPy arrays on every process."""
+    """Restores the subtree of an Orbax tree that matches `target` (any leaves), as NumPy arrays on every process."""
     arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target)
     restore_args = ocp.args.PyTreeRestore(item=target, restore_args=arguments, partial_restore=True)
     with ocp.PyTreeCheckpointer() as checkpointer:
@@ -112,20 +118,20 @@ def restore_arrays(folder: Path, target: Any) -> Any:
 
 
 def tree_of(folder: Path) -> dict[str, Any]:
-    """The structure of an Orbax tree on disk, as a target for `restore_arrays`."""
+    """Returns the structure of an Orbax tree on disk, as a target for `restore_arrays`."""
     return ocp.PyTreeCheckpointHandler().metadata(folder).tree
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
-    """The config and the library versions saved with the checkpoint in `folder`."""
+    """Returns the config and the library versions saved with the checkpoint in `folder`."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
         return checkpointer.restore(folder / "metadata")
 
 
 def newest_intact(directory: str | Path) -> int | None:
-    """The newest step in a `checkpoints` folder whose files match their manifest; None if it holds no checkpoint.
+    """Returns the newest step in a `checkpoints` folder whose files match their manifest; None without checkpoints.
 
-    Each damaged one that is passed over is reported in one line on stderr. Raises UserError if all are damaged.
+    Reports each damaged checkpoint that it skips on stderr. Raises UserError if all checkpoints are damaged.
     """
     directory = Path(directory)
     newest = -1
@@ -136,26 +142,24 @@ def newest_intact(directory: str | Path) -> int | None:
             if problem is None:
                 newest = step
                 break
-            print(
-                f"checkpoint {directory / str(step)} is damaged ({problem}): passed over", file=sys.stderr, flush=True
-            )
+            print(f"checkpoint {directory / str(step)} is damaged ({problem}): skipped", file=sys.stderr, flush=True)
         else:
             newest = -2 if steps else -1
     newest = int(multihost_utils.broadcast_one_to_all(np.int32(newest)))
     if newest == -2:
-        raise UserError(f"every checkpoint in {directory} is damaged: put a copy back or start in another --workdir")
+        raise UserError(f"every checkpoint in {directory} is damaged: restore a copy or start in another --workdir")
     return None if newest == -1 else newest
 
 
 def write_config(workdir: str | Path, config: Any) -> None:
-    """Writes `workdir/config.json`. Call it after `restore`, which refuses a config that is not the run's."""
+    """Writes `workdir/config.json`. Call it after `restore`, which rejects the config of another run."""
     if jax.process_index() == 0:
         write_json(Path(workdir) / "config.json", plain(config))
 
 
 @contextmanager
 def _saving(directory: Path) -> Iterator[None]:
-    """Where a save fails for want of room: one line, and what was half-written gives its room back."""
+    """Turns disk errors of a save into a UserError, and deletes the incomplete checkpoint to free its space."""
     try:
         with atomic.disk_errors(directory, MAKE_ROOM):
             yield
@@ -167,7 +171,7 @@ def _saving(directory: Path) -> Iterator[None]:
 
 
 def _state_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that shape the state, by dotted name."""
+    """Returns the settings that determine the state, by dotted name."""
     settings = {f"{section}.{key}": value for section in STATE_SECTIONS for key, value in config[section].items()}
     for name in STATE_KEYS:
         value = config
@@ -181,29 +185,29 @@ def _require_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any],
     saved, current = _state_settings(saved), _state_settings(current)
     different = [name for name in current if name in saved and saved[name] != current[name]]
     if different:
-        changes = ", ".join(f"{name} is {current[name]!r}, there {saved[name]!r}" for name in different)
+        changes = ", ".join(f"{name} is {current[name]!r}, was {saved[name]!r}" for name in different)
         raise UserError(
-            f"checkpoint {folder} is of another run: {changes}; use another --workdir or the checkpoint's settings"
+            f"checkpoint {folder} belongs to another run: {changes}; use another --workdir or the checkpoint's settings"
         )
 
 
 def _require_same_arrays(folder: Path, target: Any, written_by: Mapping[str, str]) -> None:
-    """With the same settings, code or libraries of another version can still mean other arrays."""
+    """Raises UserError if the arrays differ, which code or libraries of another version can cause."""
     saved, current = _arrays(tree_of(folder / "state")), _arrays(ocp.tree.serialize_tree(target, keep_empty_nodes=True))
     different = [
-        f"{name} is {current.get(name, 'not in it')}, there {saved.get(name, 'missing')}"
+        f"{name} is {current.get(name, 'missing')}, was {saved.get(name, 'missing')}"
         for name in sorted(saved | current)
         if saved.get(name) != current.get(name)
     ]
     if different:
         raise UserError(
-            f"checkpoint {folder} holds another state than this code's: {listed(different)}; use "
-            f"another --workdir or what wrote it ({', '.join(' '.join(one) for one in written_by.items())})"
+            f"checkpoint {folder} does not hold the state that this code expects: {listed(different)}; use another "
+            f"--workdir or the versions that wrote it ({', '.join(' '.join(one) for one in written_by.items())})"
         )
 
 
 def _arrays(tree: Any) -> dict[str, str]:
-    """Type and shape of each array by its name on disk."""
+    """Returns dtype and shape of each array, by its name on disk."""
     leaves = ocp.tree.to_flat_dict(tree, sep=".")
     return {name: f"{np.dtype(x.dtype)} {list(x.shape)}" for name, x in leaves.items() if hasattr(x, "shape")}
 

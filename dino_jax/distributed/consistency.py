@@ -1,7 +1,7 @@
-"""Consistency: do all processes run the same thing on the same data, and do all devices hold the same state?
+"""Checks that all processes run the same program on the same data, and that all devices hold the same state.
 
-Processes that disagree do not fail by themselves. Each computes its share of something else, and the mean of the
-gradients hides it. They therefore compare what they are about to do at the start, and what they hold from time to time.
+Processes that disagree do not fail on their own: each one computes a share of a different problem, and averaging the
+gradients hides it. Therefore the processes compare settings, data and program at the start, and states periodically.
 """
 
 import hashlib
@@ -25,14 +25,15 @@ from dino_jax.data.sources import Source, names_digest
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import NAMED, UserError, listed
 
-# Settings that may differ between hosts, and paths; what a path holds is compared when it is read.
+# Settings that may differ between hosts, and paths. The contents of a path are compared when they are read.
 PER_HOST = ("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test")
 
 
 def require_same(describe: Callable[[], Mapping[str, Any]]) -> None:
-    """Raises UserError on every process, with what differs and where, unless describe() is the same on all of them.
+    """Raises UserError on every process, listing the differences, unless describe() is the same on all processes.
 
-    describe: returns plain JSON values by name, the same names everywhere. It is not called if there is one process.
+    describe: returns plain JSON values by name, with the same names on all processes. It is not called if there is only
+    one process.
     """
     if jax.process_count() == 1:
         return
@@ -42,29 +43,29 @@ def require_same(describe: Callable[[], Mapping[str, Any]]) -> None:
         return
     sizes = multihost_utils.process_allgather(np.int32(len(text)))
     padded = np.frombuffer(text.ljust(sizes.max()), np.uint8)
-    told = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    descriptions = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
     raise UserError(
-        f"the processes do not agree: {listed(differences(told))}: start the same command with the same code, "
+        f"the processes do not agree: {listed(differences(descriptions))}: start the same command with the same code, "
         "libraries and data on every host"
     )
 
 
-def differences(told: list[Mapping[str, Any]]) -> list[str]:
-    """Descriptions of the processes, in order -> a sentence for each name whose values differ."""
-    sentences = []
-    for name in sorted(set().union(*told)):
-        values = [json.dumps(one.get(name)) for one in told]
+def differences(descriptions: list[Mapping[str, Any]]) -> list[str]:
+    """Descriptions of all processes, in order -> a message for each name whose values differ."""
+    messages = []
+    for name in sorted(set().union(*descriptions)):
+        values = [json.dumps(description.get(name)) for description in descriptions]
         usual = Counter(values).most_common(1)[0][0]
-        strange = [process for process, value in enumerate(values) if value != usual]
-        if strange:
-            others = values.index(usual)
-            said = ", ".join(f"process {process} has {values[process]}" for process in strange[:NAMED])
-            sentences.append(f"{name} ({said}, process {others} {usual})")
-    return sentences
+        deviating = [process for process, value in enumerate(values) if value != usual]
+        if deviating:
+            other = values.index(usual)
+            listing = ", ".join(f"process {process} has {values[process]}" for process in deviating[:NAMED])
+            messages.append(f"{name} ({listing}, process {other} {usual})")
+    return messages
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """The config by dotted name without `PER_HOST`, versions, a hash of this package's code, devices, XLA's flags."""
+    """Returns the config by dotted name without `PER_HOST`, versions, a hash of our code, devices and XLA_FLAGS."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
     return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(PER_HOST)} | {
         **{f"version of {name}": version for name, version in provenance.versions().items()},
@@ -76,20 +77,20 @@ def settings(config: Any) -> dict[str, Any]:
 
 
 def data(source: Source) -> dict[str, Any]:
-    """The number of images of config.data.source, and a hash of their names in order."""
+    """Returns the number of images of config.data.source, and a hash of their names in order."""
     return {"images of data.source": len(source), "names of images of data.source": names_digest(source)}
 
 
 def program(lowered: jax.stages.Lowered) -> dict[str, str]:
-    """A hash of a jitted function, lowered for its arguments but not yet compiled."""
+    """Returns a hash of a jitted function that is lowered for its arguments but not yet compiled."""
     return {"compiled step": hashlib.sha256(lowered.as_text().encode()).hexdigest()[:16]}
 
 
 def require_same_state(state: Any, mesh: Mesh) -> None:
-    """Raises UserError naming the devices whose copy of the state differs in a bit from that of most others.
+    """Raises UserError, naming the devices, if any device's copy of the state differs in a bit from most others.
 
-    state: a tree of arrays laid out as `fsdp.specs` says. Parts of a parameter that is split over `fsdp` are
-    compared with the same parts elsewhere. All processes must call it at once.
+    state: a tree of arrays sharded by `fsdp.specs`. Each part of a parameter that is split over `fsdp` is compared with
+    the same part on other devices. This is a collective: all processes must call it.
     """
     if mesh.shape["data"] == 1:
         return
@@ -109,16 +110,16 @@ def require_same_state(state: Any, mesh: Mesh) -> None:
     if wrong:
         raise UserError(
             f"devices hold different copies of the state: {'; '.join(wrong[:NAMED])} ({len(wrong)} of "
-            f"{mesh.devices.size} devices): the same command resumes after the last checkpoint; if it happens again, "
-            "leave the machine out"
+            f"{mesh.devices.size} devices): the same command resumes from the last checkpoint; if it happens again, "
+            "exclude the machine"
         )
 
 
 @partial(jax.jit, static_argnums=0)
 def checksums(mesh: Mesh, state: Any) -> jax.Array:
-    """The sum of each device's copy (or part) of each array, its bits read as integers: uint32 [data, fsdp, arrays].
+    """Returns the sum of the bits, read as integers, of each device's copy of each array: uint32 [data, fsdp, arrays].
 
-    The sum wraps, does not depend on the order of elements, and changes with any single flipped bit.
+    The sum wraps around. It does not depend on the order of the elements, and any single flipped bit changes it.
     """
 
     def own(state: Any) -> jax.Array:
@@ -142,7 +143,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _code() -> str:
-    """A hash of this package's sources, since checkouts of the same version may differ."""
+    """Returns a hash of this package's sources, because checkouts of the same version may differ."""
     root = Path(__file__).parents[1]
     code = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):

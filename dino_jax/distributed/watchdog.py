@@ -1,8 +1,8 @@
-"""Ends a run that hangs, or that waits for a process that is no more, and says in one line which and where.
+"""Watchdog: ends the process, with a one-line error, when a phase of the run or another process hangs.
 
-A step that never ends, a reader that is stuck, a dead host: nothing of that raises, and the devices are paid for until
-somebody looks. Here a thread looks. Exit codes: `HUNG` after a silence of this process (the stacks of all its threads
-are on stderr), `PEER_LOST` after one of another. docs/faults.md has the whole picture.
+A step that never finishes, a reader that is stuck or a dead host raise no error, and would occupy the devices until
+somebody notices. A thread watches for them instead. Exit codes: `HUNG` if this process makes no progress (the stacks of
+all its threads go to stderr), `PEER_LOST` if another process does not respond. docs/faults.md gives an overview.
 """
 
 import faulthandler
@@ -19,15 +19,15 @@ from dino_jax.errors import UserError
 
 HUNG = 70
 PEER_LOST = 71
-QUICK = ("data", "step")  # phases that take no longer than a step does, but for their first time, which compiles
+QUICK = ("data", "step")  # phases that are as short as a step, except for the first time, which compiles
 KEYS = "dino_jax/alive/"
 STDERR = 2
-SIGNS_EVERY = 2.0  # seconds, or more often
+SIGNS_EVERY = 2.0  # longest time between signs of life, seconds
 NAMED = 8  # processes that a message lists
 
 
 class Beat(NamedTuple):
-    """What the run was about to do when last heard of."""
+    """The last reported phase of the run."""
 
     phase: str
     step: int
@@ -35,13 +35,13 @@ class Beat(NamedTuple):
 
 
 class Watchdog:
-    """The thread that looks, from `with` to its end. `beat(phase, step)` tells it what begins now.
+    """Context manager that runs the watching thread. The run calls `beat(phase, step)` when a phase begins.
 
-    limits: config.watchdog. `seconds` is the limit of the phases `data` and `step`, `slow_seconds` that of all others
-    and of the first time of these two; `seconds` of 0 switches the limits off.
-    heartbeat: config.distributed.heartbeat, seconds; how long another process may give no sign of life.
+    limits: config.watchdog. `seconds` limits the phases `data` and `step`. `slow_seconds` limits all other phases, and
+    the first occurrence of these two. `seconds` = 0 disables both limits.
+    heartbeat: config.distributed.heartbeat, the seconds without a sign of life after which a process counts as lost.
 
-    A silence is counted in ticks of the thread itself: a run that is suspended (Ctrl-Z) is suspended with it.
+    Time is counted in ticks of the thread itself, so time in which the process is suspended (Ctrl-Z) does not count.
     """
 
     def __init__(self, limits: Any, heartbeat: float) -> None:
@@ -55,7 +55,7 @@ class Watchdog:
         self.beat("start", 0)
 
     def beat(self, phase: str, step: int) -> None:
-        """The run is alive, and begins this phase (a word for the user) of this step."""
+        """Reports that the run begins this phase of this step. Messages show the phase to the user."""
         limit = self._limits.seconds if phase in QUICK and phase in self._begun else self._limits.slow_seconds
         self._begun.add(phase)
         self._last = Beat(phase, step, limit)
@@ -71,7 +71,8 @@ class Watchdog:
 
     def __exit__(self, kind: Any, error: object, traceback: object) -> None:
         if self._peers and isinstance(error, jax.errors.JaxRuntimeError):
-            # A collective that broke off, most likely: the thread soon knows who is lost, and ends this process.
+            # Most likely a collective failed because a process is lost. The thread soon finds out which one, and ends
+            # this process.
             self._thread.join(2 * self._heartbeat)
         self._stop.set()
         if self._peers:
@@ -85,64 +86,64 @@ class Watchdog:
                 knob = "seconds" if last.limit == self._limits.seconds else "slow_seconds"
                 end(
                     HUNG,
-                    f"error: step {last.step:,} has been silent for {last.limit:g} s in its phase `{last.phase}`, on "
-                    f"process {jax.process_index()}{self._peers.others() if self._peers else ''}: where each thread "
-                    f"stands follows; if that is no fault, raise --config.watchdog.{knob}",
+                    f"error: step {last.step:,} made no progress for {last.limit:g} s in its phase `{last.phase}`, on "
+                    f"process {jax.process_index()}{self._peers.others() if self._peers else ''}: the stacks of all "
+                    f"threads follow; if the phase is only slow, raise --config.watchdog.{knob}",
                     stacks=True,
                 )
             if self._peers and (cause := self._peers.lost(self._tick)):
-                end(PEER_LOST, f"error: {cause}; the same command resumes after the last checkpoint")
+                end(PEER_LOST, f"error: {cause}; the same command resumes from the last checkpoint")
 
 
 class Peers:
-    """Signs of life of all processes, through the key-value store of JAX's coordinator (process 0).
+    """Exchanges signs of life between all processes, through the key-value store of JAX's coordinator (process 0).
 
-    JAX has heartbeats of its own, but aborts with pages that do not say who was where. Talking to the coordinator may
-    block for ever, so a thread of its own does; `lost` only looks at what that brought home.
+    JAX has its own heartbeats, but aborts with pages of text that do not state which process was lost in which phase.
+    Calls to the coordinator may block forever, so a separate thread makes them; `lost` only reads its results.
     """
 
     def __init__(self, heartbeat: float):
         self._heartbeat = heartbeat
         self._client = key_value_store()
-        self._said = ""
-        self._heard: dict[str, str] = {}  # key of each process -> its number of signs and what it said
+        self._status = ""
+        self._statuses: dict[str, str] = {}  # key of each process -> its number of signs and its status
         self._answers = 0
         self._silent: dict[str, tuple[object, float]] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._talk, name="signs of life", daemon=True)
 
     def start(self) -> None:
-        """Begin to talk."""
+        """Starts the thread."""
         self._thread.start()
 
     def say(self, where: str) -> None:
-        """What the others are told from now on."""
-        self._said = where
+        """Sets the status that this process sends from now on."""
+        self._status = where
 
     def leave(self, reason: str | None) -> None:
-        """The last words: None where all is well, else why this process ends. Waits a heartbeat at most."""
-        self._said = "done" if reason is None else f"gave up, {self._said}: {reason}"
+        """Sends the final status and stops. reason: None after success, else the error. Waits at most one heartbeat."""
+        self._status = "done" if reason is None else f"gave up, {self._status}: {reason}"
         self._stop.set()
         self._thread.join(self._heartbeat)
 
     def lost(self, tick: float) -> str:
-        """Who has been silent for a heartbeat, as a sentence, or nothing. To be asked every `tick` seconds."""
+        """Describes a process that has been silent for a heartbeat, or returns "". Call it every `tick` seconds."""
         if self._silence("coordinator", self._answers, tick) > self._heartbeat:
-            return f"process 0, which coordinates, has not answered for {self._heartbeat:g} s: is its host alive?"
-        for key, heard in self._heard.items():
-            if self._silence(key, heard, tick) > self._heartbeat:
-                process, said = key.rpartition("/")[-1], heard.partition(" ")[-1]
-                if said.startswith("gave up"):
-                    return f"process {process} {said}"
-                if said != "done":
-                    return f"process {process} has been silent for {self._heartbeat:g} s, last heard of {said}"
+            return f"process 0, the coordinator, has not responded for {self._heartbeat:g} s: check its host"
+        for key, sign in self._statuses.items():
+            if self._silence(key, sign, tick) > self._heartbeat:
+                process, status = key.rpartition("/")[-1], sign.partition(" ")[-1]
+                if status.startswith("gave up"):
+                    return f"process {process} {status}"
+                if status != "done":
+                    return f"process {process} has been silent for {self._heartbeat:g} s, last heard from {status}"
         return ""
 
     def others(self) -> str:
-        """What the other processes said last, to follow a sentence: who waits for a slower one learns for whom."""
-        said = {key.rpartition("/")[-1]: heard.partition(" ")[-1] for key, heard in self._heard.items()}
-        said.pop(str(jax.process_index()), None)
-        return "".join(f", process {process} {where}" for process, where in list(said.items())[:NAMED])
+        """Returns the last status of the other processes, to append to a message. It shows which one is slower."""
+        statuses = {key.rpartition("/")[-1]: sign.partition(" ")[-1] for key, sign in self._statuses.items()}
+        statuses.pop(str(jax.process_index()), None)
+        return "".join(f", process {process} {status}" for process, status in list(statuses.items())[:NAMED])
 
     def _silence(self, who: str, sign: object, tick: float) -> float:
         before, seconds = self._silent.get(who, (None, 0.0))
@@ -154,9 +155,9 @@ class Peers:
         while not stopping:
             stopping = self._stop.wait(min(self._heartbeat / 10, SIGNS_EVERY))
             try:
-                sign = f"{self._answers} {self._said}"
+                sign = f"{self._answers} {self._status}"
                 self._client.key_value_set(KEYS + str(jax.process_index()), sign, allow_overwrite=True)
-                self._heard = dict(self._client.key_value_dir_get(KEYS))
+                self._statuses = dict(self._client.key_value_dir_get(KEYS))
                 self._answers += 1
             except jax.errors.JaxRuntimeError:  # no answer: `lost` counts the seconds
                 continue
@@ -165,7 +166,7 @@ class Peers:
 def key_value_store() -> Any:
     """Returns the client of the coordinator's key-value store, which is not part of JAX's public API.
 
-    Raises: UserError if this version of JAX keeps it elsewhere.
+    Raises UserError if this version of JAX has no such attribute.
     """
     try:
         from jax._src import distributed
@@ -173,14 +174,14 @@ def key_value_store() -> Any:
         return distributed.global_state.client
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"jax {jax.__version__} has no jax._src.distributed.global_state.client, through which the processes of a "
-            "run find lost ones: pip install 'jax==0.10.2', or start a single process"
+            f"jax {jax.__version__} has no jax._src.distributed.global_state.client, which is needed to detect lost "
+            "processes: pip install 'jax==0.10.2', or start a single process"
         ) from error
 
 
 @contextmanager
 def deadline(seconds: float, message: str) -> Iterator[None]:
-    """Ends this process with the code `PEER_LOST` and a line, unless what is inside is done in so many seconds."""
+    """Ends this process with exit code `PEER_LOST` and a message if the block takes longer than `seconds`."""
     timer = threading.Timer(seconds, end, (PEER_LOST, f"error: {message}"))
     timer.daemon = True
     timer.start()
@@ -191,8 +192,8 @@ def deadline(seconds: float, message: str) -> Iterator[None]:
 
 
 def end(code: int, message: str, stacks: bool = False) -> None:
-    """Ends this process now, whatever its threads are at, and its workers with it, which would live on."""
-    os.write(STDERR, f"{message}\n".encode())  # not through sys.stderr: who hangs may hold its lock
+    """Ends this process immediately, regardless of its threads, and kills its workers, which would outlive it."""
+    os.write(STDERR, f"{message}\n".encode())  # not through sys.stderr, because a hanging thread may hold its lock
     if stacks:
         faulthandler.dump_traceback(STDERR, all_threads=True)
     for child in multiprocessing.active_children():

@@ -1,4 +1,4 @@
-"""Flax modules: backbones, which return `Tokens`, and the projection head. Nothing of training lives here."""
+"""Flax modules: backbones, which return `Tokens`, and the projection head. They do not depend on the training code."""
 
 from dino_jax.models.head import DINOHead
 from dino_jax.models.registry import ARCHITECTURES, Family, build_backbone, family_of, from_card

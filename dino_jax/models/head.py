@@ -8,9 +8,9 @@ from dino_jax.models.layers import BatchNorm, gelu, torch_uniform
 
 
 class PrototypeLayer(nn.Module):
-    """Weight-normalized linear layer without bias: one unit vector a prototype, times a gain.
+    """Weight-normalized linear layer without bias: one unit vector per prototype, times a gain.
 
-    With `trainable_gain` false the gain is 1 (the reference's `norm_last_layer`) and is no parameter.
+    If `trainable_gain` is False, the gain is fixed at 1 (the reference's `norm_last_layer`) and is not a parameter.
     """
 
     out_dim: int
@@ -22,7 +22,8 @@ class PrototypeLayer(nn.Module):
         """[..., bottleneck] -> float32 logits [..., K]."""
         direction = self.param("weight_v", torch_uniform(in_axis=-1, out_axis=-2), (self.out_dim, z.shape[-1]))
         gain = self.param("weight_g", nn.initializers.ones, (self.out_dim,)) if self.trainable_gain else 1.0
-        # The norm is applied to the logits, not to the [K, bottleneck] weights: less to write, and exact in bfloat16.
+        # The norm is applied to the logits, not to the [K, bottleneck] weights, which writes less memory and keeps the
+        # norm exact in bfloat16.
         scale = gain / jnp.linalg.norm(direction, axis=-1)
         z, direction = z.astype(self.dtype), direction.astype(self.dtype)
         return scale * jnp.einsum("...d,kd->...k", z, direction, preferred_element_type=jnp.float32)
@@ -31,8 +32,8 @@ class PrototypeLayer(nn.Module):
 class DINOHead(nn.Module):
     """`layers`-layer MLP to a normalized bottleneck, then the prototypes.
 
-    The two halves are separate methods, because batch norm must see all crops together while logits are best made
-    for some prototypes at a time (`[B, V, K]` at K = 65,536 would be the largest array of the whole step).
+    The two parts are separate methods, because batch norm must see all crops together, while logits are best computed
+    for a few prototypes at a time (`[B, V, K]` at K = 65,536 would be the largest array of the whole step).
     """
 
     out_dim: int = 65_536
@@ -45,7 +46,7 @@ class DINOHead(nn.Module):
     dtype: jnp.dtype = jnp.float32
 
     def setup(self) -> None:
-        """Declares `layers` linear layers (batch norm behind all but the last) and the prototypes."""
+        """Declares `layers` linear layers (batch norm after all but the last) and the prototypes."""
         widths = [self.hidden_dim] * (self.layers - 1) + [self.bottleneck_dim]
         self.mlp = [nn.Dense(width, kernel_init=nn.initializers.normal(0.02), dtype=self.dtype) for width in widths]
         if self.use_bn:

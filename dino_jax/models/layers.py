@@ -7,16 +7,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# torch's default for linear and convolution layers, which the reference keeps in a few places: uniform in
-# +-1/sqrt(fan_in), hence of variance 1 / (3 fan_in).
+# torch's default initialization of linear and convolution layers, which the reference uses in a few places: uniform in
+# +-1/sqrt(fan_in), which has variance 1 / (3 fan_in).
 torch_uniform = partial(nn.initializers.variance_scaling, 1 / 3, "fan_in", "uniform")
 
 
 def gelu(x: jax.Array) -> jax.Array:
-    """Exact GELU (Hendrycks and Gimpel, 2016), x (1 + erf(x / sqrt 2)) / 2, computed in float32, of x's dtype.
+    """Exact GELU (Hendrycks and Gimpel, 2016), x (1 + erf(x / sqrt 2)) / 2, computed in float32, returned in x's dtype.
 
-    In bfloat16 1 + erf would cancel. `jax.nn.gelu` goes through erfc, which keeps a few more digits where the result is
-    nearly 0, and costs several times as much: a tenth of a ViT-T step on a CPU.
+    In bfloat16, 1 + erf would lose all digits to cancellation. `jax.nn.gelu` uses erfc, which keeps a few more digits
+    where the result is nearly 0, but costs several times as much: a tenth of a ViT-T step on a CPU.
     """
     wide = x.astype(jnp.float32)
     return (0.5 * wide * (1 + jax.lax.erf(wide * 0.5**0.5))).astype(x.dtype)
@@ -25,8 +25,9 @@ def gelu(x: jax.Array) -> jax.Array:
 class BatchNorm(nn.Module):
     """Normalizes each channel over all other axes and over the devices of `axis_name`.
 
-    Statistics are float32. Unlike Flax's own, the running variance is the unbiased one, momentum is the weight of the
-    *new* value (0.1), and the mean is subtracted before squaring: torch's (Synchronized) BatchNorm.
+    Statistics are float32. This matches torch's (Synchronized) BatchNorm and differs from Flax's in three ways: the
+    running variance is unbiased, momentum is the weight of the *new* value (0.1), and the mean is subtracted before
+    squaring.
     """
 
     axis_name: str | tuple[str, ...] | None = None
@@ -36,7 +37,7 @@ class BatchNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[..., C] -> [..., C]; with `train`, by the batch's statistics, and the running ones move."""
+        """[..., C] -> [..., C]. With `train`, uses the batch's statistics and updates the running ones."""
         channels = x.shape[-1]
         scale = self.param("scale", nn.initializers.ones, (channels,))
         bias = self.param("bias", nn.initializers.zeros, (channels,))
@@ -64,7 +65,7 @@ class BatchNorm(nn.Module):
 def apply_in_training(
     module: nn.Module, params: dict[str, Any], stats: dict[str, Any], x: jax.Array, *args: Any, **kwargs: Any
 ) -> Any:
-    """Runs module(x, train=True, *args) -> its output, and the batch norm statistics that it leaves."""
+    """Runs module(x, train=True, *args) and returns its output and the new batch norm statistics."""
     variables = {"params": params, "batch_stats": stats}
     y, mutated = module.apply(variables, x, True, *args, mutable=["batch_stats"], **kwargs)
     return y, mutated.get("batch_stats", stats)

@@ -1,7 +1,7 @@
-"""The backbones by name: how each is built and what it can do.
+"""Registry of backbones: how to build each architecture and what it supports.
 
-A new architecture is a line in `ARCHITECTURES`. A new kind of backbone is a `Family` and its module, whose
-`__call__(images, train, drop_path)` returns `Tokens` and whose `last_blocks(images, n)` returns a list of them.
+To add an architecture, add a line to `ARCHITECTURES`. To add a kind of backbone, add a `Family` and its module, whose
+`__call__(images, train, drop_path)` returns `Tokens` and whose `last_blocks(images, n)` returns a list of `Tokens`.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,9 +16,9 @@ from dino_jax.models.vit import ViT
 
 BackboneModule = ViT | ResNet
 
-# Keys of config.model, of a model card and of a ViT's constructor. They describe arch `vit`, and only that.
+# Keys of config.model, of a model card and of a ViT's constructor. They are only used for arch `vit`.
 SIZES = ("embed_dim", "depth", "num_heads")
-CHANNELS_A_HEAD = 64  # in all ViTs that papers name
+CHANNELS_A_HEAD = 64  # in all named ViTs of the papers
 
 
 @dataclass(frozen=True)
@@ -26,8 +26,8 @@ class Family:
     """What the architectures of one kind have in common, for code that must not depend on their modules."""
 
     module: Callable[..., Any]
-    arguments: tuple[str, ...]  # of `build_backbone`, those that the module takes
-    settings: tuple[str, ...]  # of config.model, those that the family has beside arch, in_channels and sizes
+    arguments: tuple[str, ...]  # the arguments of `build_backbone` that the module takes
+    settings: tuple[str, ...]  # the keys of config.model that the family has, besides arch, in_channels and sizes
     input_layer: str  # name of the layer whose kernel reads the images' channels
     square_patches: bool  # a patch token covers patch_size x patch_size pixels, and positions are learned for a grid
     block_tokens: bool  # `last_blocks` returns up to `depth` blocks of one width, not only the last feature map
@@ -56,7 +56,7 @@ RESNET = Family(
 
 @dataclass(frozen=True)
 class Architecture:
-    """A family and the sizes that its module is built with; no sizes: the caller gives them."""
+    """A family and the sizes of its module; without sizes, the caller gives them."""
 
     family: Family
     sizes: Mapping[str, Any]
@@ -67,7 +67,7 @@ def _vit(embed_dim: int, depth: int, num_heads: int) -> Architecture:
 
 
 ARCHITECTURES = {
-    "vit_nano": _vit(64, 3, 4),  # not from a paper: small enough that a laptop's CPU learns something in minutes
+    "vit_nano": _vit(64, 3, 4),  # not from a paper: small enough to train on a laptop CPU in minutes
     "vit_tiny": _vit(192, 12, 3),
     "vit_small": _vit(384, 12, 6),
     "vit_base": _vit(768, 12, 12),
@@ -80,24 +80,24 @@ ARCHITECTURES = {
 
 
 def find_architecture(arch: str) -> Architecture:
-    """The architecture of a name. Raises UserError for an unknown one."""
+    """Returns the architecture with this name. Raises UserError if the name is unknown."""
     if arch not in ARCHITECTURES:
         raise UserError(f"unknown architecture {arch!r}: set --config.model.arch to one of {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[arch]
 
 
 def family_of(arch: str) -> Family:
-    """The family of an architecture. Raises UserError for an unknown one."""
+    """Returns the family of an architecture. Raises UserError if the name is unknown."""
     return find_architecture(arch).family
 
 
 def sizes_of(arch: str, given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What an architecture's module is built with: the sizes of its name, or for arch `vit` the given `SIZES`."""
+    """Returns the sizes of an architecture's module: those of its name, or the given `SIZES` for arch `vit`."""
     return find_architecture(arch).sizes or given
 
 
 def names_of(family: Family) -> list[str]:
-    """The architectures of a family that have a name for their sizes."""
+    """Returns the names of a family's architectures that fix their sizes (all but `vit`)."""
     return [name for name, one in ARCHITECTURES.items() if one.family == family and one.sizes]
 
 
@@ -116,26 +116,26 @@ def build_backbone(
     axis_name: str | tuple[str, ...] | None = None,
     gather: Callable[..., Any] | None = None,
 ) -> BackboneModule:
-    """The module of an architecture: `apply(variables, images [B, H, W, C], train) -> Tokens`.
+    """Builds the module of an architecture: `apply(variables, images [B, H, W, C], train) -> Tokens`.
 
-    Channels follow the images that it is initialized with. A family ignores the arguments that it does not have.
+    The number of channels is that of the images at initialization. A family ignores arguments that it does not have.
 
     Args:
         arch: a name in `ARCHITECTURES`.
-        embed_dim: channels of a token; for arch `vit`, as are the next two.
-        depth: number of blocks.
-        num_heads: attention heads of each block.
-        patch_size: pixels of a side of a patch.
-        image_size: pixels of a side of the images whose grid of positions is learned.
-        remat: computes blocks again in the backward pass.
-        unroll: no loop over the blocks.
+        embed_dim: channels of a token; only for arch `vit`.
+        depth: number of blocks; only for arch `vit`.
+        num_heads: attention heads of each block; only for arch `vit`.
+        patch_size: side of a patch, pixels.
+        image_size: side of the images that the learned grid of positions covers, pixels.
+        remat: recompute blocks in the backward pass.
+        unroll: unroll the loop over the blocks.
         attention: xla or cudnn.
-        dtype: of activations.
+        dtype: dtype of activations.
         axis_name: mesh axes that batch norm averages over.
-        gather: for parameters that are split over devices (`fsdp.gather`).
+        gather: gathers parameters that are split over devices (`fsdp.gather`).
 
     Raises:
-        UserError: for an unknown name and for sizes that `check_sizes` refuses.
+        UserError: the name is unknown, or `check_sizes` rejects the sizes.
     """
     family = family_of(arch)
     given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
@@ -150,12 +150,12 @@ def build_backbone(
         "axis_name": axis_name,
         "gather": gather,
     }
-    of_family = {name: arguments[name] for name in family.arguments}
-    return family.module(**sizes_of(arch, given), **of_family)
+    accepted = {name: arguments[name] for name in family.arguments}
+    return family.module(**sizes_of(arch, given), **accepted)
 
 
 def check_sizes(arch: str, sizes: Mapping[str, int]) -> None:
-    """Raises UserError where `SIZES` are missing for arch `vit`, given for another one, or do not go together."""
+    """Raises UserError if `SIZES` are missing for arch `vit`, set for another one, or inconsistent."""
     given = [name for name in SIZES if sizes[name]]
     if ARCHITECTURES[arch].sizes:
         if given:
@@ -174,12 +174,12 @@ def check_sizes(arch: str, sizes: Mapping[str, int]) -> None:
     if sizes["embed_dim"] % sizes["num_heads"]:
         raise UserError(
             f"model.embed_dim {sizes['embed_dim']} is not a multiple of model.num_heads {sizes['num_heads']}: "
-            "set --config.model.num_heads to a divisor of it"
+            f"set --config.model.num_heads to a divisor of {sizes['embed_dim']}"
         )
 
 
 def given_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
-    """`SIZES` of a config's `model` section, 0 where a config of an earlier version does not have them."""
+    """Returns `SIZES` of a config's `model` section, or 0 for keys that a config of an earlier version lacks."""
     return {name: model.get(name, 0) for name in SIZES}
 
 
@@ -189,12 +189,10 @@ def given_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
 def architecture_card(
     arch: str, *, patch_size: int = 16, in_channels: int, image_size: int, sizes: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """The "architecture" section of a model card, as plain JSON: everything that `from_card` builds the module from.
+    """Returns the "architecture" section of a model card as plain JSON, from which `from_card` builds the module.
 
-    arch, patch_size (None for a family without square patches), in_channels, image_size and embed_dim; for arch `vit`
-    also depth and num_heads.
-
-    sizes: `SIZES`, for arch `vit`.
+    The keys are arch, patch_size (None for a family without square patches), in_channels, image_size and embed_dim;
+    for arch `vit` also depth and num_heads. `sizes` holds `SIZES` and is only used for arch `vit`.
     """
     family = family_of(arch)
     module = build_backbone(arch, patch_size=patch_size, **(sizes or {}))
@@ -208,20 +206,20 @@ def architecture_card(
 
 
 def sizes_on_card(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """`SIZES` of a card's architecture if it is `vit`, none if its name says them."""
+    """Returns `SIZES` of a card's architecture if it is `vit`, {} if its name determines them."""
     named = find_architecture(architecture["arch"]).sizes
     return {} if named else {name: architecture[name] for name in SIZES}
 
 
 def from_card(architecture: Mapping[str, Any]) -> BackboneModule:
-    """The float32 module of a card's "architecture" section."""
+    """Builds the float32 module of a card's "architecture" section."""
     arch, sizes = architecture["arch"], sizes_on_card(architecture)
     patch = {"patch_size": architecture["patch_size"]} if family_of(arch).square_patches else {}
     return build_backbone(arch, image_size=architecture["image_size"], **patch, **sizes)
 
 
 def num_heads_of(architecture: Mapping[str, Any]) -> int | None:
-    """Attention heads in each block of a card's architecture; None for a family without attention."""
+    """Returns the attention heads per block of a card's architecture; None for a family without attention."""
     sizes = sizes_of(architecture["arch"], architecture)
     return sizes["num_heads"] if family_of(architecture["arch"]).attention_maps else None
 
@@ -230,7 +228,7 @@ def num_heads_of(architecture: Mapping[str, Any]) -> int | None:
 
 
 def vit_heads(embed_dim: int, depth: int) -> int | None:
-    """Heads of the named ViT of this width and depth; None if none has them."""
+    """Returns the heads of the named ViT with this width and depth; None if there is none."""
     for name in names_of(VIT):
         sizes = ARCHITECTURES[name].sizes
         if (sizes["embed_dim"], sizes["depth"]) == (embed_dim, depth):
@@ -239,12 +237,12 @@ def vit_heads(embed_dim: int, depth: int) -> int | None:
 
 
 def vit_name(sizes: Mapping[str, int]) -> str:
-    """The name of the ViT of exactly these `SIZES`, or `vit`."""
+    """Returns the name of the ViT with exactly these `SIZES`, or `vit`."""
     return next((name for name in names_of(VIT) if ARCHITECTURES[name].sizes == sizes), "vit")
 
 
 def resnet_name(blocks: tuple[int, ...], convolutions: int) -> str | None:
-    """The ResNet with so many blocks in each stage and convolutions in each block; None if there is none."""
+    """Returns the ResNet with these blocks per stage and convolutions per block; None if there is none."""
     for name in names_of(RESNET):
         sizes = ARCHITECTURES[name].sizes
         if (sizes["blocks"], len(sizes["kernels"])) == (blocks, convolutions):

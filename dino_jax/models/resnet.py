@@ -13,7 +13,7 @@ kaiming_normal = nn.initializers.variance_scaling(2, "fan_out", "normal")
 
 
 def conv(features: int, kernel: int, stride: int, dtype: jnp.dtype, name: str) -> nn.Conv:
-    """A convolution without bias, padded symmetrically as torch does ("SAME" would shift strided ones)."""
+    """Convolution without bias, padded symmetrically like torch ("SAME" would shift strided convolutions)."""
     return nn.Conv(
         features,
         (kernel, kernel),
@@ -38,7 +38,7 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, H, W, C] -> [B, H/stride, W/stride, width * expansion]; the stride sits in the first 3x3."""
+        """[B, H, W, C] -> [B, H/stride, W/stride, width * expansion]; the first 3x3 convolution has the stride."""
         strided, last = self.kernels.index(3), len(self.kernels) - 1
         norm = partial(BatchNorm, self.axis_name, dtype=self.dtype)
         y = x
@@ -69,7 +69,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False, drop_path: None = None) -> Tokens:
-        """[B, H, W, C] -> the cells of the last feature map as patches, their float32 mean as cls. No drop path."""
+        """[B, H, W, C] -> cells of the last feature map as patches, their float32 mean as cls. Ignores `drop_path`."""
         x = conv(64, 7, 2, self.dtype, name="conv1")(images.astype(self.dtype))
         x = jax.nn.relu(BatchNorm(self.axis_name, dtype=self.dtype, name="bn1")(x, train))
         x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
@@ -94,7 +94,7 @@ class ResNet(nn.Module):
         )
 
     def last_blocks(self, images: jax.Array, n: int = 1) -> list[Tokens]:
-        """[B, H, W, C] -> the tokens of the last feature map alone: earlier ones have other widths. n must be 1."""
+        """[B, H, W, C] -> tokens of the last feature map. n must be 1, because earlier maps have other widths."""
         if n != 1:
             raise ValueError(f"a ResNet returns one feature map, not {n}")
         return [self(images)]

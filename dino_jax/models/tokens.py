@@ -1,4 +1,4 @@
-"""What every backbone returns, so that nothing outside this package depends on the kind of backbone."""
+"""The output of every backbone, so that code outside of this package does not depend on the kind of backbone."""
 
 import flax.struct
 import jax
@@ -6,13 +6,13 @@ import jax
 
 @flax.struct.dataclass
 class Tokens:
-    """Features of `B` images. `D`: channels; `R`: registers, 0 for all backbones so far; `N`: patches.
+    """Features of `B` images. `D`: channels; `R`: registers, currently 0 for all backbones; `N`: patches.
 
-    A ViT applies its final norm to all of them. A convnet's patches are the cells of its last feature map, and its
+    The tokens of a ViT are after its final norm. The patches of a convnet are the cells of its last feature map, and
     `cls` is their mean.
     """
 
-    cls: jax.Array  # [B, D], the CLS token of a ViT; pooled features of a convnet, always float32
+    cls: jax.Array  # [B, D], the CLS token of a ViT, or the pooled features of a convnet (always float32)
     registers: jax.Array  # [B, R, D]
     patches: jax.Array  # [B, N, D], row by row
     grid: tuple[int, int] = flax.struct.field(pytree_node=False)  # rows and columns of the patches

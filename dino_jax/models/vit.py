@@ -1,8 +1,8 @@
 """Vision transformer (Dosovitskiy et al., ICLR 2021) as the DINO reference builds it.
 
-Pre-norm blocks, LayerNorm eps 1e-6, exact GELU, qkv bias, a learnt position for each patch. Shapes: `B` images,
-`N` patches, `D` embedding, `h` heads. The blocks are scanned: their parameters carry a leading `depth` axis, which
-makes tracing and compilation as fast for 24 blocks as for one, unless `unroll` asks for a faster and larger program.
+Pre-norm blocks, LayerNorm eps 1e-6, exact GELU, qkv bias, a learned position embedding for each patch. Shapes: `B`
+images, `N` patches, `D` embedding, `h` heads. The blocks are scanned: their parameters have a leading `depth` axis, so
+tracing and compiling 24 blocks is as fast as one. `unroll` trades that for a faster and larger program.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ class Attention(nn.Module):
     kernel: str
 
     def setup(self) -> None:
-        """Declares the projections; their widths follow the input."""
+        """Declares the projections; their widths depend on the input."""
         self.qkv = Projection(3, self.dtype)
         self.proj = Projection(1, self.dtype)
 
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         return [part.reshape(B, N, self.num_heads, D // self.num_heads) for part in parts]
 
     def probabilities(self, x: jax.Array) -> jax.Array:
-        """[B, N, D] -> float32 [B, h, N, N]: how much each token (row) looks at each other one."""
+        """[B, N, D] -> float32 [B, h, N, N]: attention weights of each token (row) over all tokens."""
         q, k, _ = self._heads(x)
         return _probabilities(q.swapaxes(1, 2), k.swapaxes(1, 2))
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         if self.kernel == "cudnn":
             y = _fused_attention(q, k, v)
         else:
-            # Heads before tokens, so that both products are plain batched ones: on a CPU three times faster.
+            # Heads before tokens, so that both products are plain batched matmuls, three times faster on a CPU.
             q, k, v = (part.swapaxes(1, 2) for part in (q, k, v))
             y = (_probabilities(q, k).astype(self.dtype) @ v).swapaxes(1, 2)
         return self.proj(y.reshape(x.shape))
@@ -62,9 +62,10 @@ def _probabilities(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _fused_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """cuDNN's attention of queries, keys and values [B, N, h, d] in one kernel -> [B, N, h, d].
+    """Queries, keys and values [B, N, h, d] -> [B, N, h, d], computed by one fused cuDNN kernel.
 
-    JAX refuses its gradient for an odd number of tokens, which 1 + N nearly always is: one more, that does not count.
+    JAX does not support its gradient for an odd number of tokens, and 1 + N is usually odd. An odd number is padded
+    with one token, which the sequence lengths mask out.
     """
     B, N = q.shape[:2]
     q, k, v = (jnp.pad(part, ((0, 0), (0, N % 2), (0, 0), (0, 0))) for part in (q, k, v))
@@ -122,7 +123,7 @@ class Block(nn.Module):
         return self.attn.probabilities(self.norm1(x))
 
     def __call__(self, x: jax.Array, drop_path: jax.Array | None, collect: bool) -> tuple[jax.Array, jax.Array | None]:
-        """[B, N, D] and drop_path [2, B], a factor for each branch of each image -> ([B, N, D], the same or None)."""
+        """[B, N, D] -> ([B, N, D], the same if `collect` else None). drop_path [2, B]: factors per branch and image."""
         scale = (1, 1) if drop_path is None else drop_path.astype(self.dtype)[:, :, None, None]
         x = x + scale[0] * self.attn(self.norm1(x))
         x = x + scale[1] * self.mlp(self.norm2(x))
@@ -130,7 +131,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The backbone; `image_size` only sets how many positions are learnt, any other size is interpolated."""
+    """The backbone. `image_size` only sets the grid of learned positions, which is interpolated for other sizes."""
 
     embed_dim: int
     depth: int
@@ -140,9 +141,10 @@ class ViT(nn.Module):
     mlp_ratio: int = 4
     remat: bool = False
     unroll: bool = False
-    attention: str = "xla"  # or cudnn: one fused kernel, of NVIDIA GPUs from Ampere on, in bfloat16 or float16
+    attention: str = "xla"  # or cudnn: one fused kernel for NVIDIA GPUs, Ampere or newer, in bfloat16 or float16
     dtype: jnp.dtype = jnp.float32
-    # Where each device holds a part of the parameters: (a block's parts, dtype) -> the whole (`fsdp.gather`).
+    # If each device holds a part of the parameters: (a block's local part, dtype) -> its full parameters
+    # (`fsdp.gather`).
     gather: Callable[..., Any] | None = None
 
     def setup(self) -> None:
@@ -171,23 +173,23 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype)
 
     def _block(self) -> Any:
-        """`Block`, with what the backward pass is to compute again rather than to keep.
+        """Returns `Block` with its rematerialization policy.
 
-        The results of the products with weights are kept, all else (norms, attention, GELU, gathered parameters) is
-        cheaper to compute again than to write for each block and to read back. With `remat` only a block's input is.
-        Without a loop around the blocks (`unroll`) XLA sees both computations and may keep what it likes.
+        The policy saves the results of products with weights. Everything else (norms, attention, GELU, gathered
+        parameters) is cheaper to recompute than to write and read back for each block. With `remat`, only the input of
+        each block is saved. With `unroll`, XLA sees the forward and the recomputation in one program and may save more.
         """
         block = Block
         if self.gather is not None:
-            whole = partial(self.gather, dtype=self.dtype)
-            block = nn.map_variables(Block, "params", trans_in_fn=whole, init=self.is_initializing())
-        keep = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-        return nn.remat(block, prevent_cse=False, static_argnums=(3,), policy=keep)
+            gather = partial(self.gather, dtype=self.dtype)
+            block = nn.map_variables(Block, "params", trans_in_fn=gather, init=self.is_initializing())
+        policy = None if self.remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        return nn.remat(block, prevent_cse=False, static_argnums=(3,), policy=policy)
 
     def tokens(self, images: jax.Array) -> jax.Array:
-        """[B, H, W, C] -> [B, 1+N, D]: CLS and patch tokens with their positions, before the first block.
+        """[B, H, W, C] -> [B, 1+N, D]: CLS and patch tokens with position embeddings, the input of the first block.
 
-        Sides that are no multiple of the patch lose the remainder, as in the reference.
+        If H or W is not a multiple of the patch size, the remainder is cropped, as in the reference.
         """
         patches = self.patch_embed(images.astype(self.dtype))
         B, rows, columns, D = patches.shape
@@ -196,23 +198,23 @@ class ViT(nn.Module):
         return tokens + resize_pos_embed(self.pos_embed, rows, columns).astype(self.dtype)
 
     def __call__(self, images: jax.Array, train: bool = False, drop_path: jax.Array | None = None) -> Tokens:
-        """[B, H, W, C] -> the last block's tokens after the final norm.
+        """[B, H, W, C] -> tokens of the last block after the final norm.
 
         drop_path [depth, 2, B] holds the factor of each residual branch for each image (see `drop_path_factors`).
-        `train` changes nothing here; convnets need it for their batch norm.
+        `train` is ignored; convnets need it for batch norm.
         """
         x, _ = self.blocks(self.tokens(images), drop_path, False)
         return self._normed(x, images)
 
     def last_blocks(self, images: jax.Array, n: int = 1) -> list[Tokens]:
-        """[B, H, W, C] -> the tokens after each of the last n blocks and the final norm, oldest first."""
+        """[B, H, W, C] -> tokens after each of the last n blocks and the final norm, earliest block first."""
         x, every_block = self.blocks(self.tokens(images), None, n > 1)
         return [self._normed(x, images) for x in (every_block[-n:] if n > 1 else [x])]
 
     def _normed(self, x: jax.Array, images: jax.Array) -> Tokens:
         """A block's output [B, 1+N, D] -> tokens after the final norm.
 
-        The norm is applied to each part by itself, so that under `jax.jit` a part that is not used costs nothing.
+        The norm is applied to each part separately, so that under `jax.jit` an unused part costs nothing.
         """
         grid = images.shape[1] // self.patch_size, images.shape[2] // self.patch_size
         return Tokens(cls=self.norm(x[:, 0]), registers=x[:, 1:1], patches=self.norm(x[:, 1:]), grid=grid)
@@ -232,7 +234,7 @@ class ViT(nn.Module):
 def drop_path_factors(keys: jax.Array, rate: float, depth: int, views: int) -> jax.Array:
     """Stochastic depth (Huang et al., 2016): factors float32 [depth, 2, B * views], 0 or 1 / keep.
 
-    `keys` [B] is one key an image, so the factors do not depend on how images are spread over devices. The rate grows
+    `keys` [B] has one key per image, so the factors do not depend on how the images are sharded. The rate grows
     linearly from 0 at the first block to `rate` at the last.
     """
     keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
@@ -242,10 +244,10 @@ def drop_path_factors(keys: jax.Array, rate: float, depth: int, views: int) -> j
 
 
 def resize_pos_embed(pos_embed: jax.Array, rows: int, columns: int) -> jax.Array:
-    """[1, 1+n, D] learnt for a square grid -> [1, 1+rows*columns, D].
+    """Interpolates position embeddings of a square grid: [1, 1+n, D] -> [1, 1+rows*columns, D].
 
-    torch's bicubic (a = -0.75, no antialias) with the reference's scale factor of (side + 0.1) / sqrt(n), which shifts
-    every sample a little: published weights expect it (dino `interpolate_pos_encoding`).
+    Uses torch's bicubic interpolation (a = -0.75, no antialiasing) with the reference's scale factor (side + 0.1) /
+    sqrt(n), which shifts every sample slightly. Published weights expect that shift (dino `interpolate_pos_encoding`).
     """
     side = int((pos_embed.shape[1] - 1) ** 0.5)
     if rows == columns == side:
@@ -257,7 +259,7 @@ def resize_pos_embed(pos_embed: jax.Array, rows: int, columns: int) -> jax.Array
 
 
 def _bicubic(n_in: int, n_out: int, scale: float, a: float = -0.75) -> np.ndarray:
-    """float32 [n_out, n_in]: torch's bicubic interpolation as a matrix, borders repeated."""
+    """Returns torch's bicubic interpolation as a matrix, float32 [n_out, n_in], with edge padding."""
     source = (np.arange(n_out) + 0.5) / scale - 0.5
     first = np.floor(source).astype(int) - 1
     weights = np.zeros((n_out, n_in), np.float32)

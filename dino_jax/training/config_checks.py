@@ -1,4 +1,4 @@
-"""What is wrong with a config, found before anything is read or compiled: one line with the knob and the way out."""
+"""Validates a config before anything is read or compiled. Errors are one line with the setting and how to fix it."""
 
 from typing import Any
 
@@ -67,9 +67,10 @@ AT_LEAST = {
 }
 POSITIVE = ("optim.lr", "dino.student_temp", "dino.teacher_temp", "dino.warmup_teacher_temp")
 SHARES = ("dino.teacher_momentum", "dino.teacher_momentum_end", "dino.center_momentum", "data.max_bad_fraction")
-PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")  # of config.crops; then pairs of them, and of numbers
+# Keys of config.crops: probabilities, pairs of probabilities, and (below) pairs of numbers.
+PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")
 PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
-# Settings of config.model that only some families have: their name in an error, and the value that switches them off.
+# Settings of config.model that only some families have: name in an error message, and the value that disables it.
 FAMILY_SETTINGS = {
     "drop_path_rate": ("drop path", 0),
     "remat": ("rematerialization", False),
@@ -80,7 +81,7 @@ RANGES = ("global_scale", "local_scale", "blur_sigma")
 
 
 def check_config(config: ConfigDict, devices: int) -> None:
-    """Raises UserError for the first setting that cannot work on this many devices."""
+    """Raises UserError for the first setting that is invalid, or does not work on this number of devices."""
     if not config.data.source:
         raise UserError("data.source is not set: give --config.data.source=folder:PATH (or tfds:NAME, demo)")
     _check_values(config)
@@ -90,7 +91,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _check_batch(config, devices)
     if config.optim.warmup_epochs >= config.epochs:
         raise UserError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs} leaves nothing of {config.epochs} epochs: "
+            f"optim.warmup_epochs {config.optim.warmup_epochs} is not shorter than the run of {config.epochs} epochs: "
             f"set --config.optim.warmup_epochs below {config.epochs}"
         )
     if config.eval.crop > config.eval.resize:
@@ -105,22 +106,22 @@ def _check_values(config: ConfigDict) -> None:
         if (value := _get(config, name)) not in options:
             raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
     for name, least in AT_LEAST.items():
-        if not (value := _get(config, name)) >= least:  # nor NaN
+        if not (value := _get(config, name)) >= least:  # also true for NaN
             raise UserError(f"{name} is {value}: set --config.{name} to {least} or more")
     for name in POSITIVE:
         if not 0 < (value := _get(config, name)) < float("inf"):
             raise UserError(f"{name} is {value}: set --config.{name} above 0")
     for name in SHARES:
         if not 0 <= (value := _get(config, name)) <= 1:
-            raise UserError(f"{name} is {value}: set --config.{name} to 0 to 1")
+            raise UserError(f"{name} is {value}: set --config.{name} to a value from 0 to 1")
     if unknown := [name for name in config.init_adapt.split(",") if name not in ("", *ADAPTATIONS)]:
         raise UserError(
-            f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to some of {','.join(ADAPTATIONS)}"
+            f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to a subset of {','.join(ADAPTATIONS)}"
         )
     if unknown := [name for name in config.writers.split(",") if name not in ("", *WRITERS)]:
-        raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to some of {','.join(WRITERS)}")
+        raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to a subset of {','.join(WRITERS)}")
     if not 0 <= (rate := config.model.drop_path_rate) < 1:
-        raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more, below 1")
+        raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more and below 1")
 
 
 def _check_crops(crops: ConfigDict) -> None:
@@ -133,9 +134,9 @@ def _check_crops(crops: ConfigDict) -> None:
                 f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number above 0"
             )
         if key in ("global_scale", "local_scale") and values[1] > 1:
-            raise UserError(f"crops.{key} is {values}: shares of an image, set --config.crops.{key} to at most 1")
+            raise UserError(f"crops.{key} is {values}, in shares of an image: set --config.crops.{key} to at most 1")
         if key not in RANGES and not all(0 <= value <= 1 for value in values):
-            raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities, 0 to 1")
+            raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities from 0 to 1")
 
 
 def _check_channels(config: ConfigDict) -> None:
@@ -143,7 +144,7 @@ def _check_channels(config: ConfigDict) -> None:
         if len(config.data[key]) != config.model.in_channels:
             raise UserError(
                 f"data.{key} has {len(config.data[key])} values for model.in_channels={config.model.in_channels}: "
-                f"set --config.data.{key} to one value a channel"
+                f"set --config.data.{key} to one value per channel"
             )
     if min(config.data.std) <= 0:
         raise UserError(f"data.std is {tuple(config.data.std)}: set --config.data.std to values above 0")
@@ -178,22 +179,24 @@ def _check_model(config: ConfigDict) -> None:
 
 def _check_cudnn(dtype: str) -> None:
     device = jax.devices()[0]
-    capability = str(getattr(device, "compute_capability", ""))  # "9.0" on a Hopper; AMD's have names
+    capability = str(getattr(device, "compute_capability", ""))  # "9.0" on a Hopper; a name on AMD devices
     if not (capability[:1].isdigit() and float(capability) >= 8):
         raise UserError(
-            f"model.attention=cudnn is for NVIDIA GPUs from Ampere on, not {device.device_kind}: "
+            f"model.attention=cudnn needs an NVIDIA GPU, Ampere or newer, not {device.device_kind}: "
             "set --config.model.attention=xla"
         )
     if dtype == "float32":
         raise UserError(
-            "model.attention=cudnn computes in bfloat16, and dtype is float32: "
+            "model.attention=cudnn computes in bfloat16, but dtype is float32: "
             "set --config.dtype=bfloat16 or --config.model.attention=xla"
         )
 
 
 def _check_batch(config: ConfigDict, devices: int) -> None:
     if devices % config.fsdp:
-        raise UserError(f"fsdp {config.fsdp} does not divide {devices} devices: set --config.fsdp to a divisor of them")
+        raise UserError(
+            f"fsdp {config.fsdp} does not divide {devices} devices: set --config.fsdp to a divisor of {devices}"
+        )
     share = devices * config.accum_steps
     if config.batch_size % share:
         below = config.batch_size // share * share

@@ -1,4 +1,4 @@
-"""FLOPs of a function, and the peak rates of devices."""
+"""Counts the FLOPs of a function, and lists the peak rates of devices."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-# Dense FLOP/s of one JAX device in bfloat16 with float32 accumulation, by `device_kind`: the vendors' figures (NVIDIA's
-# data sheets without sparsity, Google Cloud's TPU pages), which no real program reaches. V100 and T4 have no bfloat16:
-# theirs are for float16.
+# Peak dense FLOP/s of one JAX device in bfloat16 with float32 accumulation, by `device_kind`. These are the vendors'
+# figures (NVIDIA's data sheets without sparsity, Google Cloud's TPU pages), which no real program reaches. V100 and T4
+# do not support bfloat16; their figures are for float16.
 PEAK_FLOPS = {
     "Tesla V100-SXM2-16GB": 125e12,
     "Tesla V100-SXM2-32GB": 125e12,
@@ -37,17 +37,17 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """The vendor's peak FLOP/s of this device (see PEAK_FLOPS), or None if it is not listed, as a CPU is not."""
+    """Returns the vendor's peak FLOP/s of a device (see PEAK_FLOPS), or None if it is not listed, such as a CPU."""
     return PEAK_FLOPS.get(device.device_kind)
 
 
 def count_flops(fn: Callable[..., Any], *args: Any) -> int:
-    """FLOPs of `fn(*args)` over all devices: 2 for each multiply-add of its matrix products and convolutions.
+    """Counts the FLOPs of `fn(*args)` over all devices: 2 per multiply-add of matrix products and convolutions.
 
-    Arguments may be arrays or jax.ShapeDtypeStructs; nothing is computed. Loops of known length count every turn (which
-    XLA's own analysis does not), recomputation under remat counts where the jaxpr shows it, the body of a `while` once,
-    of a `cond` the dearest branch. Elementwise work and hand-written kernels are left out, as is usual for the
-    utilization that PaLM defines (Chowdhery et al., 2022, appendix B).
+    Arguments may be arrays or jax.ShapeDtypeStructs; the function is only traced. Loops of known length count every
+    iteration (unlike XLA's own analysis), recomputation under remat counts where the jaxpr shows it, the body of a
+    `while` counts once, and a `cond` counts its most expensive branch. Elementwise operations and hand-written kernels
+    are ignored, as is usual for the utilization defined by PaLM (Chowdhery et al., 2022, appendix B).
     """
     return _total(jax.make_jaxpr(fn)(*args))
 
@@ -60,15 +60,15 @@ def _product_flops(equation: Any) -> int:
         return 2 * out.size * math.prod(lhs.shape[axis] for axis in contracted)
     kernel = equation.invars[1].aval
     taps = kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-    # Zeros that a transposed convolution puts between its inputs are no work.
+    # Zeros that a transposed convolution inserts between its inputs do not count.
     return 2 * out.size * taps // math.prod(params["lhs_dilation"])
 
 
 def _total(jaxpr: Any) -> int:
-    return sum(_of_equation(equation) for equation in jaxpr.eqns)
+    return sum(_equation_flops(equation) for equation in jaxpr.eqns)
 
 
-def _of_equation(equation: Any) -> int:
+def _equation_flops(equation: Any) -> int:
     name, params = equation.primitive.name, equation.params
     if name in ("dot_general", "conv_general_dilated"):
         return _product_flops(equation)
@@ -77,7 +77,7 @@ def _of_equation(equation: Any) -> int:
         return max(inner)
     if name == "scan":
         return params["length"] * sum(inner)
-    if name == "shard_map":  # its jaxpr is one device's share
+    if name == "shard_map":  # its jaxpr computes one device's share
         return sum(inner) * math.prod(params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
     return sum(inner)
 

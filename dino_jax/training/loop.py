@@ -1,4 +1,4 @@
-"""Pretraining, from a config to an exported backbone: restore, step, log, save, evaluate."""
+"""The training loop, from a config to an exported backbone: restore, step, log, save, evaluate."""
 
 import math
 import time
@@ -39,12 +39,12 @@ from dino_jax.training.writers import Logger
 
 
 def train(config: ConfigDict, workdir: str | Path) -> State:
-    """Pretrains, or resumes where `workdir` stopped, and returns the final state.
+    """Pretrains a model, or resumes from the last checkpoint in `workdir`. Returns the final state.
 
     Raises:
         UserError: a setting, the data or the workdir does not fit; the message says what to change.
-        NotFiniteError: a UserError; the loss, the gradient or the parameters are not finite.
-        Stopped: a signal asked the run to stop; it has saved before.
+        NotFiniteError: a UserError; the parameters are not finite, or too many steps in a row were skipped.
+        Stopped: a signal asked the run to stop; the run saved a checkpoint first.
     """
     processes.initialize(config.distributed)
     consistency.require_same(lambda: consistency.settings(config))
@@ -73,7 +73,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         run, done, stopped = Run(setup, mesh, source, logger, watchdog, guard), start, False
 
         def save() -> None:
-            run.settle()  # a state that is not finite is never saved
+            run.settle()  # raises if the state is not finite, so that such a state is never saved
             watchdog.beat("checkpoint", done)
             checkpoints.save(manager, done, state, config)
             guard.last_saved = done
@@ -110,7 +110,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
                 if done:
                     save()
                 manager.wait_until_finished()
-                # Printed before the readers are closed, because one that hangs may delay that.
+                # Printed before the readers are closed, because a reader that hangs delays closing.
                 logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
         watchdog.beat("export", done)
         manager.wait_until_finished()
@@ -122,7 +122,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
 
 
 class Run:
-    """Runs steps: dispatches one, then checks and logs the one before while the devices work."""
+    """Runs steps: dispatches a step, then checks and logs the previous one while the devices work."""
 
     def __init__(
         self,
@@ -138,14 +138,14 @@ class Run:
         self._setup, self._mesh, self._source, self._logger = setup, mesh, source, logger
         self._config = setup.config
         peak = peak_flops(jax.devices()[0])
-        self._utilization = peak and flops_per_image(setup) / (peak * jax.device_count())  # at one image a second
+        self._utilization = peak and flops_per_image(setup) / (peak * jax.device_count())  # at one image per second
         self._bad: set[int] = set()
         self._running: tuple[Any, ...] | None = None  # (step, metrics, images) that has been dispatched but not checked
         self._started = time.perf_counter()
         self._first = True
 
     def compile(self, state: State) -> None:
-        """Compiles the step. Raises UserError if processes compile different programs, or memory runs out."""
+        """Compiles the step. Raises UserError if processes compile different programs or memory runs out."""
         lowered = lower_step(self._setup, self._mesh, state)
         consistency.require_same(lambda: consistency.program(lowered))
         with readable_out_of_memory():
@@ -153,7 +153,7 @@ class Run:
         self._compiled = time.perf_counter()
 
     def step(self, state: State, batch: Any, done: int) -> State:
-        """Trains on a batch; `done` counts the steps with it. Raises UserError for bad data or a bad loss."""
+        """Trains on a batch. `done`: number of this step, from 1. Raises UserError for bad data or a bad loss."""
         self._watchdog.beat("step", done)
         self._note_bad(batch)
         with readable_out_of_memory():
@@ -167,13 +167,13 @@ class Run:
         return state
 
     def busy(self) -> bool:
-        """Whether the devices still work on the last dispatched step."""
+        """Returns whether the devices are still working on the last dispatched step."""
         return self._running is not None and not self._running[1]["loss"].is_ready()
 
     def settle(self) -> None:
         """Waits for the last dispatched step, checks it, and logs it if due.
 
-        Raises NotFiniteError if its parameters are not finite or too many steps in a row were skipped.
+        Raises NotFiniteError if the parameters are not finite or too many steps in a row were skipped.
         """
         if self._running is None:
             return
@@ -200,25 +200,25 @@ class Run:
             if record not in self._bad:
                 self._bad.add(record)
                 name = self._source.name(record)
-                # Each process knows only its own share of the images.
-                print(f"cannot decode {name}: another image stands in for it ({len(self._bad)} so far)", flush=True)
+                # Every process prints, because each one only knows its own share of the images.
+                print(f"cannot decode {name}: using another image instead ({len(self._bad)} so far)", flush=True)
         limit = self._config.data.max_bad_fraction
         if len(self._bad) > limit * len(self._source):
             names = ", ".join(self._source.name(record) for record in sorted(self._bad)[:20])
             raise UserError(
                 f"{len(self._bad)} of {len(self._source):,} images cannot be decoded, more than data.max_bad_fraction="
-                f"{limit} allows: mend or remove them, or raise --config.data.max_bad_fraction; the first: {names}"
+                f"{limit} allows: fix or remove them, or raise --config.data.max_bad_fraction; the first: {names}"
             )
 
 
 def on_devices(batch: Any, mesh: jax.sharding.Mesh) -> DeviceBatch:
-    """This process's `Batch` -> the global DeviceBatch, split over the devices."""
+    """This process's `Batch` -> global DeviceBatch, sharded over the devices."""
     return sharding.shard_batch(DeviceBatch(batch.canvas, batch.size, batch.position), mesh)
 
 
 @contextmanager
 def readable_out_of_memory() -> Iterator[None]:
-    """Turns XLA's report of a full device into one line."""
+    """Turns XLA's out-of-memory report into a one-line UserError."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -231,7 +231,7 @@ def readable_out_of_memory() -> Iterator[None]:
 
 
 def check_enough_images(source: Source, config: ConfigDict) -> int:
-    """Number of full batches in an epoch. Raises UserError if the source has fewer images than a batch."""
+    """Returns the number of full batches per epoch. Raises UserError if the source has fewer images than a batch."""
     if len(source) < config.batch_size:
         raise UserError(
             f"data.source has {len(source)} images, fewer than a batch of {config.batch_size}: "
@@ -241,7 +241,7 @@ def check_enough_images(source: Source, config: ConfigDict) -> int:
 
 
 def first_state(setup: Setup, mesh: jax.sharding.Mesh) -> tuple[tuple[State, int], str]:
-    """The state before step 1, random or from config.init_from, with its step, 0; and a line that says its origin."""
+    """Returns ((state, 0), log line): the state before step 1, random or from config.init_from, and its origin."""
     state = init_state(setup, mesh)
     if not setup.config.init_from:
         return (state, 0), ""
@@ -250,7 +250,7 @@ def first_state(setup: Setup, mesh: jax.sharding.Mesh) -> tuple[tuple[State, int
 
 
 def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch]:
-    """This process's stream of training batches from a step on."""
+    """Opens this process's stream of training batches after `step` completed steps."""
     return train_batches(
         source,
         batch_size=config.batch_size,
@@ -266,14 +266,14 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
 
 
 def export_teacher(workdir: str | Path, state: State, config: ConfigDict) -> None:
-    """The teacher's backbone, what a run is for, to `workdir/export`."""
+    """Exports the teacher's backbone to `workdir/export`."""
     card = checkpoints.model_card(config, int(state.step))
     variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
     checkpoints.write_export(Path(workdir) / "export", {"variables": variables}, card)
 
 
 def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, start: int) -> str:
-    """What is about to run, in a line or two."""
+    """Describes the run in two log lines."""
     config, device = setup.config, jax.devices()[0]
     count = sum(x.size for x in jax.tree.leaves(state.student["backbone"]))
     resumed = f"; resuming after step {start:,}" if start else ""
@@ -284,5 +284,5 @@ def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, s
         f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "
         f"({setup.method.backbone.dtype}), {jax.process_count()} process(es)\n"
         f"{len(source):,} images, batch {config.batch_size}: {config.epochs} epochs of {steps_per_epoch:,} steps; "
-        f"a loss that stays at ln K = {uniform:.2f} is collapse to uniform outputs{resumed}"
+        f"a loss that stays at ln K = {uniform:.2f} means collapse to uniform outputs{resumed}"
     )

@@ -1,6 +1,6 @@
 """Skips steps with a non-finite loss or gradient: counts them, and ends the run after too many in a row.
 
-The step itself then leaves the state unchanged (`step.train_step`). Here the host acts on what it reports.
+The step itself leaves the state unchanged (`step.train_step`). This module is the host's part: it acts on the metrics.
 """
 
 import json
@@ -18,15 +18,15 @@ from dino_jax import provenance
 from dino_jax.data.sources import Source
 from dino_jax.errors import NotFiniteError, UserError
 
-WINDOW = 1_000  # steps whose gradient norms give the quantile
-FEW = 100  # norms that make a quantile
+WINDOW = 1_000  # last steps whose gradient norms determine the quantile
+FEW = 100  # fewest norms for a meaningful quantile
 NAMED = 8  # images that a message lists
 
 
 class StepGuard:
     """Checks each step's metrics, in order.
 
-    The caller keeps `last_saved` up to date: the step of the last checkpoint, 0 if the run has none.
+    The caller updates `last_saved`, the step of the last checkpoint (0 if the run has none).
     """
 
     def __init__(self, config: ConfigDict, workdir: str | Path, source: Source, last_saved: int):
@@ -37,12 +37,20 @@ class StepGuard:
         self._norms: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, step: int, values: dict[str, float], index: np.ndarray) -> dict[str, float]:
-        """Returns scalars to log beside the step's own `values`: skipped_steps and grad_norm_q99.
+        """Checks a step and returns further scalars to log: skipped_steps and grad_norm_q99.
 
-        skipped_steps counts since the process started. grad_norm_q99 is the 0.99 quantile of the gradient norms of the
-        last `WINDOW` steps that were not skipped. index: int32 [b], this process's records of the step, as in
-        `pipeline.Batch`. Raises NotFiniteError, after writing a file for `dino-jax replay`, if the parameters are not
-        finite, which nothing repairs, or if more than config.optim.max_skipped steps in a row were skipped.
+        Args:
+            step: number of the step.
+            values: the step's metrics.
+            index: int32 [b], this process's records of the step, as in `pipeline.Batch`.
+
+        Returns:
+            skipped_steps: skipped steps since the process started. grad_norm_q99: 0.99 quantile of the gradient norms
+            of the last `WINDOW` steps that were not skipped; missing if there are none.
+
+        Raises:
+            NotFiniteError: the parameters are not finite, from which a run cannot recover, or more than
+                config.optim.max_skipped steps in a row were skipped. A file for `dino-jax replay` is written first.
         """
         if values["skipped"]:
             self._skipped.append(step)
@@ -53,15 +61,17 @@ class StepGuard:
         if not math.isfinite(values["param_norm"]) or self._in_a_row > self._config.optim.max_skipped:
             self._give_up(step, values, index)
         if values["skipped"] and jax.process_index() == 0:
-            said = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
-            print(
-                f"step {step:,} is skipped ({said}): {self._in_a_row} in a row, {len(self._skipped)} in all", flush=True
-            )
+            reason = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
+            counts = f"{self._in_a_row} in a row, {len(self._skipped)} in total"
+            print(f"step {step:,} is skipped ({reason}): {counts}", flush=True)
         quantile = {"grad_norm_q99": float(np.quantile(self._norms, 0.99))} if self._norms else {}
         return {"skipped_steps": float(len(self._skipped))} | quantile
 
     def max_grad_norm(self) -> np.float32:
-        """The gradient norm above which the next step is skipped: config.optim.skip_above times the quantile."""
+        """Returns the gradient norm above which the next step is skipped: config.optim.skip_above times the quantile.
+
+        inf if skip_above is 0 or there are fewer than `FEW` norms.
+        """
         times = self._config.optim.skip_above
         if not times or len(self._norms) < FEW:
             return np.float32(np.inf)
@@ -74,11 +84,11 @@ class StepGuard:
         what = next(
             (name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])), "grad_norm"
         )
-        row = f", after {self._in_a_row - 1} others in a row that were skipped" if self._in_a_row > 1 else ""
+        row = f", after {self._in_a_row - 1} other skipped steps in a row" if self._in_a_row > 1 else ""
         raise NotFiniteError(
             f"{what} is {values[what]} at step {step:,} (loss {values['loss']:.4g}, gradient norm "
             f"{values['grad_norm']:.3g}){row}: the last checkpoint is kept; try a lower --config.optim.lr or "
-            f"--config.dtype=float32, or look: dino-jax replay {file}; its images: {names}"
+            f"--config.dtype=float32, or find the cause with: dino-jax replay {file}; its images: {names}"
             f"{', ...' if len(index) > NAMED else ''}"
         )
 
@@ -94,13 +104,19 @@ def write_replay_file(
 ) -> Path:
     """Writes `workdir/replay-STEP.json` on process 0 and returns its path. All processes must call it.
 
-    saved: the step of the last checkpoint, 0 for none. skipped: the steps since then that changed nothing. index: int32
-    [b], this process's records of `step`.
+    Args:
+        workdir: the run's folder.
+        config: the run's config.
+        source: the training images.
+        step: the step to replay.
+        saved: step of the last checkpoint, 0 for none.
+        skipped: the steps since then that were skipped.
+        index: int32 [b], this process's records of `step`.
     """
     path = Path(workdir) / f"replay-{step}.json"
-    if jax.process_count() > 1:  # process p has the places p, p + n, ... of the batch
+    if jax.process_count() > 1:  # process p has the rows p, p + n, ... of the batch
         index = np.asarray(multihost_utils.process_allgather(np.asarray(index))).T.reshape(-1)
-    told = {
+    contents = {
         "step": step,
         "seed": config.seed,
         "checkpoint": saved,
@@ -110,14 +126,17 @@ def write_replay_file(
         "config": provenance.plain(config),
     }
     if jax.process_index() == 0:
-        path.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
     return path
 
 
 def read_replay_file(file: str | Path) -> dict[str, Any]:
-    """What `write_replay_file` wrote. Raises UserError if the file is something else."""
+    """Reads a file of `write_replay_file`. Raises UserError if it is missing or something else."""
+    names = ("step", "seed", "checkpoint", "skipped", "images", "versions", "config")
     try:
-        told = json.loads(Path(file).read_text(encoding="utf-8"))
-        return {name: told[name] for name in ("step", "seed", "checkpoint", "skipped", "images", "versions", "config")}
+        contents = json.loads(Path(file).read_text(encoding="utf-8"))
+        return {name: contents[name] for name in names}
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{file} is no replay file ({type(error).__name__}): give WORKDIR/replay-STEP.json") from error
+        raise UserError(
+            f"{file} is not a replay file ({type(error).__name__}): give WORKDIR/replay-STEP.json"
+        ) from error

@@ -1,4 +1,4 @@
-"""From a config to what the train step needs: the method with its modules, schedules, augmentation, and a state."""
+"""Builds what the train step needs from a config: the method with its modules, schedules, augmentation, and a state."""
 
 from collections.abc import Callable
 from functools import partial
@@ -18,11 +18,11 @@ from dino_jax.training import chunked_loss, optimizers, schedules
 from dino_jax.training.flops import count_flops
 
 Tree = dict[str, Any]
-State = Any  # a method's own dataclass of arrays: step, student, teacher, *_stats, opt_state, and more
+State = Any  # a method's dataclass of arrays: step, student, teacher, *_stats, opt_state, and more
 
 
 class Method(Protocol):
-    """What the train step asks of a method; `dino.DINO` documents each."""
+    """The interface of a method that the train step uses; `dino.DINO` documents each function."""
 
     @property
     def backbone(self) -> Any:
@@ -33,12 +33,12 @@ class Method(Protocol):
         """The head's module."""
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> State:
-        """The state before the first step, without the optimizer's."""
+        """Returns the state before the first step, without the optimizer's part."""
 
     def losses(
         self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
-        """Losses by name, means over the batch, new batch norm statistics."""
+        """Returns losses by name, means over the batch, and new batch norm statistics."""
 
     def embed(self, params: Tree, stats: Tree, groups: list[Any], drop_paths: list[Any]) -> tuple[jax.Array, Tree]:
         """Groups of crops -> unit vectors [B, V, bottleneck], new batch norm statistics."""
@@ -47,17 +47,17 @@ class Method(Protocol):
         """Unit vectors [..., bottleneck] -> logits [..., K]."""
 
     def update(self, state: State, means: Tree, teacher_momentum: jax.Array) -> State:
-        """The state with what no gradient trains moved on."""
+        """Updates the parts of the state that are not trained by gradient."""
 
     def signals(self, state: State, losses: Tree, means: Tree) -> Tree:
-        """Scalars to log beside the losses."""
+        """Returns further scalars to log with the losses."""
 
 
 class Setup(NamedTuple):
-    """What stays the same in every step of a run.
+    """The constants of a run, shared by all steps.
 
-    `augment(keys [B], batch) -> Crops` is the first thing that happens to a batch, a pytree whose leaves have `B` rows
-    and whose `position` (int32 [B]) is each image's place in the *global* batch.
+    `augment(keys [B], batch) -> Crops` is applied first to each batch, a pytree whose leaves have `B` rows and whose
+    `position` (int32 [B]) is the index of each image in the *global* batch.
     """
 
     config: ConfigDict
@@ -75,7 +75,7 @@ class DeviceBatch(NamedTuple):
 
 
 def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
-    """The method of config.dino, with the loss that does not hold all logits at once."""
+    """Builds the DINO method of config.dino, with the loss that never holds all logits in memory."""
     settings = config.dino
     center_momentum = settings.center_momentum if settings.centering else 1.0
     return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
@@ -85,7 +85,7 @@ METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino}  # config.metho
 
 
 def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
-    """The method with its modules, schedules and augmentation of a config."""
+    """Builds the method with its modules, the schedules and the augmentation of a config."""
     dtype = compute_dtype(config.dtype)
     backbone = build_backbone(
         config.model.arch,
@@ -110,7 +110,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
 
 
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
-    """Shapes, dtypes and shardings of a global batch."""
+    """Returns the shapes, dtypes and shardings of a global batch."""
     B, side = config.batch_size, config.data.canvas_size
     rows: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.NamedSharding(mesh, sharding.BATCH))
     return DeviceBatch(
@@ -121,14 +121,14 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
 
 
 def compute_dtype(name: str) -> jnp.dtype:
-    """The dtype of activations. `auto` is bfloat16 on accelerators and float32 on a CPU, which emulates bfloat16."""
+    """Returns the dtype of activations. `auto`: bfloat16 on accelerators, float32 on CPUs, which emulate bfloat16."""
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
 
 
 def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
-    """A fresh state on the devices, a function of config.seed."""
+    """Creates a fresh state on the devices, as a function of config.seed."""
     config = setup.config
     shape = (config.crops.global_size, config.crops.global_size, config.model.in_channels)
     key = jax.random.key(config.seed)
@@ -141,7 +141,7 @@ def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
 
 
 def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
-    """Shapes, dtypes and shardings of the state, to restore one without creating a fresh one first."""
+    """Returns the shapes, dtypes and shardings of the state, to restore a state without creating a fresh one first."""
     shapes = jax.eval_shape(lambda: init_state(setup, mesh))
     return jax.tree.map(
         lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
@@ -151,9 +151,9 @@ def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
 
 
 def flops_per_image(setup: Setup) -> float:
-    """Model FLOPs of a step for one image: student forward and backward (3 x forward), teacher forward."""
+    """Returns the model FLOPs of a step per image: student forward and backward (3 x forward) and teacher forward."""
     countable = setup.config.copy_and_resolve_references()
-    countable.model.attention = "xla"  # a fused kernel shows no products
+    countable.model.attention = "xla"  # products inside a fused kernel cannot be counted
     crops, method = setup.config.crops, build_setup(countable, steps_per_epoch=1).method
     channels = setup.config.model.in_channels
 

@@ -1,8 +1,8 @@
-"""The train step: gradients over a sharded batch, the optimizer, and the guard against values that are not finite.
+"""The train step: gradients over a sharded batch, the optimizer update, and the guard against non-finite values.
 
-It runs any method that has the functions of `Method`; `dino_jax.dino.DINO` is one. One program runs over the mesh. Its
-gradient is a `jax.shard_map`, written for one device's share of the batch; everything after it is written for whole
-arrays.
+It runs any method that implements `Method`, such as `dino_jax.dino.DINO`. One program runs over the mesh. Gradients are
+computed inside a `jax.shard_map`, written for one device's share of the batch; everything after that is written for
+global arrays.
 """
 
 import ctypes
@@ -28,10 +28,10 @@ Metrics = dict[str, jax.Array]
 def train_step(
     setup: Setup, mesh: Mesh, state: State, batch: Any, max_grad_norm: float | jax.Array = jnp.inf
 ) -> tuple[State, Metrics]:
-    """One step on the global batch: the student by gradient, then the rest of the state by the method's own rule.
+    """Runs one step on the global batch: updates the student by gradient, then the rest of the state by `update`.
 
-    A loss or a gradient that is not finite, or a gradient norm above `max_grad_norm`, changes nothing but `step`;
-    metrics["skipped"] is 1 then. Returns the new state and scalar metrics.
+    If the loss or gradient is not finite, or the gradient norm exceeds `max_grad_norm`, only `step` changes and
+    metrics["skipped"] is 1. Returns the new state and scalar metrics.
     """
     now = setup.schedules.at(state.step)
     grads, losses, means, stats = gradients(setup, mesh, state, batch)
@@ -55,16 +55,16 @@ def train_step(
 
 
 def total_loss(setup: Setup, losses: dict[str, jax.Array]) -> jax.Array:
-    """The sum of the method's losses, each times its weight in config.loss_weights."""
+    """Returns the sum of the method's losses, weighted by config.loss_weights."""
     return sum((setup.config.loss_weights[name] * value for name, value in losses.items()), jnp.float32(0))
 
 
 def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[Tree, Tree, Tree, Tree]:
-    """The student's gradient, losses by name and the method's means over the global batch; new batch norm statistics.
+    """Returns the student's gradient, losses by name, the method's means, and new batch norm statistics.
 
-    Statistics come by their field of the state.
+    All are over the global batch. Statistics are keyed by their field of the state.
     """
-    # check_vma=False keeps JAX from adding gradient reductions of its own where replicated parameters are used.
+    # check_vma=False keeps JAX from adding its own gradient reductions for replicated parameters.
     return jax.shard_map(
         partial(share_of_gradients, setup),
         mesh=mesh,
@@ -75,14 +75,14 @@ def gradients(setup: Setup, mesh: Mesh, state: State, batch: Any) -> tuple[Tree,
 
 
 def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[Tree, Tree, Tree, Tree]:
-    """`gradients` on one device's share, inside `shard_map`; everything is reduced over devices once, at the end."""
+    """Computes `gradients` on one device's share, inside `shard_map`; reduces over devices once, at the end."""
     config, method = setup.config, setup.method
     gather = partial(fsdp.gather, dtype=method.backbone.dtype)
     state = state.replace(teacher=gather(state.teacher))
     teacher_temp = setup.schedules.at(state.step).teacher_temp
 
     def part(stats: Tree, rows: Any) -> tuple[Tree, Tree]:
-        """New statistics, and what is averaged over the batch, of some of the share's images."""
+        """Returns new statistics, and the values to average over the batch, for a part of the share's images."""
         keys = image_keys(config.seed, state.step, rows.position)
         crops = setup.augment(keys[:, 0], rows)
         rate = config.model.drop_path_rate
@@ -92,21 +92,21 @@ def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[Tree, Tr
         ]
 
         def loss(student: Tree) -> tuple[jax.Array, tuple[Tree, Tree, Tree]]:
-            found = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp)
-            return total_loss(setup, found[0]), found
+            outputs = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp)
+            return total_loss(setup, outputs[0]), outputs
 
         grads, (losses, means, new_stats) = jax.grad(loss, has_aux=True)(state.student)
         return new_stats, {"grads": grads, "losses": losses, "means": means}
 
     stats = {"student_stats": state.student_stats, "teacher_stats": state.teacher_stats}
     stats, sums = accumulate(part, stats, batch, config.accum_steps)
-    means = fsdp.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # all that crosses devices
+    means = fsdp.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # the only reduction over devices
     return means["grads"], means["losses"], means["means"], stats
 
 
 def accumulate(part: Callable[..., tuple[Any, Any]], carry: Any, rows: Any, steps: int) -> tuple[Any, Any]:
-    """Runs part(carry, rows) -> (carry, values) on `rows` in that many parts in turn, and sums the values."""
-    if steps == 1:  # XLA keeps a loop of one turn, which costs a fifth of the step on a CPU
+    """Splits `rows` into `steps` parts, runs part(carry, rows) -> (carry, values) on each in turn, sums the values."""
+    if steps == 1:  # XLA would keep a loop of one iteration, which costs a fifth of the step on a CPU
         return part(carry, rows)
     parts = jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows)
     shapes = jax.eval_shape(lambda carry, parts: part(carry, jax.tree.map(lambda x: x[0], parts)), carry, parts)[1]
@@ -120,26 +120,26 @@ def accumulate(part: Callable[..., tuple[Any, Any]], carry: Any, rows: Any, step
 
 
 def image_keys(seed: int, step: jax.Array, position: jax.Array) -> jax.Array:
-    """Keys [B, 3] of each image: for its crops, and for its drop paths in the global and in the local crops.
+    """Returns keys [B, 3], three per image: for its crops, its drop paths in global crops, and those in local crops.
 
-    All randomness of an image comes from its position in the *global* batch, so that a run does not depend on how many
-    devices or hosts share it.
+    The randomness of an image only depends on seed, step and its position in the *global* batch, so a run does not
+    depend on the number of devices or hosts.
     """
     step_key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda place: jax.random.split(jax.random.fold_in(step_key, place), 3))(position)
 
 
 def lower_step(setup: Setup, mesh: Mesh, state: State) -> jax.stages.Lowered:
-    """`train_step` for the setup's batches, ready to compile; the compiled program donates its state.
+    """Lowers `train_step` for the setup's batches. The compiled program donates its state.
 
-    state: arrays, or `setup.abstract_state`.
+    state: arrays, or the result of `setup.abstract_state`.
     """
     step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
     return step.lower(state, abstract_batch(setup.config, mesh), np.float32(np.inf))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program. The half GiB of host memory that compilation leaves allocated goes back to the system."""
+    """Compiles the step, and returns the half GiB of host memory that compilation leaves allocated to the system."""
     program = lowered.compile()
     with suppress(AttributeError, OSError, TypeError):  # only glibc has it
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,1 +1,1 @@
-"""Weights from and to PyTorch names."""
+"""Loads trained weights, and converts them to and from PyTorch formats."""

@@ -1,4 +1,4 @@
-"""A trained backbone for people who do not train: load it, preprocess images, get features."""
+"""Use a trained backbone without the training code: load it, preprocess images, compute features."""
 
 import io
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from dino_jax.weights import load
 class Backbone:
     """A module with its variables ({"params", "batch_stats"}) and its model card (see `checkpoints.model_card`).
 
-    Its methods are jitted, and work inside `jax.jit` and `jax.vmap` and on images sharded over devices.
+    The methods are jitted. They also work inside `jax.jit` and `jax.vmap`, and on images sharded over devices.
     """
 
     model: BackboneModule
@@ -32,26 +32,29 @@ class Backbone:
     card: dict[str, Any]
 
     def __call__(self, images: jax.Array) -> Tokens:
-        """Tokens of normalized images, float [B, H, W, C]; a ViT takes any H and W that hold a patch."""
+        """Returns the tokens of normalized images, float [B, H, W, C]. A ViT accepts any H and W >= patch_size."""
         return self.last_blocks(images, 1)[0]
 
     def last_blocks(self, images: jax.Array, n: int) -> list[Tokens]:
-        """Tokens after each of a ViT's last n blocks (and the final norm), oldest first; of a convnet the last ones.
+        """Returns the tokens after each of a ViT's last n blocks and the final norm, earliest block first.
 
-        The reference's `get_intermediate_layers`. Raises UserError for n > 1 of a convnet or more than its blocks.
+        A convnet only has the tokens of its last feature map (n = 1). Equivalent to the reference's
+        `get_intermediate_layers`. Raises UserError if n is larger than `num_blocks` or less than 1.
         """
         most = self.num_blocks
         if not 1 <= n <= most:
-            raise UserError(f"last_blocks of {n}: {self.config['arch']} gives features of 1 to {most} blocks")
+            raise UserError(
+                f"last_blocks of {n}: {self.config['arch']} returns features of 1 to {most} blocks; change n"
+            )
         return _last_blocks(self.model, self.variables, images, n)
 
     def attention(self, images: jax.Array) -> jax.Array:
-        """Self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]: rows are queries, CLS comes first.
+        """Returns the self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]; rows are queries, CLS first.
 
-        The reference's `get_last_selfattention`. Raises UserError for a convnet, which has none.
+        Equivalent to the reference's `get_last_selfattention`. Raises UserError for a convnet, which has no attention.
         """
         if not self.family.attention_maps:
-            raise UserError(f"{self.config['arch']} has no attention: give a vision transformer")
+            raise UserError(f"{self.config['arch']} has no attention: use a vision transformer")
         return _attention(self.model, self.variables, images)
 
     @property
@@ -61,12 +64,12 @@ class Backbone:
 
     @property
     def family(self) -> Family:
-        """What the model can do."""
+        """The family of the architecture, which states what the model supports."""
         return family_of(self.config["arch"])
 
     @property
     def patch_size(self) -> int | None:
-        """Pixels of a side of the square that a patch token covers; None for a convnet, whose patches are cells."""
+        """Side of a patch in pixels; None for a convnet, whose patches are cells of the last feature map."""
         model: Any = self.model
         return model.patch_size if self.family.square_patches else None
 
@@ -79,14 +82,14 @@ class Backbone:
     def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> np.ndarray:
         """PIL images, uint8 arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
 
-        Resizes, crops the center and normalizes as the model was trained. Raises UserError for an image that cannot be
-        decoded, by its place in the list.
+        Resizes, center-crops and normalizes the images as the model card specifies. Raises UserError, with the index
+        of the image in the list, if an image cannot be decoded.
         """
         trained = self.card["preprocessing"]
-        crops = [self._center_crop(place, image) for place, image in enumerate(images)]
+        crops = [self._center_crop(index, image) for index, image in enumerate(images)]
         return normalize(np.stack(crops), trained["mean"], trained["std"])
 
-    def _center_crop(self, place: int, image: Image.Image | np.ndarray | bytes) -> np.ndarray:
+    def _center_crop(self, index: int, image: Image.Image | np.ndarray | bytes) -> np.ndarray:
         trained = self.card["preprocessing"]
         try:
             stored = _encode(image) if isinstance(image, Image.Image) else image
@@ -94,11 +97,11 @@ class Backbone:
                 stored, resize=trained["resize"], crop=trained["crop"], channels=self.config["in_channels"]
             )
         except (DecodeError, OSError) as error:
-            raise UserError(f"image {place} to preprocess cannot be decoded ({error}): leave it out") from error
+            raise UserError(f"image {index} cannot be decoded ({error}): remove it from the list") from error
 
 
 def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """uint8 [..., C] -> float32 (image / 255 - mean) / std, on the host for NumPy arrays, on the device for JAX's."""
+    """uint8 [..., C] -> float32 (image / 255 - mean) / std. NumPy arrays stay on the host, JAX arrays on the device."""
     return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
@@ -109,27 +112,35 @@ def load_backbone(
     in_channels: int | None = None,
     num_heads: int | None = None,
 ) -> Backbone:
-    """The backbone at a path, float32, on the default device of each process.
+    """Loads a backbone in float32 onto the default device of each process.
 
-    path: a run's workdir (its teacher) or its `export` folder; a .pth or .safetensors file of the official code (bare
-    backbone or full checkpoint: its teacher), of timm, torchvision (ResNet) or Hugging Face (`ViTModel`); a Hugging
-    Face folder. Architecture and sizes are read off the tensors; .pth files are read without running their pickle.
-    image_size, in_channels: only if the weights are to be changed for other images, see `load.load_weights`.
-    num_heads: attention heads of a ViT whose file does not state them. Without it, they are those of the named ViT of
-    its width and depth, else embed_dim / 64, with a line on stderr.
+    Architecture and sizes are inferred from the tensors. A .pth file is read without executing its pickle.
 
-    Raises UserError if the path holds nothing of that kind, tensors are missing, not used or of a wrong shape, or
-    num_heads is needed or wrong.
+    Args:
+        path: a run's workdir (loads the teacher) or its `export` folder; a .pth or .safetensors file from the official
+            code (a bare backbone, or the teacher of a full checkpoint), timm, torchvision (ResNet) or Hugging Face
+            (`ViTModel`); or a Hugging Face folder.
+        image_size: pixels; adapts the weights to another image size, see `load.load_weights`.
+        in_channels: adapts the weights to another number of channels, see `load.load_weights`.
+        num_heads: attention heads of a ViT whose file does not state them. By default, the heads of the named ViT with
+            the same width and depth; if no named ViT matches, embed_dim / 64, which is reported on stderr.
+
+    Raises:
+        UserError: the path holds no weights in a supported form; tensors are missing, unused or have the wrong shape;
+            or num_heads is required or wrong.
     """
-    found = load.load_weights(path, training=False, image_size=image_size, in_channels=in_channels, num_heads=num_heads)
-    return backbone_of(found)
+    pretrained = load.load_weights(
+        path, training=False, image_size=image_size, in_channels=in_channels, num_heads=num_heads
+    )
+    return backbone_of(pretrained)
 
 
-def backbone_of(found: load.Pretrained) -> Backbone:
-    """The teacher's backbone of loaded weights."""
-    variables = {"params": found.teacher.params["backbone"], "batch_stats": found.teacher.stats["backbone"]}
-    model = from_card(found.card["architecture"])
-    return Backbone(model, jax.tree.map(jnp.asarray, variables), found.card)
+def backbone_of(pretrained: load.Pretrained) -> Backbone:
+    """Returns the teacher's backbone of loaded weights."""
+    teacher = pretrained.teacher
+    variables = {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}
+    model = from_card(pretrained.card["architecture"])
+    return Backbone(model, jax.tree.map(jnp.asarray, variables), pretrained.card)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
@@ -144,7 +155,7 @@ def _attention(model: BackboneModule, variables: dict[str, Any], images: jax.Arr
 
 
 def _encode(image: Image.Image) -> bytes:
-    """Lossless, so that a PIL image of any mode (palette, CMYK, 16-bit) or orientation is read as its file would be."""
+    """Encodes a PIL image losslessly, so that any mode (palette, CMYK, 16-bit) or orientation decodes like a file."""
     file, exif = io.BytesIO(), Image.Exif()
     exif[Base.Orientation] = image.getexif().get(Base.Orientation, 1)
     (image.convert("RGBA") if image.has_transparency_data else image).save(file, "TIFF", exif=exif)

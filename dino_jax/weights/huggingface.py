@@ -1,12 +1,14 @@
-"""ViTs of Hugging Face transformers: names from and to the official ones, and the folder that `from_pretrained` reads.
+"""ViTs of Hugging Face transformers: maps tensor names to and from the official ones, writes `from_pretrained` folders.
 
-Names are those of `ViTModel` on disk; those that it has in memory since transformers 5, and the prefix of
-`ViTForImageClassification`, are read too. Tensors keep their layout: only query, key and value are apart there.
+The names are those that `ViTModel` has on disk. The names that it has in memory since transformers 5, and the prefix of
+`ViTForImageClassification`, are also read. Tensors have the same layout in both forms, except that Hugging Face stores
+query, key and value separately.
 
-A folder written here says what the reference does: LayerNorm eps 1e-6, and the card's preprocessing (the reference's is
-shorter side to 256, bicubic, center 224). Folders of the DINO weights on the hub say otherwise: eps 1e-12 (we compute
-with 1e-6), and the whole image squeezed to 224 x 224, bilinear. Read from such a folder, the model card says shorter
-side to 224, center 224: the same view of a square image. Set the resize to 256 for numbers to compare with published.
+A folder written here states the reference's settings: LayerNorm eps 1e-6, and the preprocessing of the model card (in
+the reference: shorter side to 256, bicubic, center crop 224). The DINO folders on the hub state other settings: eps
+1e-12 (this package computes with 1e-6), and the image resized to 224 x 224, bilinear, without keeping its aspect ratio.
+For such a folder the model card has shorter side 224 and center crop 224, which is the same view of a square image. To
+compare with published numbers, set the resize to 256.
 """
 
 import json
@@ -25,7 +27,7 @@ from dino_jax.models.registry import VIT
 from dino_jax.weights import tensor_files
 from dino_jax.weights.official import renamed
 
-# Hugging Face's module or parameter -> the official one, outside of blocks and inside.
+# Hugging Face module or parameter -> official name, outside of blocks (STEM) and inside.
 STEM = {
     "embeddings.cls_token": "cls_token",
     "embeddings.position_embeddings": "pos_embed",
@@ -57,15 +59,15 @@ OFFICIAL_NAME = re.compile(r"(?:blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?", re.DO
 
 
 def is_huggingface(names: Iterable[str]) -> bool:
-    """Whether tensors of these names are a transformers model's."""
+    """Returns whether these are the tensor names of a transformers model."""
     return any(name.removeprefix("vit.").startswith("embeddings.") for name in names)
 
 
 def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Hugging Face names -> official ones, query, key and value joined to qkv.
+    """Hugging Face names -> official names; query, key and value are concatenated to qkv.
 
-    What has no place in a backbone (pooler, classifier) keeps its name. Where one of query, key and value is missing,
-    so is qkv: the others stay apart.
+    Tensors that are not part of a backbone (pooler, classifier) keep their names. If one of query, key and value is
+    missing, the other two keep separate names and there is no qkv.
     """
     official = renamed(tensors, _official_name)
     for query in [name for name in official if ".attn.query." in name]:
@@ -76,25 +78,25 @@ def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Official names of a backbone -> those of `ViTModel` on disk, qkv split: the inverse of `to_official`."""
-    apart: dict[str, np.ndarray] = {}
+    """Official names of a backbone -> names of `ViTModel` on disk, with qkv split. The inverse of `to_official`."""
+    separate: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if ".attn.qkv." in name:
-            apart |= {name.replace("qkv", part): piece for part, piece in zip(QKV, np.split(tensor, 3), strict=True)}
+            separate |= {name.replace("qkv", part): x for part, x in zip(QKV, np.split(tensor, 3), strict=True)}
         else:
-            apart[name] = tensor
-    return {_huggingface_name(name): tensor for name, tensor in apart.items()}
+            separate[name] = tensor
+    return {_huggingface_name(name): tensor for name, tensor in separate.items()}
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
-    """Writes a ViT's tensors (official names) and what its `model_card` says as a new folder, whole or not at all.
+    """Atomically writes a new folder with a ViT's tensors (official names) and the settings of its `model_card`.
 
-    `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` read it; add_pooling_layer=False spares the
-    warning about a pooler, which DINO has not. Raises UserError for a convnet's card.
+    `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` read the folder. Pass add_pooling_layer=False
+    to avoid the warning about a pooler, which DINO does not have. Raises UserError for the card of a convnet.
     """
     architecture, folder = card["architecture"], Path(folder)
     if family_of(architecture["arch"]) is not VIT:
-        raise UserError(f"the Hugging Face form is for ViTs, and this is a {architecture['arch']}: use --to=timm")
+        raise UserError(f"the Hugging Face form only supports ViTs, not {architecture['arch']}: use --to=timm")
     processor = _processor(card["preprocessing"], architecture["in_channels"])
     with atomic.folder(folder) as unfinished:
         tensor_files.write(unfinished / "model.safetensors", from_official(tensors))
@@ -103,14 +105,15 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Ma
 
 
 def read_folder_settings(folder: str | Path) -> dict[str, Any]:
-    """What a folder's JSON files say that its tensors cannot: num_attention_heads; preprocessing, as a card has it.
+    """Reads the settings in a folder's JSON files that its tensors do not show.
 
-    {"num_attention_heads": int, "preprocessing": {"resize": int, "crop": int, "mean": [C], "std": [C]}}, without what
-    is not said. Raises UserError for a damaged file and for an activation other than the exact GELU.
+    Returns {"num_attention_heads": int, "preprocessing": {"resize": int, "crop": int, "mean": [C], "std": [C]}}, with
+    preprocessing as in a model card. Settings that the files do not state are omitted. Raises UserError if a file is
+    damaged or the activation is not the exact GELU.
     """
     config, processor = (_read_json(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
-        raise UserError(f"{folder} is of a ViT with activation {activation!r}: give one with the exact 'gelu'")
+        raise UserError(f"{folder} holds a ViT with activation {activation!r}: only the exact 'gelu' is supported")
     settings: dict[str, Any] = {}
     if "num_attention_heads" in config:
         settings["num_attention_heads"] = config["num_attention_heads"]
@@ -120,7 +123,7 @@ def read_folder_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def _official_name(name: str) -> str:
-    """Its own name for what has no place in a backbone."""
+    """Returns the official name; a tensor that is not part of a backbone keeps its name."""
     layer, module, kind = _parts(NAME, name)
     if layer is None:
         return STEM[module] + kind if module in STEM else name
@@ -135,13 +138,13 @@ def _huggingface_name(name: str) -> str:
 
 
 def _parts(pattern: re.Pattern[str], name: str) -> tuple[str | None, str, str]:
-    """Number of the block (None outside of blocks), module, and ".weight", ".bias" or nothing."""
+    """Splits a name into block number (None outside of blocks), module, and ".weight", ".bias" or ""."""
     layer, module, kind = pattern.fullmatch(name).groups()  # type: ignore[union-attr]
     return layer, module, kind or ""
 
 
 def _config(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """ViTConfig."""
+    """Returns the settings of ViTConfig."""
     model: Any = from_card(architecture)
     return {
         "architectures": ["ViTModel"],
@@ -162,7 +165,7 @@ def _config(architecture: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _processor(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any]:
-    """BitImageProcessor's settings: ViTImageProcessor neither keeps the aspect ratio nor crops."""
+    """Returns settings of BitImageProcessor, because ViTImageProcessor neither keeps the aspect ratio nor crops."""
     return {
         "image_processor_type": "BitImageProcessor",
         "do_convert_rgb": channels == 3,
@@ -180,14 +183,14 @@ def _processor(preprocessing: Mapping[str, Any], channels: int) -> dict[str, Any
 
 
 def _sizes(processor: Mapping[str, Any]) -> dict[str, int]:
-    """The card's resize and crop; without a center crop both are the size."""
+    """Returns the card's resize and crop; without a center crop, both are the processor's size."""
     resize = _side(processor.get("size"))
     crop = _side(processor.get("crop_size")) if processor.get("do_center_crop") else resize
     return {"resize": resize, "crop": crop or resize} if resize else {}
 
 
 def _side(size: Any) -> int | None:
-    """The shorter side of an int, [height, width], {"height", "width"} or {"shortest_edge"}; None if not said."""
+    """The shorter side of an int, [height, width], {"height", "width"} or {"shortest_edge"}; None if not stated."""
     if isinstance(size, Mapping):
         size = [value for key, value in size.items() if key in ("shortest_edge", "height", "width") and value]
     sides = size if isinstance(size, list) else [size]
@@ -195,7 +198,7 @@ def _side(size: Any) -> int | None:
 
 
 def _statistics(processor: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The card's mean and std."""
+    """Returns the card's mean and std."""
     if processor.get("do_normalize") is False:
         return {"mean": [0.0], "std": [1.0]}
     names = {"mean": "image_mean", "std": "image_std"}
@@ -203,7 +206,7 @@ def _statistics(processor: Mapping[str, Any]) -> dict[str, list[float]]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """{} if there is no such file."""
+    """Reads a JSON object; {} if the file does not exist."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Trained weights, wherever they come from: a run of ours, an export, or a file or folder of PyTorch's world."""
+"""Loads trained weights from a run of this package, an export, or a PyTorch file or folder."""
 
 import json
 import sys
@@ -15,25 +15,25 @@ from dino_jax.models.registry import num_heads_of
 from dino_jax.models.vit import resize_pos_embed
 from dino_jax.weights import huggingface, official, tensor_files
 
-# Keys of a safetensors file's metadata, JSON each: the card's section, and an int (of a ViT).
+# Keys in the metadata of a safetensors file, with JSON values: a section of the card, and an int (ViTs only).
 PREPROCESSING, NUM_HEADS = "preprocessing", "num_attention_heads"
-HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")  # one of them beside config.json
-WRAPPERS = ("state_dict.", "model.")  # keys under which people save a whole state_dict
-NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # of an official full checkpoint
+HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")  # one of them is next to config.json
+WRAPPERS = ("state_dict.", "model.")  # keys under which a whole state_dict is commonly saved
+NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # keys of an official full checkpoint
 HEAD = ("head.mlp.", "head.last_layer.")
-CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # no part of a backbone
+CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # not part of a backbone
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Weights(NamedTuple):
-    """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and, where there is one, "head"."""
+    """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and "head" if it has one."""
 
     params: dict[str, Any]
-    stats: dict[str, Any]  # running statistics of batch norm, {} in a part that has none
+    stats: dict[str, Any]  # running statistics of batch norm; {} for a part without batch norm
 
 
 class Pretrained(NamedTuple):
-    """What a source holds: always a teacher's backbone; heads, student and center are what only training needs."""
+    """Loaded weights. The teacher's backbone is always there; heads, student and center are optional, for training."""
 
     card: dict[str, Any]  # see `checkpoints.model_card`
     teacher: Weights
@@ -50,67 +50,67 @@ def load_weights(
     in_channels: int | None = None,
     num_heads: int | None = None,
 ) -> Pretrained:
-    """Reads what `load_backbone` documents, and with `training` also student, heads and center where there are any.
+    """Loads weights in any form that `load_backbone` documents.
 
     Args:
-        path: what `load_backbone` takes.
-        training: False reads the teacher's backbone alone.
-        heads: False leaves projection heads and center out.
-        image_size: pixels; position embeddings are resized to its grid as the reference does for other image sizes.
-            This and the next one change preprocessing too.
-        in_channels: the patch embedding (a convnet's first kernel) is summed over channels for fewer, repeated for
-            more.
+        path: see `load_backbone`.
+        training: also load student, heads and center if the source has them. False loads only the teacher's backbone.
+        heads: False omits projection heads and center.
+        image_size: pixels; resizes the position embeddings to the grid of this size, as the reference does for other
+            image sizes. Changes the preprocessing of the card to match.
+        in_channels: sums the patch embedding (a convnet's first kernel) over channels for fewer channels, repeats it
+            for more. Changes the preprocessing of the card to match.
         num_heads: attention heads of a ViT, for a file that does not state them (`official.backbone_architecture`).
 
     Raises:
-        UserError: the path cannot be read or is incomplete, or num_heads is not what it states.
+        UserError: the path cannot be read or is incomplete, or num_heads contradicts what it states.
     """
     path = require_path(path)
     if weights := path if path.is_file() else _huggingface_file(path):
         tensors = tensor_files.read(weights)
         settings = ({} if num_heads is None else {NUM_HEADS: num_heads}) | _settings(weights)
-        found = _from_tensors(tensors, weights, settings, training, heads)
+        pretrained = _from_tensors(tensors, weights, settings, training, heads)
     else:
-        found = _from_run(path, training)
-        found = found if heads else _without_heads(found)
-    if num_heads is not None and (there := num_heads_of(found.card["architecture"])) != num_heads:
+        pretrained = _from_run(path, training)
+        pretrained = pretrained if heads else _without_heads(pretrained)
+    if num_heads is not None and (there := num_heads_of(pretrained.card["architecture"])) != num_heads:
         stated = "has no attention" if there is None else f"states that it has {there} attention heads"
         raise UserError(f"{path} {stated}, and num_heads is {num_heads}: leave num_heads out")
     if image_size is not None:
-        found = _resized(found, image_size)
-    return found if in_channels is None else _with_channels(found, in_channels)
+        pretrained = _resized(pretrained, image_size)
+    return pretrained if in_channels is None else _with_channels(pretrained, in_channels)
 
 
 def require_path(path: str | Path) -> Path:
-    """The path; UserError if there is none."""
+    """Returns the absolute path. Raises UserError if it does not exist."""
     path = Path(path).absolute()
     if not path.exists():
         raise UserError(
-            f"no weights in {path} (there is no such path): give a run's workdir, an export folder, a Hugging Face "
+            f"no weights in {path} (no such path): give a run's workdir, an export folder, a Hugging Face "
             "folder, or a .pth or .safetensors file"
         )
     return path
 
 
 def exported_step(folder: Path) -> int:
-    """After how many steps the backbone in an export folder was taken, -1 if it was converted.
+    """Returns the training step of the backbone in an export folder, or -1 if it was converted from other weights.
 
-    Raises UserError if its card cannot be read.
+    Raises UserError if the card cannot be read.
     """
     try:
         return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"].get("step", -1)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{folder / 'card.json'} is damaged: copy it again, or export again by resuming its run"
+            f"{folder / 'card.json'} is damaged: copy it again, or resume the run to export again"
         ) from error
 
 
 def _from_run(path: Path, training: bool) -> Pretrained:
-    """An export, or a workdir: of its export, or of its newest intact checkpoint if that is of a later step.
+    """Loads an export folder, or a workdir: its export, or its newest intact checkpoint if that has a later step.
 
-    A run's export holds a backbone only: for training, the checkpoint is read wherever there is one.
+    The export of a run only holds a backbone, so `training` always prefers a checkpoint.
     """
-    # An export that was cut off between its two renames leaves the last one under its second name.
+    # An export that was interrupted between its two renames leaves the previous one as `export.previous`.
     exports = [
         folder for folder in (path, path / "export", path / "export.previous") if (folder / "card.json").is_file()
     ]
@@ -118,7 +118,7 @@ def _from_run(path: Path, training: bool) -> Pretrained:
     if (path / "checkpoints").is_dir():
         try:
             newest = checkpoints.newest_intact(path / "checkpoints")
-        except UserError:  # all are damaged, which has been said: an export may be left
+        except UserError:  # all are damaged, which has been reported; fall back to an export
             if not exports:
                 raise
     if newest is not None and (training or not exports or exported_step(exports[0]) < newest):
@@ -133,7 +133,7 @@ def _from_run(path: Path, training: bool) -> Pretrained:
 
 def _from_export(folder: Path, training: bool) -> Pretrained:
     if problem := checkpoints.damage(folder):
-        raise UserError(f"export {folder} is damaged ({problem}): copy it again, or export again by resuming its run")
+        raise UserError(f"export {folder} is damaged ({problem}): copy it again, or resume the run to export again")
     card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
     like = official.backbone_like(card["architecture"])
     variables = checkpoints.restore_arrays(folder / "variables", like)
@@ -150,26 +150,26 @@ def _from_export(folder: Path, training: bool) -> Pretrained:
 
 
 def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
-    """Reads only what is wanted of a training state: the optimizer's part, the largest, never is."""
+    """Reads the needed parts of a training state; never the optimizer's, which is the largest."""
     card = checkpoints.model_card(checkpoints.read_metadata(folder)["config"], step=int(folder.name))
     if training:
-        whole = checkpoints.tree_of(folder / "state")
+        saved = checkpoints.tree_of(folder / "state")
         keys = ("teacher", "teacher_stats", "student", "student_stats", "center")
-        part = {key: whole[key] for key in keys}
+        target = {key: saved[key] for key in keys}
     else:
         like = official.backbone_like(card["architecture"])
-        part = {"teacher": {"backbone": like["params"]}, "teacher_stats": {"backbone": like["batch_stats"]}}
-    return _from_state(checkpoints.restore_arrays(folder / "state", part), card)
+        target = {"teacher": {"backbone": like["params"]}, "teacher_stats": {"backbone": like["batch_stats"]}}
+    return _from_state(checkpoints.restore_arrays(folder / "state", target), card)
 
 
 def _from_state(state: Mapping[str, Any], card: dict[str, Any]) -> Pretrained:
-    """Trees under the names of a TrainState."""
+    """Builds the result from trees under the field names of a training state."""
     student = Weights(state["student"], state["student_stats"]) if "student" in state else None
     return Pretrained(card, Weights(state["teacher"], state["teacher_stats"]), student, state.get("center"))
 
 
 def _huggingface_file(folder: Path) -> Path | None:
-    """The weights in a Hugging Face folder; None for others. A run's workdir has a config.json, too."""
+    """Returns the weights in a Hugging Face folder; None for other folders. A run's workdir also has a config.json."""
     ours = any((folder / name).exists() for name in ("checkpoints", "export", "card.json"))
     if ours or not (folder / "config.json").is_file():
         return None
@@ -177,7 +177,7 @@ def _huggingface_file(folder: Path) -> Path | None:
 
 
 def _settings(weights: Path) -> dict[str, Any]:
-    """What a file states beside its tensors: in its metadata if it is ours, in its folder if it is Hugging Face's."""
+    """Returns settings stated beside the tensors: in the metadata of our files, in the folder of Hugging Face's."""
     metadata = tensor_files.read_metadata(weights)
     if ours := {key: json.loads(metadata[key]) for key in (PREPROCESSING, NUM_HEADS) if key in metadata}:
         return ours
@@ -187,12 +187,12 @@ def _settings(weights: Path) -> dict[str, Any]:
 def _from_tensors(
     tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping[str, Any], training: bool, heads: bool
 ) -> Pretrained:
-    """settings: what is stated beside the tensors, see `_settings`."""
+    """Builds the result from named tensors. `settings`: see `_settings`."""
     tensors = _unwrapped(tensors)
     networks = _networks(tensors)
     main = networks.get("teacher") or networks["student"]
     if "teacher" not in networks:
-        print(f"{path.name} has no teacher: its student is taken", file=sys.stderr)
+        print(f"{path.name} has no teacher: using its student", file=sys.stderr)
     architecture = official.backbone_architecture(main["backbone"], path.name, settings.get(NUM_HEADS))
     teacher = _weights(main, architecture, path.name, training and heads)
     card = {
@@ -209,18 +209,20 @@ def _from_tensors(
 
 
 def _center(tensors: Mapping[str, np.ndarray], teacher: Weights, path: Path) -> np.ndarray | None:
-    """The center [K] of a full checkpoint; None without one or without the head that it belongs to."""
+    """Returns the center [K] of a full checkpoint; None if it has no center, or the head was not loaded."""
     center = tensors.get("dino_loss.center")
     if center is None or "head" not in teacher.params:
         return None
     K = len(teacher.params["head"]["last_layer"]["weight_v"])
     if center.shape not in ((K,), (1, K)):
-        raise UserError(f"{path.name} has a dino_loss.center {center.shape} for {K} prototypes: get the file again")
+        raise UserError(
+            f"{path.name} has a dino_loss.center {center.shape} for {K} prototypes: download or copy the file again"
+        )
     return np.array(center, np.float32).reshape(K)
 
 
 def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Without the optimizer and the key under which some save a whole state_dict."""
+    """Removes a key that wraps the whole state_dict, and then also the optimizer."""
     for wrapper in WRAPPERS:
         rest = {name: x for name, x in tensors.items() if name.split(".")[0] not in NOT_NETWORKS}
         if rest and all(name.startswith(wrapper) for name in rest):
@@ -229,15 +231,15 @@ def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
 
 
 def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Flat names of any naming -> {"teacher" | "student": {"backbone": tensors, "head": tensors}}, official names.
+    """Flat names in any convention -> {"teacher" | "student": {"backbone": tensors, "head": tensors}}, official names.
 
-    A file of one network is a teacher's.
+    A file with a single network is read as a teacher.
     """
     sections = [who for who in ("teacher", "student") if any(name.startswith(f"{who}.") for name in tensors)]
     if not sections:
         return {"teacher": _parts(tensors)}
-    if strange := [name for name in tensors if name.split(".")[0] not in (*sections, *NOT_NETWORKS)]:
-        raise UserError(f"a checkpoint with {' and '.join(sections)} also has {', '.join(strange[:5])}: remove these")
+    if unknown := [name for name in tensors if name.split(".")[0] not in (*sections, *NOT_NETWORKS)]:
+        raise UserError(f"a checkpoint with {' and '.join(sections)} also has {', '.join(unknown[:5])}: remove these")
     return {
         who: _parts({name.removeprefix(f"{who}."): x for name, x in tensors.items() if name.startswith(f"{who}.")})
         for who in sections
@@ -245,7 +247,7 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str
 
 
 def _parts(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """One network -> its backbone's and its head's tensors, without `module.` (of torch's data parallel) in front."""
+    """One network -> tensors of its backbone and head, without the `module.` prefix of torch's data parallel."""
     tensors = official.renamed(tensors, lambda name: name.removeprefix("module."))
     head = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith(HEAD)}
     rest = {name: x for name, x in tensors.items() if not name.startswith(HEAD)}
@@ -254,15 +256,15 @@ def _parts(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]
 
 
 def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A bare backbone of any naming under the official names; what classifies on top of it is left out, and said so."""
+    """Maps a bare backbone in any convention to official names. Omits a classifier and reports that on stderr."""
     if left_out := [name for name in tensors if name.startswith(CLASSIFIERS)]:
-        print(f"left out {', '.join(left_out[:8])}: a classifier, which is no part of a backbone", file=sys.stderr)
+        print(f"left out {', '.join(left_out[:8])}: a classifier is not part of the backbone", file=sys.stderr)
     tensors = {name: x for name, x in tensors.items() if name not in left_out}
     return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else tensors
 
 
 def _weights(network: Mapping[str, Any], architecture: dict[str, Any], source: str, with_head: bool) -> Weights:
-    """Trees of one network's tensors."""
+    """Builds the trees of one network from its tensors."""
     like = {"backbone": official.backbone_like(architecture)}
     if with_head and network["head"]:
         like["head"] = official.head_like(network["head"], architecture["embed_dim"])
@@ -271,89 +273,97 @@ def _weights(network: Mapping[str, Any], architecture: dict[str, Any], source: s
 
 
 def file_metadata(card: Mapping[str, Any]) -> dict[str, str]:
-    """What our .safetensors files state beside their tensors, in the metadata that `_settings` reads."""
+    """Returns the metadata of our .safetensors files, which `_settings` reads back."""
     heads = num_heads_of(card["architecture"])
     stated = {PREPROCESSING: card["preprocessing"]} | ({} if heads is None else {NUM_HEADS: heads})
     return {key: json.dumps(value) for key, value in stated.items()}
 
 
 def _preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference's evaluation: shorter side to 256, center 224, ImageNet's statistics; other sizes in proportion."""
+    """The reference's evaluation: shorter side 256, center crop 224 (others in proportion), ImageNet statistics."""
     crop, channels = architecture["image_size"], architecture["in_channels"]
     mean, std = (_per_channel(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return {"resize": round(crop * 256 / 224), "crop": crop, "mean": mean, "std": std, "interpolation": "bicubic"}
 
 
-def _resized(found: Pretrained, image_size: int) -> Pretrained:
-    """The same network for another image size."""
-    architecture, trained = found.card["architecture"], found.card["preprocessing"]
+def _resized(pretrained: Pretrained, image_size: int) -> Pretrained:
+    """Adapts the network to another image size."""
+    architecture, trained = pretrained.card["architecture"], pretrained.card["preprocessing"]
     patch = architecture["patch_size"]  # None for a convnet, which has no positions either
     if image_size < 1 or (patch and image_size % patch):
         raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch or 1}: change image_size")
     preprocessing = trained | {"resize": round(trained["resize"] * image_size / trained["crop"]), "crop": image_size}
-    found = _described(found, {"image_size": image_size}, preprocessing)
+    pretrained = _described(pretrained, {"image_size": image_size}, preprocessing)
     if not patch:
-        return found
+        return pretrained
     side = image_size // patch
 
     def resized(params: Any) -> Any:
         return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side))}
 
-    return _map_backbones(resized, found)
+    return _map_backbones(resized, pretrained)
 
 
-def _with_channels(found: Pretrained, in_channels: int) -> Pretrained:
-    """The same network for images of another number of channels."""
+def _with_channels(pretrained: Pretrained, in_channels: int) -> Pretrained:
+    """Adapts the network to another number of input channels."""
     if in_channels < 1:
         raise UserError(f"in_channels {in_channels}: set it to 1 or more")
-    architecture, trained = found.card["architecture"], found.card["preprocessing"]
+    architecture, trained = pretrained.card["architecture"], pretrained.card["preprocessing"]
     statistics = {name: _per_channel(trained[name], in_channels) for name in ("mean", "std")}
     first = family_of(architecture["arch"]).input_layer
 
     def changed(params: Any) -> Any:
-        return params | {first: params[first] | {"kernel": _kernel_of(params[first]["kernel"], in_channels)}}
+        return params | {first: params[first] | {"kernel": _adapt_kernel(params[first]["kernel"], in_channels)}}
 
-    return _map_backbones(changed, _described(found, {"in_channels": in_channels}, trained | statistics))
+    return _map_backbones(changed, _described(pretrained, {"in_channels": in_channels}, trained | statistics))
 
 
-def _kernel_of(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """[h, w, C, D] -> [h, w, channels, D], such that an image whose channels are all the same says what it said before.
+def _adapt_kernel(kernel: np.ndarray, channels: int) -> np.ndarray:
+    """[h, w, C, D] -> [h, w, channels, D], with the same output for an image whose channels are all equal.
 
-    More channels take the kernel's in turn, each divided by its number of copies; fewer share the sum of all.
+    For more channels, the kernel's channels repeat cyclically, each divided by its number of copies. For fewer, each
+    channel has an equal share of the sum over all channels.
     """
-    have = kernel.shape[2]
-    if channels < have:
+    old_channels = kernel.shape[2]
+    if channels < old_channels:
         return np.repeat(kernel.sum(axis=2, keepdims=True) / np.float32(channels), channels, axis=2)
-    turn = np.arange(channels) % have
-    return kernel[:, :, turn] / np.bincount(turn)[turn].astype(np.float32)[:, None]
+    source = np.arange(channels) % old_channels
+    return kernel[:, :, source] / np.bincount(source)[source].astype(np.float32)[:, None]
 
 
 def _per_channel(values: list[float], channels: int) -> list[float]:
-    """Statistics for another number of channels: their mean for one, else repeated in turn."""
+    """Statistics for another number of channels: their mean for one channel, else repeated cyclically."""
     if channels == 1 and len(values) > 1:
         return [round(sum(values) / len(values), 6)]
     return [values[i % len(values)] for i in range(channels)]
 
 
-def _described(found: Pretrained, architecture: dict[str, Any], preprocessing: dict[str, Any]) -> Pretrained:
-    card = found.card | {"architecture": found.card["architecture"] | architecture, "preprocessing": preprocessing}
-    return found._replace(card=card)
+def _described(pretrained: Pretrained, architecture: dict[str, Any], preprocessing: dict[str, Any]) -> Pretrained:
+    card = pretrained.card | {
+        "architecture": pretrained.card["architecture"] | architecture,
+        "preprocessing": preprocessing,
+    }
+    return pretrained._replace(card=card)
 
 
-def _map_backbones(change: Any, found: Pretrained) -> Pretrained:
-    """The source with change(parameters of a backbone) in teacher and student."""
+def _map_backbones(change: Any, pretrained: Pretrained) -> Pretrained:
+    """Applies change(parameters of a backbone) to teacher and student."""
 
     def changed(weights: Weights) -> Weights:
         return weights._replace(params=weights.params | {"backbone": change(weights.params["backbone"])})
 
-    return found._replace(teacher=changed(found.teacher), student=found.student and changed(found.student))
+    return pretrained._replace(
+        teacher=changed(pretrained.teacher), student=pretrained.student and changed(pretrained.student)
+    )
 
 
-def _without_heads(found: Pretrained) -> Pretrained:
+def _without_heads(pretrained: Pretrained) -> Pretrained:
     def backbone(weights: Weights) -> Weights:
         return Weights(*({"backbone": trees["backbone"]} for trees in weights))
 
-    return Pretrained(found.card, backbone(found.teacher), found.student and backbone(found.student))
+    return Pretrained(
+        pretrained.card, backbone(pretrained.teacher), pretrained.student and backbone(pretrained.student)
+    )
 
 
 def _contents(path: Path) -> str:

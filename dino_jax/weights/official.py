@@ -1,7 +1,7 @@
-"""Our parameter trees under the official PyTorch code's names, which are timm's for ViTs, torchvision's for ResNets.
+"""Converts parameter trees to and from the official PyTorch names (timm's for ViTs, torchvision's for ResNets).
 
-Arrays are in torch's layout there: kernels [out, in] and OIHW, blocks one by one. Nothing is computed: there and back
-is bit-exact.
+Under official names, arrays have torch's layout: kernels are [out, in] and OIHW, and each block has its own tensors.
+The conversion only transposes and stacks, so a round trip is bit-exact.
 """
 
 import re
@@ -25,11 +25,11 @@ from dino_jax.models.registry import (
     vit_name,
 )
 
-NAMED = 12  # names that an error lists of each kind
+NAMED = 12  # names of each kind that an error lists
 
 
 def to_official(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """A tree of one module, backbone or head, its parameters or its statistics -> arrays by official name."""
+    """Parameters or statistics of one module (backbone or head) -> arrays by official name."""
     tensors: dict[str, np.ndarray] = {}
     for path, leaf in _leaves(tree):
         names, leaf = _names(path, tree, depth=len(leaf)), np.asarray(leaf)
@@ -39,10 +39,10 @@ def to_official(tree: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
-    """Arrays by official name -> variables like `like` ({"params", "batch_stats"} of one module), float32.
+    """Arrays by official name -> float32 variables with the structure of `like` ({"params", "batch_stats"}).
 
-    Takes all or nothing: raises UserError that lists each tensor of `source` which is missing, not used or of another
-    shape. torch's `num_batches_tracked`, a counter that nothing reads, is passed over.
+    Ignores torch's `num_batches_tracked`, a counter that nothing reads. Raises UserError if a tensor holds integers or
+    non-finite values, or if tensors of `source` are missing, unused or have another shape; the message lists them.
     """
     places = [(path, _names(path[1:], like[path[0]], depth=leaf.shape[0]), leaf) for path, leaf in _leaves(like)]
     expected = {
@@ -56,7 +56,9 @@ def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], so
         layers = [_our_layout(path[1:], tensors[name]) for name in names]
         stacked = np.stack(layers, dtype=np.float32, casting="same_kind")
         if layers[0].dtype.kind in "iub" or not np.isfinite(stacked).all():
-            raise UserError(f"{source} has numbers in {_listed(names)} that are no finite weights: get the file again")
+            raise UserError(
+                f"{source} has numbers in {_listed(names)} that are not finite weights: download or copy the file again"
+            )
         node = variables
         for key in path[:-1]:
             node = node.setdefault(key, {})
@@ -65,34 +67,38 @@ def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], so
 
 
 def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict[str, Any]:
-    """The "architecture" section of a model card (see `registry.architecture_card`), read off the tensors' shapes.
+    """Infers the "architecture" section of a model card (see `registry.architecture_card`) from the tensors' shapes.
 
-    A ViT of another width, depth or number of heads than the named ones is arch `vit`. A ResNet's image_size is 224,
-    which its tensors do not show.
+    A ViT whose width, depth or number of heads matches no named architecture is arch `vit`. A ResNet's image_size is
+    set to 224, because its tensors do not show it.
 
-    num_heads: attention heads of a ViT, as the file or the user states them: no tensor shows them. None: those of the
-    named ViT of this width and depth; of another one embed_dim / 64, with a line on stderr.
+    Args:
+        tensors: arrays of one backbone by official name.
+        source: name of the file, for messages.
+        num_heads: attention heads of a ViT, which no tensor shows, as stated by the file or the user. None: the heads
+            of the named ViT with this width and depth, else embed_dim / 64, which is reported on stderr.
 
-    Raises UserError for other networks, and where the heads do not divide the width.
+    Raises:
+        UserError: the tensors belong to another kind of network, or the width is not a multiple of the heads.
     """
     if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
         return _vit_architecture(tensors, source, num_heads)
     if "conv1.weight" in tensors:
         return _resnet_architecture(tensors, source)
     raise UserError(
-        f"{source} holds no backbone that we know ({_listed(list(tensors))}): give a DINO ViT or ResNet under the "
-        "names of the official code, timm, torchvision or Hugging Face's ViTModel"
+        f"{source} holds no known backbone ({_listed(list(tensors))}): give a DINO ViT or ResNet with the tensor names "
+        "of the official code, timm, torchvision or Hugging Face's ViTModel"
     )
 
 
 def backbone_like(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Shapes of the variables {"params", "batch_stats"} of a card's architecture."""
+    """Returns the shapes of the variables {"params", "batch_stats"} of a card's architecture."""
     size, channels = architecture["image_size"], architecture["in_channels"]
     return _shapes(from_card(architecture), (1, size, size, channels))
 
 
 def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict[str, Any]:
-    """Shapes of the variables of the projection head that the tensors seem to be of, with its gain."""
+    """Infers a projection head from its tensors and returns the shapes of its variables, including the gain."""
     mlp = sorted(
         (name for name, x in tensors.items() if re.fullmatch(r"mlp\.(\d+\.)?weight", name) and x.ndim == 2),
         key=lambda name: int("".join(filter(str.isdigit, name)) or 0),
@@ -110,17 +116,17 @@ def head_like(tensors: Mapping[str, np.ndarray], embed_dim: int) -> dict[str, An
 
 
 def renamed(tensors: Mapping[str, np.ndarray], rule: Callable[[str], str]) -> dict[str, np.ndarray]:
-    """The tensors under the names that the rule gives them. Raises UserError if two of them get the same one."""
+    """Renames the tensors by `rule`. Raises UserError if two of them get the same name."""
     new = {rule(name): x for name, x in tensors.items()}
     if len(new) < len(tensors):
         seen: dict[str, str] = {}
         first, second = next((seen[rule(name)], name) for name in tensors if seen.setdefault(rule(name), name) != name)
-        raise UserError(f"two tensors are one of ours: {_listed([first, second])}; remove one of them")
+        raise UserError(f"two tensors map to the same parameter: {_listed([first, second])}; remove one of them")
     return new
 
 
 def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The same with the `num_batches_tracked` that torch's strict loading wants beside running statistics, at 0."""
+    """Adds `num_batches_tracked` = 0 next to running statistics, because torch's strict loading requires it."""
     counters = [name.replace("running_mean", "num_batches_tracked") for name in tensors if "running_mean" in name]
     return {**tensors, **{name: np.zeros((), np.int64) for name in counters}}
 
@@ -128,19 +134,22 @@ def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any) -> dict[str, Any]:
     kernel, pos_embed = tensors["patch_embed.proj.weight"].shape, tensors["pos_embed"].shape
     if len(kernel) != 4 or len(pos_embed) != 3 or 0 in kernel or pos_embed[1] < 2:
-        raise UserError(f"{source} has a patch embedding {kernel} and positions {pos_embed}, which are no ViT's")
+        raise UserError(
+            f"{source} has a patch embedding {kernel} and positions {pos_embed}, which do not form a ViT: "
+            "download or copy the file again"
+        )
     embed_dim, in_channels, rows, columns = kernel
     depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     if not depth:
-        raise UserError(f"{source} has a ViT's embeddings but no blocks: get the file again")
+        raise UserError(f"{source} has a ViT's embeddings but no blocks: download or copy the file again")
     positions = pos_embed[1] - 1
     side = round(positions**0.5)
     if rows != columns or side * side != positions:
         raise UserError(
-            f"{source} has patches of {rows} x {columns} pixels and {positions} positions beside CLS's: only square "
-            "patches and grids are supported"
+            f"{source} has patches of {rows} x {columns} pixels and {positions} patch positions: only square patches "
+            "and grids are supported"
         )
-    heads = _usual_heads(embed_dim, depth, source) if num_heads is None else num_heads
+    heads = _default_heads(embed_dim, depth, source) if num_heads is None else num_heads
     if type(heads) is not int or heads < 1 or embed_dim % heads:
         raise UserError(f"{source}: {heads!r} attention heads do not divide its width {embed_dim}: correct num_heads")
     sizes = {"embed_dim": embed_dim, "depth": depth, "num_heads": heads}
@@ -154,18 +163,20 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads:
     )
 
 
-def _usual_heads(embed_dim: int, depth: int, source: str) -> int:
-    """The number of heads of a ViT whose file does not state it."""
+def _default_heads(embed_dim: int, depth: int, source: str) -> int:
+    """Returns the number of heads assumed for a ViT whose file does not state it."""
     if named := vit_heads(embed_dim, depth):
         return named
-    known = f"{source} is a ViT of width {embed_dim} and depth {depth}, which does not show its number of heads"
+    known = f"{source} is a ViT of width {embed_dim} and depth {depth} that does not state its number of heads"
     if embed_dim % CHANNELS_A_HEAD:
         raise UserError(
-            f"{known}: give num_heads (load_backbone(path, num_heads=N), --num_heads=N, or where the file is init_from "
+            f"{known}: give num_heads (load_backbone(path, num_heads=N), --num_heads=N, or, for init_from, "
             "--config.model.num_heads=N)"
         )
     heads = embed_dim // CHANNELS_A_HEAD
-    print(f"{known}: {heads} are assumed, width / {CHANNELS_A_HEAD}; give num_heads if it has others", file=sys.stderr)
+    print(
+        f"{known}: {heads} are assumed (width / {CHANNELS_A_HEAD}); if that is wrong, give num_heads", file=sys.stderr
+    )
     return heads
 
 
@@ -177,7 +188,7 @@ def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict
     if arch is None or stem.ndim != 4:
         raise UserError(
             f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, "
-            f"which is none of {', '.join(names_of(RESNET))}"
+            f"which is none of {', '.join(names_of(RESNET))}: give one of those"
         )
     return architecture_card(arch, in_channels=stem.shape[1], image_size=224)
 
@@ -193,7 +204,7 @@ def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
 
 
 def _names(path: tuple[str, ...], tree: Mapping[str, Any], depth: int) -> list[str]:
-    """The official names of a leaf of `tree`: one, or for the stacked `blocks` one each."""
+    """Returns the official names of a leaf of `tree`: one name, or one per block for the stacked `blocks`."""
     if path[0] == "blocks":
         return [f"blocks.{i}.{_name(path[1:], tree)}" for i in range(depth)]
     return [_name(path, tree)]
@@ -202,8 +213,8 @@ def _names(path: tuple[str, ...], tree: Mapping[str, Any], depth: int) -> list[s
 def _name(path: tuple[str, ...], tree: Mapping[str, Any]) -> str:
     """("mlp_1", "kernel") -> "mlp.2.weight"."""
     use_bn = any(key.startswith("bn_") for key in tree)
-    stride = 3 if use_bn else 2  # the head's MLP is a list of linear, (batch norm,) GELU, ...
-    single = "mlp_0" in tree and "mlp_1" not in tree  # ... and no list if it has one layer
+    stride = 3 if use_bn else 2  # the head's MLP is a sequence of linear, (batch norm,) GELU, ...
+    single = "mlp_0" in tree and "mlp_1" not in tree  # ... but a plain layer if it has only one
     rules: list[tuple[str, Any]] = [
         (r"^layer(\d)_(\d+)\.", r"layer\1.\2."),
         (r"downsample_conv", "downsample.0"),
@@ -221,7 +232,7 @@ def _name(path: tuple[str, ...], tree: Mapping[str, Any]) -> str:
 
 
 def _torch_layout(path: tuple[str, ...], x: np.ndarray) -> np.ndarray:
-    """Kernels HWIO -> OIHW and [in, out] -> [out, in]; the prototypes' gain [K] -> [K, 1]."""
+    """Transposes kernels HWIO -> OIHW and [in, out] -> [out, in]; reshapes the prototypes' gain [K] -> [K, 1]."""
     if path[-1] == "kernel":
         return x.transpose((3, 2, 0, 1) if x.ndim == 4 else (1, 0))
     return x[:, None] if path[-1] == "weight_g" else x
@@ -252,11 +263,11 @@ def _require_same(expected: Mapping[str, tuple[Any, ...]], found: Mapping[str, t
         "not used": [name for name in found if name not in expected],
         "of another shape": wrong,
     }
-    said = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
-    if said:
-        raise UserError(f"the tensors of {source} are not those of its architecture; {'; '.join(said)}")
+    parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]
+    if parts:
+        raise UserError(f"the tensors of {source} are not those of its architecture; {'; '.join(parts)}")
 
 
 def _listed(names: list[str]) -> str:
-    names = [ascii(name[:100])[1:-1] for name in names]  # a file's word: it may hold anything
+    names = [ascii(name[:100])[1:-1] for name in names]  # names come from a file and may hold anything
     return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")

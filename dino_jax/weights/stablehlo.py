@@ -1,4 +1,4 @@
-"""A trained backbone as one file that JAX runs without this package."""
+"""Exports a trained backbone as one file that JAX runs without this package."""
 
 import json
 from pathlib import Path
@@ -14,18 +14,19 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # one program serves all of them
 
 
 def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
-    """Writes the backbone's program, weights inside, to `path`, and its card beside it as `path`.json.
+    """Writes the backbone's program, including its weights, to `path`, and its card to `path`.json.
 
-    Anyone with `jax` and `flatbuffers` runs it, on a CPU, GPU or TPU:
+    The program runs on CPU, GPU and TPU and only needs `jax` and `flatbuffers`:
 
         features = jax.export.deserialize(bytearray(open(path, "rb").read())).call(images)
 
-    images: float32 [B, S, S, C], normalized. Any B (each is compiled once); S is the card's `crop`, for another one
-    see `load_backbone(image_size=...)`. features: {"cls": float32 [B, D], "patches": float32 [B, N, D]}, as `Tokens`
-    has them.
+    images: float32 [B, S, S, C], normalized. B is arbitrary (each value is compiled once). S is the card's `crop`; for
+    another size, see `load_backbone(image_size=...)`. features: {"cls": float32 [B, D], "patches": float32 [B, N, D]},
+    as in `Tokens`.
 
-    To hand on, not to archive: JAX promises to run it with releases up to three weeks older and six months newer than
-    the one that wrote it (jax.export, "Compatibility guarantees"). Raises UserError if `path` can't be written.
+    The file is meant for deployment, not for archiving: JAX guarantees that releases up to three weeks older and six
+    months newer than the one that wrote it can run it (jax.export, "Compatibility guarantees"). Raises UserError if
+    `path` cannot be written.
     """
     path = Path(path)
     size, channels = backbone.card["preprocessing"]["crop"], backbone.config["in_channels"]
@@ -37,10 +38,10 @@ def write_stablehlo(path: str | Path, backbone: Backbone) -> None:
 
 
 def _without_source_paths(backbone: Backbone, images: jax.ShapeDtypeStruct) -> bytes:
-    """The serialized program. JAX would put the paths of all source files into it, which are nobody else's business."""
+    """Serializes the program without the paths of source files, which JAX includes by default and may be private."""
 
     def features(images: jax.Array) -> dict[str, jax.Array]:
-        tokens = backbone(images)  # as a plain dict, because the reader of the file does not have Tokens
+        tokens = backbone(images)  # returned as a plain dict, because users of the file do not have the Tokens class
         return {"cls": tokens.cls, "patches": tokens.patches}
 
     limit = jax.config.values["jax_traceback_in_locations_limit"]

@@ -1,4 +1,4 @@
-"""Files of named tensors, read and written: safetensors and torch.save's (.pth, .pt, .bin)."""
+"""Reads and writes files of named tensors: safetensors, and torch.save (.pth, .pt, .bin)."""
 
 import mmap
 import os
@@ -29,17 +29,18 @@ DTYPES = {
     "BOOL": np.dtype(np.bool_),
 }
 EXPECTED = "weights as .safetensors or as torch.save's .pth"
-MAX_ENTRIES = 1_000_000  # dicts that hold one another can stand for more than any memory takes
+MAX_ENTRIES = 1_000_000  # nested dicts that share entries could otherwise expand beyond any memory
 
 
 def read(path: str | Path) -> dict[str, np.ndarray]:
-    """The tensors of a file by their dotted names ("teacher.backbone.cls_token"), in the file's order.
+    """Returns the tensors of a file by dotted name ("teacher.backbone.cls_token"), in the file's order.
 
-    What kind of file it is, its content says, not its name. Nested dicts are flattened; what is no tensor (an epoch,
-    arguments, None) is left out. Arrays (float64, float32, float16, bfloat16, integers, bool) are read-only views of
-    the mapped file: their data is read when it is used. Code in a file is never run (`torch_file`).
+    The content of the file determines its format, not its name. Nested dicts are flattened. Objects that are not
+    tensors (an epoch, arguments, None) are omitted. Arrays (float64, float32, float16, bfloat16, integers, bool) are
+    read-only views of the memory-mapped file, so their data is read on first use. Code in a file is never executed
+    (see `torch_pickle`).
 
-    Raises UserError if the file is absent, damaged, not of weights, or wants code to be run.
+    Raises UserError if the file is missing, damaged, holds no weights, or would have to execute code.
     """
     path = Path(path)
     if not path.is_file():
@@ -66,7 +67,7 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """What a safetensors file that `read` has read says of itself; {} for torch's files, which say nothing."""
+    """Returns the metadata of a safetensors file that `read` accepts; {} for torch files, which have none."""
     try:
         with safe_open(path, framework="np") as file:
             return file.metadata() or {}
@@ -75,29 +76,29 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def write(path: str | Path, tree: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a dict of arrays, flat or nested, to `path`: whole, or not at all.
+    """Atomically writes a flat or nested dict of arrays to `path`.
 
-    `.safetensors` stores nested names with dots, and `metadata`, for which the others have no place; `.pth` and `.pt`
-    store plain dicts of torch tensors, nested as given, and need torch. Raises UserError for another suffix, where
-    torch is missing, or where the path can't be written.
+    `.safetensors` stores nested names with dots, and `metadata`. `.pth` and `.pt` store dicts of torch tensors, nested
+    as given, without metadata, and require torch. Raises UserError for another suffix, if torch is missing, or if the
+    path cannot be written.
     """
     path = Path(path)
     if path.suffix not in WRITERS:
         raise UserError(f"can't write {path}: name it .safetensors, or .pth for torch.save's format")
     if not path.parent.is_dir():
-        raise UserError(f"can't write {path}: {path.parent} is no folder")
+        raise UserError(f"can't write {path}: {path.parent} is not a folder; create it or give another path")
     with atomic.file(path) as unfinished:
         unfinished.touch()
-        mode = unfinished.stat().st_mode  # of the user's umask; safetensors lets nobody else read its files
+        mode = unfinished.stat().st_mode  # follows the user's umask; safetensors writes files that only the user reads
         try:
             WRITERS[path.suffix](unfinished, tree, metadata or {})
-        except (SafetensorError, RuntimeError) as error:  # torch raises the latter for a full disk
+        except (SafetensorError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             raise UserError(f"can't write {path} ({error}): {atomic.WAY_OUT}") from error
         unfinished.chmod(mode)
 
 
 def _read_safetensors(path: Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
-    """The library checks the header (tensors fill the file, one after the other), but would copy the data."""
+    """Maps the data, which the library would copy; the library checks the header (tensors fill the file in order)."""
     arrays = {}
     position = 8 + int.from_bytes(mapped[:8], "little")
     try:
@@ -116,18 +117,18 @@ def _read_safetensors(path: Path, mapped: mmap.mmap) -> dict[str, np.ndarray]:
 
 
 def _not_weights(start: bytes) -> str:
-    """What a file that begins with `start` probably is."""
+    """Describes what a file that begins with `start` probably is."""
     if start.startswith(b"version https://git-lfs"):
         return "is a git-lfs pointer, not the weights it points to: run `git lfs pull`, or download the file itself"
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html", b"<?xml")):
         return "is a web page, not weights: download the file itself (on a hub, its raw or download link)"
     if start.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return f"is a pickle, but not of torch.save: expected {EXPECTED}"
-    return f"is no file of weights (it begins with {start[:12]!r}): expected {EXPECTED}"
+    return f"is not a weights file (it begins with {start[:12]!r}): expected {EXPECTED}"
 
 
 def _tensors(tree: Any) -> dict[str, np.ndarray]:
-    """A torch file's tensors by dotted name."""
+    """Returns the tensors of a torch file by dotted name."""
     arrays: dict[str, np.ndarray] = {}
     try:
         for count, (name, leaf) in enumerate(_walk(tree)):
@@ -138,35 +139,34 @@ def _tensors(tree: Any) -> dict[str, np.ndarray]:
                     raise Unreadable(f"holds two tensors named {name[:100]!a}")
                 arrays[name] = leaf.array()
     except RecursionError as error:
-        raise Unreadable("is refused: a dict in it holds itself") from error
+        raise Unreadable("is refused: a dict in it contains itself") from error
     return arrays
 
 
 def _walk(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Everything in nested dicts, and the dicts themselves, by dotted name."""
+    """Yields every value in nested dicts, and the dicts themselves, with their dotted names."""
     for key, value in tree.items() if isinstance(tree, Mapping) else ():
         yield f"{prefix}{key}", value
         yield from _walk(value, f"{prefix}{key}.")
 
 
 def _write_safetensors(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
-    # The library writes the memory of an array as it lies, so a transposed one must be made contiguous.
+    # The library writes the raw memory of an array, so transposed arrays must be made contiguous first.
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _walk(tree) if not isinstance(leaf, Mapping)}
-    save_file(
-        arrays, path, metadata={"format": "pt", **metadata}
-    )  # PyTorch's names and layouts; transformers asks for it
+    # transformers requires "format"; "pt" means PyTorch's names and layouts.
+    save_file(arrays, path, metadata={"format": "pt", **metadata})
 
 
 def _write_torch(path: Path, tree: Mapping[str, Any], metadata: Mapping[str, str]) -> None:
     try:
-        import torch  # imported here because it's no dependency
+        import torch  # imported here because it is an optional dependency
     except ImportError as error:
         raise UserError(f"{path.suffix} needs torch: write .safetensors, or pip install 'dino_jax[torch]'") from error
 
     def convert(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {key: convert(child) for key, child in value.items()}
-        array = np.array(value, order="C")  # a copy, because torch warns of arrays that it can't write to
+        array = np.array(value, order="C")  # a copy, because torch warns about read-only arrays
         if array.dtype == ml_dtypes.bfloat16:
             return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
         return torch.from_numpy(array)

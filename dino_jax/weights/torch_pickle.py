@@ -1,9 +1,9 @@
-"""The files of torch.save, read without torch and without running what they say.
+"""Reads files of torch.save without torch and without executing code from them.
 
-A pickle is a program: whoever unpickles it calls what it names. Here a small interpreter knows the instructions that
-torch.save writes, and makes dicts, lists, numbers and descriptions of tensors of them. Names of classes and functions
-are compared with tables, never imported; nothing that comes from the file is called, hashed, compared or printed, but
-for the strings and integers that are keys.
+A pickle is a program, and unpickling it calls the functions that it names. This module has a small interpreter for the
+instructions that torch.save writes. It builds dicts, lists, numbers and descriptions of tensors. Names of classes and
+functions are looked up in tables and never imported. Nothing from the file is called, hashed, compared or printed,
+except the strings and integers that are dict keys.
 """
 
 import io
@@ -35,7 +35,7 @@ STORAGES = {
 TENSORS = {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2"}
 PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 DICTS = {"collections.OrderedDict", "collections.defaultdict"}
-# What checkpoints hold beside tensors (settings, counters, paths): taken, and left out of what is read.
+# Other objects in checkpoints (settings, counters, paths): accepted, but omitted from the result.
 BUILTINS = ("dict", "list", "set", "frozenset", "int", "float", "complex", "bytearray")
 OTHERS = {
     *("argparse.Namespace", "collections.Counter", "collections.deque", "_codecs.encode"),
@@ -54,17 +54,17 @@ LITERALS = {
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 
 ZIP_MAGIC = b"PK\x03\x04"
-LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # in the first pickle of a file by torch < 1.6
-MAX_DIMS = 64  # NumPy's
+LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # in the first pickle of a file written by torch < 1.6
+MAX_DIMS = 64  # NumPy's limit
 
 
 class Unreadable(Exception):
-    """Why a file is not read, in words that may follow its name."""
+    """A file cannot be read. The message is a predicate that follows the file's name."""
 
 
 @dataclass
 class Storage:
-    """The numbers behind one or more tensors, where they lie in the file."""
+    """The data of one or more tensors, as a view of the mapped file."""
 
     dtype: np.dtype
     data: memoryview = memoryview(b"")
@@ -72,7 +72,7 @@ class Storage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A view of a storage; offset, shape and strides (in elements) are the file's word, and checked by `array`."""
+    """A view of a storage. Offset, shape and strides (in elements) come from the file; `array` validates them."""
 
     storage: Storage
     offset: Any
@@ -80,15 +80,15 @@ class Tensor:
     strides: Any
 
     def array(self) -> np.ndarray:
-        """The tensor as a read-only view of the mapped file. Raises Unreadable if it reaches beyond its storage."""
+        """Returns a read-only view of the mapped file. Raises Unreadable if the tensor extends beyond its storage."""
         shape, strides, dtype = self.shape, self.strides, self.storage.dtype
         counts = (self.offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in counts):
             raise Unreadable("is damaged: a tensor in it has an impossible shape")
-        # In Python's integers, as NumPy's own check of strides can overflow.
+        # Computed with Python integers, because NumPy's own check of strides can overflow.
         last = self.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and (last + 1) * dtype.itemsize > len(self.storage.data):
-            raise Unreadable("is damaged: a tensor in it reaches beyond its data")
+            raise Unreadable("is damaged: a tensor in it extends beyond its data")
         try:
             if 0 in shape:
                 return np.empty(shape, dtype)
@@ -100,31 +100,31 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Global:
-    """A class or function that a pickle names and one of the tables holds."""
+    """A class or function that a pickle names and that is in one of the tables."""
 
     name: str
 
 
 class Other:
-    """Stands for an object that is no tensor."""
+    """Placeholder for an object that is not a tensor."""
 
 
 EMPTY: dict[str, type] = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple, "EMPTY_SET": Other}
 
 
 def is_torch_file(data: bytes) -> bool:
-    """Whether a file that begins with `data` (32 bytes or more) is a zip archive or one of torch.save before 1.6."""
+    """Returns whether a file that begins with `data` (32 bytes or more) is a zip archive or a torch < 1.6 file."""
     return data.startswith(ZIP_MAGIC) or LEGACY_MAGIC in data[:32]
 
 
 def read(file: BinaryIO, mapped: mmap.mmap) -> Any:
-    """What torch.save was given: dicts, lists and tuples as they were, with a `Tensor` for each tensor or parameter.
+    """Returns the object passed to torch.save: dicts, lists and tuples, with a `Tensor` for each tensor or parameter.
 
-    Of other objects only plain numbers and strings are kept. The data of tensors stays in `mapped`, all of the file;
-    headers that lie between the data are read from `file`, as a look at the mapped ones would fetch their surroundings.
-    Both of torch's formats are read: the zip archive (torch >= 1.6) and the stream before it.
+    Other objects are dropped, except plain numbers and strings. The data of tensors stays in `mapped`, which maps the
+    whole file. Headers between the data are read from `file`, because reading them through the mapping would fetch the
+    pages around them. Supports both of torch's formats: the zip archive (torch >= 1.6) and the older stream.
 
-    Raises Unreadable for a damaged file and for one that names anything outside the tables above.
+    Raises Unreadable if the file is damaged or names a class or function outside of the tables above.
     """
     try:
         return _read_zip(file, mapped) if mapped[:4] == ZIP_MAGIC else _read_legacy(file, mapped)
@@ -135,7 +135,7 @@ def read(file: BinaryIO, mapped: mmap.mmap) -> Any:
 
 
 def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
-    """ARCHIVE/data.pkl, with the bytes of each storage in ARCHIVE/data/KEY."""
+    """Reads a zip archive: ARCHIVE/data.pkl, with the bytes of each storage in ARCHIVE/data/KEY."""
     entries = {info.filename: info for info in zipfile.ZipFile(file).infolist()}
     pickles = [name for name in entries if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -143,7 +143,7 @@ def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
     folder = pickles[0].removesuffix("data.pkl")
 
     def entry(name: str) -> memoryview:
-        """The bytes of an entry, where they lie. zipfile would copy them, and inflate a bomb."""
+        """Returns a view of an entry's bytes. zipfile would copy them, and would inflate a zip bomb."""
         info = entries[name]
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
             raise Unreadable("is compressed or encrypted, which torch.save never does: get the original file")
@@ -163,7 +163,7 @@ def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
 
 
 def _read_legacy(file: BinaryIO, mapped: mmap.mmap) -> Any:
-    """Five pickles (magic, version, machine, object, keys of storages), then count and bytes of each storage."""
+    """Reads five pickles (magic, version, machine, object, storage keys), then count and bytes of each storage."""
     storages: dict[str, Storage] = {}
 
     def load(storage: Storage, key: str, size: int) -> Storage:
@@ -184,7 +184,7 @@ def _read_legacy(file: BinaryIO, mapped: mmap.mmap) -> Any:
 
 
 def _unpickle(file: mmap.mmap | BinaryIO, load: Callable[[Storage, str, int], Storage]) -> Any:
-    """Runs one pickle of a stream; load(empty storage, key, elements) gives the storages that it refers to."""
+    """Interprets one pickle of a stream; load(empty storage, key, elements) returns the storages it refers to."""
     stack: list[Any] = []
     marks: list[int] = []
     memo: dict[int, Any] = {}
@@ -236,10 +236,10 @@ def _unpickle(file: mmap.mmap | BinaryIO, load: Callable[[Storage, str, int], St
             case "BINGET" | "LONG_BINGET" | "GET":
                 stack.append(memo[argument])
             case "GLOBAL":
-                stack.append(_known(*argument.split(" ", 1)))
+                stack.append(_global(*argument.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_known(module, name))
+                stack.append(_global(module, name))
             case "BINPERSID":
                 stack.append(_storage(stack.pop(), load))
             case "REDUCE" | "NEWOBJ":
@@ -267,19 +267,19 @@ def _set_items(target: Any, keys: Sequence[Any], values: Sequence[Any]) -> None:
 
 
 def _is_name(key: Any) -> bool:
-    """Whether tensors can be named by this key of a dict: a string, or an integer (as in an optimizer's state)."""
+    """Returns whether a dict key can be part of a tensor's name: a string, or an integer (as in optimizer states)."""
     return isinstance(key, str) or (isinstance(key, int) and abs(key) < 2**63)
 
 
-def _known(module: Any, name: Any) -> Global:
+def _global(module: Any, name: Any) -> Global:
     if not isinstance(module, str) or not isinstance(name, str):
         raise TypeError
     full = f"{module}.{name}"
     if any(full in table for table in (STORAGES, TENSORS, PARAMETERS, DICTS, OTHERS)):
         return Global(full)
     raise Unreadable(
-        f"is refused: its pickle wants {full[:100]!a}, which could run code; give a file with a state_dict alone "
-        "(if you trust this one, load it with torch and save its state_dict)"
+        f"is refused: its pickle wants {full[:100]!a}, which could run code; give a file that only holds a state_dict "
+        "(if you trust this file, load it with torch and save its state_dict)"
     )
 
 
@@ -293,7 +293,7 @@ def _storage(reference: Any, load: Callable[[Storage, str, int], Storage]) -> St
 
 
 def _rebuild(function: Any, arguments: Any) -> Any:
-    """What torch or the standard library would make of a call; the call itself is never made."""
+    """Returns an equivalent of what a call to torch or the standard library would return, without making the call."""
     match function, arguments:
         case Global(name), (Storage() as storage, offset, tuple(shape), tuple(strides), *_) if name in TENSORS:
             return Tensor(storage, offset, shape, strides)

@@ -139,9 +139,9 @@ def test_another_model_is_refused_by_name_and_what_may_change_is_not(tmp_path):
     with pytest.raises(UserError) as error:
         restore(tmp_path, config(**{"model.arch": "vit_tiny", "head.out_dim": 128, "optim.name": "sgd"}))
     message = str(error.value)
-    assert "model.arch is 'vit_tiny', there 'vit_nano'" in message
-    assert "head.out_dim is 128, there 64" in message
-    assert "optim.name is 'sgd', there 'adamw'" in message
+    assert "model.arch is 'vit_tiny', was 'vit_nano'" in message
+    assert "head.out_dim is 128, was 64" in message
+    assert "optim.name is 'sgd', was 'adamw'" in message
     assert "--workdir" in message
     assert "\n" not in message
     assert restore(tmp_path, config(**{"optim.lr": 1.0, "model.remat": True, "model.drop_path_rate": 0.3}))[1] == 5
@@ -155,9 +155,9 @@ def test_arrays_of_another_version_of_the_code_are_refused_by_name(tmp_path):
     with checkpoints.open_manager(tmp_path, config().checkpoint) as manager, pytest.raises(UserError) as error:
         checkpoints.restore(manager, target_of(other), config())
     message = str(error.value)
-    assert "teacher.backbone.blocks.bias is not in it, there float32 [2, 4]" in message
-    assert "teacher.backbone.blocks.gate is float32 [4], there missing" in message
-    assert "teacher.backbone.blocks.kernel is float32 [3, 3, 4], there float32 [2, 3, 4]" in message
+    assert "teacher.backbone.blocks.bias is missing, was float32 [2, 4]" in message
+    assert "teacher.backbone.blocks.gate is float32 [4], was missing" in message
+    assert "teacher.backbone.blocks.kernel is float32 [3, 3, 4], was float32 [2, 3, 4]" in message
     assert f"jax {jax.__version__}" in message
     assert "opt_state" not in message
     assert "\n" not in message

@@ -136,9 +136,9 @@ def two(who, fault):
 @pytest.mark.parametrize(
     ("who", "fault", "message"),
     [
-        (1, "killed", r"error: process 1 has been silent for 2 s, last heard of at step 7 \(step\)"),
-        (1, "stopped", r"error: process 1 has been silent for 2 s, last heard of at step 7 \(step\)"),
-        (0, "stopped", r"error: process 0, which coordinates, has not answered for 2 s"),
+        (1, "killed", r"error: process 1 has been silent for 2 s, last heard from at step 7 \(step\)"),
+        (1, "stopped", r"error: process 1 has been silent for 2 s, last heard from at step 7 \(step\)"),
+        (0, "stopped", r"error: process 0, the coordinator, has not responded for 2 s"),
         (1, "raised", r"error: process 1 gave up, at step 7 \(step\): OSError: disk full"),
     ],
 )

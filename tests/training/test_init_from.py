@@ -116,12 +116,12 @@ def test_a_fixed_gain_becomes_a_trainable_one_and_only_a_gain_of_1_goes_back(run
 def test_what_does_not_fit_is_named_with_the_settings_that_would(sources):
     path = str(sources / "full.safetensors")
     with pytest.raises(
-        UserError, match=r"head.out_dim is 96, there 64; set --config.head.out_dim=64, or --config.init"
+        UserError, match=r"head.out_dim is 96, must be 64; set --config.head.out_dim=64, or --config.init"
     ):
         begin(init_from=path, head__out_dim=96)
     with pytest.raises(UserError, match="--config.model.arch=vit_nano"):
         begin(init_from=path, model__arch="vit_tiny")
-    with pytest.raises(UserError, match=r"in_channels is 3, there 1.*--config.init_adapt=in_channels for"):
+    with pytest.raises(UserError, match=r"in_channels is 3, must be 1.*--config.init_adapt=in_channels"):
         begin(init_from=path, model__in_channels=3)
     with pytest.raises(UserError, match="no such path"):
         begin(init_from="absent.pth")

@@ -180,9 +180,9 @@ def test_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 def test_checkpoint_of_another_architecture_is_refused(one_device):
     before = (one_device[0] / "config.json").read_text()
-    with pytest.raises(UserError, match="model.patch_size is 4, there 8"):
+    with pytest.raises(UserError, match="model.patch_size is 4, was 8"):
         loop.train(tiny_config(model__patch_size=4), one_device[0])
-    with pytest.raises(UserError, match="batch_size is 8, there 16"):
+    with pytest.raises(UserError, match="batch_size is 8, was 16"):
         loop.train(tiny_config(batch_size=8), one_device[0])
     assert (one_device[0] / "config.json").read_text() == before
 
@@ -208,6 +208,6 @@ def test_undecodable_images_are_named_counted_and_limited(tmp_path, capsys):
     (folder / "broken.jpg").write_bytes(b"no image")
     few = {"data__source": f"folder:{folder}"}
     loop.train(tiny_config(**few, data__max_bad_fraction=0.1), tmp_path / "a")
-    assert "cannot decode broken.jpg: another image stands in for it (1 so far)" in capsys.readouterr().out
+    assert "cannot decode broken.jpg: using another image instead (1 so far)" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"1 of 80 images cannot be decoded.*max_bad_fraction.*broken.jpg"):
         loop.train(tiny_config(**few, data__max_bad_fraction=0.01), tmp_path / "b")

@@ -74,4 +74,4 @@ def test_a_killed_process_ends_the_other(tmp_path):
     held.process.end()
     held.process.popen.wait()
     output = first.finish(PEER_LOST)
-    assert re.search(r"error: process 1 has been silent for 5 s, last heard of at step", output)
+    assert re.search(r"error: process 1 has been silent for 5 s, last heard from at step", output)

@@ -55,7 +55,7 @@ def test_a_run_exports_it_and_its_card_says_its_sizes(run, expected):
 def test_the_same_command_resumes_it_and_other_sizes_are_another_run(run, capsys):
     loop.train(config(checkpoint__every_steps=1), run)
     assert "resuming after step 2" in capsys.readouterr().out
-    with pytest.raises(UserError, match="model.num_heads is 4, there 3"):
+    with pytest.raises(UserError, match="model.num_heads is 4, was 3"):
         loop.train(config(model__num_heads=4), run)
 
 

@@ -139,7 +139,7 @@ def test_what_is_no_backbone_is_named_in_one_line(tmp_path):
         load_backbone(tmp_path)
     with pytest.raises(UserError, match="no such path"):
         load_backbone(tmp_path / "absent")
-    with pytest.raises(UserError, match="no file of weights"):
+    with pytest.raises(UserError, match="not a weights file"):
         load_backbone(tmp_path / "config.json")
 
 

@@ -117,7 +117,7 @@ def test_what_is_wrapped_or_has_no_teacher_is_found(saved, capsys):
     found = load.load_weights(saved({"student": FULL["student"]}))
     assert_is(found.teacher, STUDENT)
     assert found.student is None
-    assert "has no teacher: its student is taken" in capsys.readouterr().err
+    assert "has no teacher: using its student" in capsys.readouterr().err
     found = load.load_weights(saved(TEACHER | prefixed("head.", HEADS["teacher"])))
     assert_is(found.teacher, HEADS["teacher"], "head")
     assert "head" not in load.load_weights(saved(FULL), heads=False).teacher.params
@@ -150,9 +150,9 @@ def test_incomplete_and_foreign_files_are_refused(saved, tmp_path):
         dino_jax.load_backbone(saved(FULL["teacher"] | {"queue": np.ones(3)}))
     with pytest.raises(UserError, match="also has queue"):
         dino_jax.load_backbone(saved(FULL | {"queue": np.ones(3)}))
-    with pytest.raises(UserError, match="two tensors are one of ours: module.norm.bias, norm.bias|norm.bias, module"):
+    with pytest.raises(UserError, match="map to the same parameter: module.norm.bias, norm.bias|norm.bias, module"):
         dino_jax.load_backbone(saved(TEACHER | {"module.norm.bias": np.ones(64)}))
-    with pytest.raises(UserError, match=r"norm.bias that are no finite weights"):
+    with pytest.raises(UserError, match=r"norm.bias that are not finite weights"):
         dino_jax.load_backbone(saved(TEACHER | {"norm.bias": np.full(64, np.nan, np.float32)}))
     with pytest.raises(UserError, match=r"dino_loss.center \(1, 9\) for 32 prototypes"):
         load.load_weights(saved(FULL | {"dino_loss": {"center": np.ones((1, 9))}}))

@@ -102,7 +102,7 @@ def test_what_is_none_of_our_architectures_is_named(tiny):
     _, tensors = tiny
     with pytest.raises(UserError, match="x has a ViT's embeddings but no blocks"):
         official.backbone_architecture({n: x for n, x in tensors.items() if not n.startswith("blocks.")}, "x")
-    with pytest.raises(UserError, match="holds no backbone that we know \\(features.0"):
+    with pytest.raises(UserError, match="holds no known backbone \\(features.0"):
         official.backbone_architecture({"features.0.weight": np.ones(3)}, "x")
     with pytest.raises(UserError, match="8 x 4 pixels"):
         official.backbone_architecture(tensors | {"patch_embed.proj.weight": np.ones((64, 3, 8, 4))}, "x")

@@ -129,8 +129,8 @@ def test_data_is_read_only_where_it_is_used(tmp_path):
     [
         (None, "no such file: give weights as .safetensors"),
         (b"", "is empty"),
-        (b"short", "is no file of weights"),
-        (b"\x89PNG\r\n\x1a\n" + bytes(99), r"is no file of weights \(it begins with b'.x89PNG.*expected weights as"),
+        (b"short", "is not a weights file"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(99), r"is not a weights file \(it begins with b'.x89PNG.*expected weights as"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7\nsize 85\n", "git-lfs pointer.*git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html>Sign in</html>", "is a web page.*download the file itself"),
         (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "is a web page"),
@@ -184,7 +184,7 @@ def test_a_write_that_fails_leaves_the_last_file(tmp_path):
 def test_what_cannot_be_written_is_said(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"name it \.safetensors, or \.pth"):
         tensor_files.write(tmp_path / "weights.npz", {"x": MATRIX})
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         tensor_files.write(tmp_path / "absent" / "weights.safetensors", {"x": MATRIX})
     monkeypatch.setitem(sys.modules, "torch", None)  # import torch fails
     with pytest.raises(UserError, match=r"write \.safetensors, or pip install 'dino_jax\[torch\]'"):

@@ -291,7 +291,7 @@ def test_attributes_set_by_a_file_touch_nothing(tmp_path, target):
 def test_dicts_without_end_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tensor_files, "MAX_ENTRIES", 5000)
     itself = b"\x80\x02}q\x63" + ops("a") + b"h\x63s."
-    with pytest.raises(UserError, match="holds itself"):
+    with pytest.raises(UserError, match="contains itself"):
         tensor_files.read(archive(tmp_path / "x.pth", itself))
     doubled: dict = {}
     for _ in range(60):
@@ -328,7 +328,7 @@ def test_truncated_and_damaged_files_are_one_line(tmp_path, name):
     path = tmp_path / name
     for length in range(1, len(intact), 97):
         path.write_bytes(intact[:length])
-        with pytest.raises(UserError, match="truncated or damaged|no file of weights|is a pickle"):
+        with pytest.raises(UserError, match="truncated or damaged|not a weights file|is a pickle"):
             tensor_files.read(path)
     rng = np.random.default_rng(0)
     for _ in range(200):
