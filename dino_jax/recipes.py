@@ -86,4 +86,5 @@ def _mistakes_in(path: Path) -> Iterator[None]:
     except Exception as error:
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
         line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
-        raise UserError(f"{path}:{line}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+        where = path if line is None else f"{path}:{line}"
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error

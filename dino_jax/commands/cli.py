@@ -47,6 +47,7 @@ class Settings(NamedTuple):
     config: "ConfigDict"
     defined_in: Callable[[], "ConfigDict"]  # its comments say what each setting means
     about: str  # whose values these are
+    is_recipe: bool = False  # whether --config=RECIPE chooses them
 
 
 def main() -> None:
@@ -84,7 +85,8 @@ def recipe(arguments: Sequence[str], default: str) -> Settings:
 
     name = _split_recipe(arguments)[0] or default
     module = recipes.load(name)
-    return Settings(recipes.config_of(module), recipes.load("default").get_config, f"{name}: {module.__doc__ or ''}")
+    meanings = recipes.load("default").get_config
+    return Settings(recipes.config_of(module), meanings, f"{name}: {module.__doc__ or ''}", is_recipe=True)
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -135,7 +137,9 @@ def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[s
         if settings:
             from ml_collections import config_flags
 
-            arguments = _split_recipe(arguments)[1]
+            named, arguments = _split_recipe(arguments)
+            if named and not settings.is_recipe:
+                raise UserError(f"--config={named}: this command has no recipes; its settings are --config.KEY=VALUE")
             config_flags.DEFINE_config_dict("config", settings.config, sys_argv=[name, *arguments])
         return flags.FLAGS([name, *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:

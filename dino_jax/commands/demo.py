@@ -33,7 +33,7 @@ from dino_jax.models import from_card
 from dino_jax.provenance import versions
 from dino_jax.training import loop
 from dino_jax.training.evaluators import feature_table
-from dino_jax.training.setup import build_setup, init_state
+from dino_jax.training.setup import backbone_variables, build_setup, init_state
 from dino_jax.weights.backbone import Backbone, load_backbone
 
 USAGE = "[--workdir=FOLDER] [--config=RECIPE] [--config.KEY=VALUE ...]"
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str]) -> None:
 def untrained(config: ConfigDict) -> Backbone:
     """The network of a config as it is before the first step."""
     state = init_state(build_setup(config, steps_per_epoch=1), make_mesh())
-    variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
+    variables = backbone_variables(state, "teacher")
     card = model_card(config, 0)
     return Backbone(from_card(card["architecture"]), variables, card)
 

@@ -37,7 +37,11 @@ def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
     flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
     flags.DEFINE_integer("num_heads", None, "attention heads, if a file of weights does not state them")
     flags.DEFINE_string("out", None, "folder for results.json and pictures; unless set, CHECKPOINT/eval/PROTOCOL")
-    named = [argument for argument in arguments if argument in PROTOCOLS]
+    named = [
+        argument
+        for before, argument in zip(["", *arguments], arguments, strict=False)
+        if argument in PROTOCOLS and (not before.startswith("-") or "=" in before)  # not the value of a flag
+    ]
     if named:
         protocol = PROTOCOLS[named[0]]
         return cli.Settings(protocol.default_config(), protocol.default_config, f"{named[0]}: {protocol.__doc__}")

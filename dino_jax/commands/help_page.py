@@ -47,18 +47,19 @@ def page(command: ModuleType, settings: Settings | None) -> str:
     return "\n\n".join(parts)
 
 
-def meanings(function: Callable[..., Any]) -> dict[str, str]:
+def meanings(function: Callable[..., Any], seen: frozenset[Callable[..., Any]] = frozenset()) -> dict[str, str]:
     """What the settings mean that a function defines: dotted name -> comment.
 
     The function assigns them (`config.optim.lr = 5e-4  # peak`) or has them as the keys of a dict. A comment stands
-    behind the value or on the lines directly above. Functions of this package that it calls are read as well.
+    behind the value or on the lines directly above. Functions of this package that it calls are read as well, each
+    once: `seen` are those that are being read.
     """
     found: dict[str, str] = {}
     source = _read(function)
     for name in _called(source.tree):
         helper = getattr(function, "__globals__", {}).get(name)
-        if isinstance(helper, FunctionType) and helper.__module__.startswith("dino_jax."):
-            found |= meanings(helper)
+        if isinstance(helper, FunctionType) and helper.__module__.startswith("dino_jax.") and helper not in seen:
+            found |= meanings(helper, seen | {helper})
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute):
             name = ast.unparse(node.targets[0]).partition(".")[2]

@@ -51,7 +51,7 @@ def replay(file: str | Path) -> Report:
     config, step, start = ConfigDict(told["config"]), told["step"], told["checkpoint"]
     check_config(config, jax.device_count())
     source = open_source(config.data.source)
-    setup = build_setup(config, loop.check_enough_images(source, config))
+    setup = build_setup(config, loop.steps_in_epoch(source, config))
     mesh = sharding.make_mesh(fsdp=config.fsdp)
     state = state_after(start, Path(file).parent, setup, mesh)
 

@@ -20,10 +20,12 @@ def loss_from_head(
 ) -> jax.Array:
     """The value and gradients of `dino.loss_from_head`, up to float32 rounding, in a fraction of its memory.
 
-    q: targets [B, G, K]. z: unit vectors [B, V, D], global crops first. All parameters of `last_layer` have K as their
+    q: targets [B, 2, K]. z: unit vectors [B, V, D], global crops first. All parameters of `last_layer` have K as their
     first axis. Returns a scalar.
     """
     G, K = q.shape[1:]
+    if G != 2:
+        raise ValueError(f"{G} global crops: this form of the loss is for two")
     size = chunk_size(z.shape[0] * z.shape[1], K)
     if size == K:
         return _mean_over_pairs(G, *_view_sums(q, prototypes(last_layer, z) / temp))
@@ -55,6 +57,7 @@ def _view_sums(q: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     A global crop is compared with the other global crop, a local crop with both.
     """
     G = q.shape[1]
+    # [:, ::-1] swaps the targets of the two global crops, so that no view meets its own.
     under_other = (q[:, ::-1] * logits[:, :G]).sum(-1)
     under_both = (q.sum(1, keepdims=True) * logits[:, G:]).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1), jnp.concatenate([under_other, under_both], axis=1)

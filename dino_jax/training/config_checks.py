@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
 from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
+from dino_jax.training.evaluators import EVALUATORS
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import OPTIMIZERS
 from dino_jax.training.schedules import TEACHER_UPDATES
@@ -120,6 +121,8 @@ def _check_values(config: ConfigDict) -> None:
         )
     if unknown := [name for name in config.writers.split(",") if name not in ("", *WRITERS)]:
         raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to a subset of {','.join(WRITERS)}")
+    if unknown := [name for name in config.evals if name not in EVALUATORS]:
+        raise UserError(f"evals.{unknown[0]} is unknown: config.evals has settings of {', '.join(EVALUATORS)}")
     if not 0 <= (rate := config.model.drop_path_rate) < 1:
         raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more and below 1")
 

@@ -18,7 +18,7 @@ from dino_jax.distributed import fsdp
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.evals import knn
 from dino_jax.evals.common.extraction import FeatureTable, extract_source
-from dino_jax.training.setup import Setup, State
+from dino_jax.training.setup import Setup, State, backbone_variables
 
 Evaluate = Callable[[State], dict[str, float]]
 
@@ -53,7 +53,7 @@ def build_evaluators(
         if isinstance(built, Unavailable):
             info(f"no {name} evaluation while training: {built.reason}")
         else:
-            evaluators.append(Evaluator(max(1, round(settings.every_epochs * steps_per_epoch)), built))
+            evaluators.append(Evaluator(settings.every_epochs * steps_per_epoch, built))
     return evaluators
 
 
@@ -64,7 +64,8 @@ def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh
     bank = on_every_process(lambda: open_source(settings.train), size=len) if settings.train else source
     queries = on_every_process(lambda: open_source(settings.test), size=len)
     if not (bank.num_classes and queries.num_classes):
-        return Unavailable("evals.knn.train or evals.knn.test has no labels")
+        unlabeled = settings.test if bank.num_classes else settings.train or setup.config.data.source
+        return Unavailable(f"{unlabeled} has no labels")
     knn.check_classes(bank, queries)
     backbone, config = setup.method.backbone, setup.config
 
@@ -74,11 +75,7 @@ def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh
         return jnp.concatenate([one.cls for one in tokens], axis=-1)
 
     def evaluate(state: State) -> dict[str, float]:
-        variables = {
-            "teacher": {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]},
-            "student": {"params": state.student["backbone"], "batch_stats": state.student_stats["backbone"]},
-        }
-        variables = fsdp.unshard(variables, mesh)
+        variables = fsdp.unshard({who: backbone_variables(state, who) for who in ("teacher", "student")}, mesh)
         train, test = (
             feature_table(both, variables, rows, what, config, mesh, config.data.mean, config.data.std)
             for rows, what in ((bank, "k-NN bank"), (queries, "k-NN queries"))

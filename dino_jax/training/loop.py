@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from dino_jax.distributed import consistency, fsdp, processes, sharding
 from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
-from dino_jax.training import writers
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
@@ -30,12 +29,13 @@ from dino_jax.training.setup import (
     Setup,
     State,
     abstract_state,
+    backbone_variables,
     build_setup,
     flops_per_image,
     init_state,
 )
 from dino_jax.training.step import compile_lowered, lower_step
-from dino_jax.training.writers import Logger
+from dino_jax.training.writers import Logger, RunInfo
 
 
 def train(config: ConfigDict, workdir: str | Path) -> State:
@@ -51,7 +51,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
     check_config(config, jax.device_count())
     source = processes.on_every_process(lambda: open_source(config.data.source), size=len)
     consistency.require_same(lambda: consistency.data(source))
-    steps_per_epoch = check_enough_images(source, config)
+    steps_per_epoch = steps_in_epoch(source, config)
     total_steps = config.epochs * steps_per_epoch
     mesh = sharding.make_mesh(fsdp=config.fsdp)
     setup = build_setup(config, steps_per_epoch)
@@ -62,11 +62,12 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         Watchdog(config.watchdog, config.distributed.heartbeat) as watchdog,
         checkpoints.open_manager(workdir, config.checkpoint) as manager,
         StopSignal(config.checkpoint.stop_within) as stop,
+        ExitStack() as context,
     ):
         restored = checkpoints.restore(manager, shapes, config)
         (state, start), origin = (restored, "") if restored else first_state(setup, mesh)
         checkpoints.write_config(workdir, config)
-        logger = Logger(writers.Run(Path(workdir), config, total_steps, steps_per_epoch, start))
+        logger = context.enter_context(Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start)))
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
         evaluators = build_evaluators(setup, source, mesh, steps_per_epoch, logger.info)
         guard = StepGuard(config, workdir, source, last_saved=start)
@@ -115,7 +116,6 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         watchdog.beat("export", done)
         manager.wait_until_finished()
         export_teacher(workdir, state, config)
-        logger.close()
     if stopped:
         raise Stopped
     return state
@@ -230,7 +230,7 @@ def readable_out_of_memory() -> Iterator[None]:
         ) from error
 
 
-def check_enough_images(source: Source, config: ConfigDict) -> int:
+def steps_in_epoch(source: Source, config: ConfigDict) -> int:
     """Returns the number of full batches per epoch. Raises UserError if the source has fewer images than a batch."""
     if len(source) < config.batch_size:
         raise UserError(
@@ -268,8 +268,7 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
 def export_teacher(workdir: str | Path, state: State, config: ConfigDict) -> None:
     """Exports the teacher's backbone to `workdir/export`."""
     card = checkpoints.model_card(config, int(state.step))
-    variables = {"params": state.teacher["backbone"], "batch_stats": state.teacher_stats["backbone"]}
-    checkpoints.write_export(Path(workdir) / "export", {"variables": variables}, card)
+    checkpoints.write_export(Path(workdir) / "export", {"variables": backbone_variables(state, "teacher")}, card)
 
 
 def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, start: int) -> str:

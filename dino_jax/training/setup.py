@@ -150,6 +150,11 @@ def abstract_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
     )
 
 
+def backbone_variables(state: State, who: str) -> Tree:
+    """The variables {"params", "batch_stats"} of the backbone of the "teacher" or "student"."""
+    return {"params": getattr(state, who)["backbone"], "batch_stats": getattr(state, f"{who}_stats")["backbone"]}
+
+
 def flops_per_image(setup: Setup) -> float:
     """Returns the model FLOPs of a step per image: student forward and backward (3 x forward) and teacher forward."""
     countable = setup.config.copy_and_resolve_references()

@@ -22,14 +22,14 @@ from dino_jax.provenance import plain
 Scalars = Mapping[str, float]
 
 
-class Run(NamedTuple):
-    """What a writer may need to know of the run that it serves."""
+class RunInfo(NamedTuple):
+    """What writers need to know about a run."""
 
     workdir: Path
     config: ConfigDict
     total_steps: int
     steps_per_epoch: int
-    start_step: int  # 0, or the step after which the run resumes: what was logged beyond it no longer holds
+    start_step: int  # 0, or the step after which the run resumes: later log entries are stale
 
 
 class Writer(Protocol):
@@ -49,7 +49,7 @@ class ConsoleWriter:
     left at the run's mean pace, evaluations and saves included. Without one it shows all scalars.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunInfo):
         self._run = run
         self._pace_from = (run.start_step, time.monotonic())
         self._first_line = True
@@ -78,7 +78,7 @@ class ConsoleWriter:
 class JsonlWriter:
     """Appends a JSON object per step to `workdir/metrics.jsonl`, with null for a value that is not finite."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunInfo):
         path = run.workdir / "metrics.jsonl"
         _drop_after(path, run.start_step if run.start_step else -1)  # a fresh run logs step 0 itself
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
@@ -97,7 +97,7 @@ class JsonlWriter:
 class TensorBoardWriter:
     """Writes event files to `workdir/tensorboard`, and tells TensorBoard to drop steps beyond the one resumed from."""
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunInfo):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
         from tensorboardX.summary import scalar
@@ -128,7 +128,7 @@ class WandbWriter:
     A resumed run keeps its id (`workdir/wandb/id`), so that `wandb sync` joins its parts.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunInfo):
         with missing_extras():
             import wandb
         id_file = run.workdir / "wandb" / "id"
@@ -155,7 +155,7 @@ class WandbWriter:
         self._run.finish()
 
 
-WRITERS: dict[str, Callable[[Run], Writer]] = {
+WRITERS: dict[str, Callable[[RunInfo], Writer]] = {
     "console": ConsoleWriter,
     "jsonl": JsonlWriter,
     "tensorboard": TensorBoardWriter,
@@ -166,10 +166,11 @@ WRITERS: dict[str, Callable[[Run], Writer]] = {
 class Logger:
     """Hands scalars to the writers that config.writers names. Only process 0 writes; elsewhere all methods do nothing.
 
-    A run that resumes first drops what an earlier run logged beyond that step, so that no step appears twice.
+    When a run resumes, JSON and TensorBoard drop what an earlier process logged after that step. It is a context
+    manager that closes its writers. Raises UserError where the disk refuses.
     """
 
-    def __init__(self, run: Run):
+    def __init__(self, run: RunInfo):
         self._workdir = run.workdir
         self._active = jax.process_index() == 0
         self._writers: list[Writer] = []
@@ -191,8 +192,10 @@ class Logger:
         if self._active:
             print(text, flush=True)
 
-    def close(self) -> None:
-        """Closes all writers."""
+    def __enter__(self) -> "Logger":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for writer in self._writers:
             writer.close()
 

@@ -10,11 +10,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from dino_jax.errors import UserError
-from dino_jax.training.writers import Logger, Run, format_duration
+from dino_jax.training.writers import Logger, RunInfo, format_duration
 
 
 def open_logger(workdir, total_steps, steps_per_epoch, start_step=0, writers="console,jsonl,tensorboard"):
-    return Logger(Run(workdir, ConfigDict({"writers": writers}), total_steps, steps_per_epoch, start_step))
+    return Logger(RunInfo(workdir, ConfigDict({"writers": writers}), total_steps, steps_per_epoch, start_step))
 
 
 def lines(workdir):
@@ -27,7 +27,7 @@ def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
     logger.log(1000, scalars)  # the pace until here was compilation
     assert capsys.readouterr().out.endswith("ETA ?\n")
     logger.log(1200, scalars)
-    logger.close()
+    logger.__exit__()
     assert lines(tmp_path)[1] == {"step": 1200, **scalars, "loss": pytest.approx(5.1234)}
     assert list((tmp_path / "tensorboard").glob("events*"))
     pattern = r"step 1,200/6,000  epoch 3\.2  loss 5\.123  612 images/s  data wait 0\.4%  ETA \d+:\d\d\n"
@@ -37,14 +37,14 @@ def test_log_writes_json_tensorboard_and_a_progress_line(tmp_path, capsys):
 def test_scalars_without_a_loss_are_all_shown(tmp_path, capsys):
     logger = open_logger(tmp_path, 10, 5)
     logger.log(5, {"knn_top1": 81.25})
-    logger.close()
+    logger.__exit__()
     assert capsys.readouterr().out == "step 5/10  epoch 1.0  knn_top1 81.25\n"
 
 
 def test_a_loss_that_is_not_finite_keeps_the_json_valid(tmp_path):
     logger = open_logger(tmp_path, 10, 5)
     logger.log(1, {"loss": np.nan})
-    logger.close()
+    logger.__exit__()
     assert lines(tmp_path) == [{"step": 1, "loss": None}]
 
 
@@ -52,12 +52,12 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     logger = open_logger(tmp_path, 10, 5)
     for step in range(1, 6):
         logger.log(step, {"loss": step})
-    logger.close()
+    logger.__exit__()
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 6, "lo')
     logger = open_logger(tmp_path, 10, 5, start_step=3)
     logger.log(4, {"loss": 40})
-    logger.close()
+    logger.__exit__()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
 
 
@@ -66,7 +66,7 @@ def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
     logger = open_logger(tmp_path, 10, 5)
     logger.log(1, {"loss": 1.0})
     logger.info("hello")
-    logger.close()
+    logger.__exit__()
     assert not list(tmp_path.iterdir())
     assert not capsys.readouterr().out
 
@@ -100,7 +100,7 @@ def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
     for start in (0, 2):  # a run, and its continuation
         logger = open_logger(tmp_path, 10, 5, start_step=start, writers="wandb")
         logger.log(start + 1, {"loss": 1.5, "lr": 0.1})
-        logger.close()
+        logger.__exit__()
     assert wandb.run is None
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len({path.stem for path in files}) == 1  # the id, which joins them
