@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import peers
+import pytest
 
 from benchmarks import hlo, loss
 from dino_jax import dino
@@ -24,6 +25,7 @@ def test_the_peer_computes_our_loss():
     np.testing.assert_allclose(torch_peer.dino_loss(*by_view, torch.from_numpy(center)), ours, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_straightforward_loss_is_ours():
     head = DINOHead(out_dim=64, hidden_dim=16, bottleneck_dim=8)
     features = jnp.asarray(np.random.default_rng(0).normal(size=(4, loss.VIEWS, 12)), jnp.float32)

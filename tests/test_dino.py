@@ -191,6 +191,7 @@ def step_and_gradient(setup, mesh, state, batch):
     return state, metrics, taken[0][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", TRAJECTORIES)
 def test_trajectory(golden, rule_weights, kind):
     arrays, meta, setup, state = load_run(golden, rule_weights, kind)
@@ -224,6 +225,7 @@ def test_trajectory(golden, rule_weights, kind):
         compare(ours, theirs, meta, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "changes"), [("adamw", {}), ("adamw_bn", {}), ("adamw", {"accum_steps": 2})])
 def test_trajectory_with_logits_in_parts(golden, rule_weights, monkeypatch, kind, changes):
     _, meta, setup, state = load_run(golden, rule_weights, kind, **changes)

@@ -330,6 +330,7 @@ checkpoints.write_export(f"{workdir}/export", {"variables": state.teacher}, chec
 """
 
 
+@pytest.mark.slow
 def test_two_processes_save_shards_and_one_device_restores_them(tmp_path):
     port = str(free_port())
     arguments = ["-c", SAVE_IN_ONE_OF_TWO_PROCESSES, str(tmp_path / "run"), __file__, port]

@@ -25,6 +25,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.slow
 def test_table_figures_and_picture_and_nothing_twice(tmp_path, monkeypatch):
     done = run(f"--workdir={tmp_path}", "--cells=no_centering,no_multicrop", *SHORT)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -52,12 +53,14 @@ def test_table_figures_and_picture_and_nothing_twice(tmp_path, monkeypatch):
         assert ablation.run_cell(config, tmp_path / name).items() <= figures.items()
 
 
+@pytest.mark.slow
 def test_unknown_cell_is_one_line(tmp_path):
     done = run(f"--workdir={tmp_path}", "--cells=full,no_teacher")
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("error: --cells=full,no_teacher: give some of full,no_momentum")
 
 
+@pytest.mark.slow
 def test_run_that_is_not_finite_is_a_result_and_not_repeated(tmp_path, monkeypatch):
     config = tiny_config(optim__lr=1e30, optim__warmup_epochs=0, optim__clip_grad=0.0, crops__local_number=0, **KNN)
     figures = ablation.run_cell(config, tmp_path)

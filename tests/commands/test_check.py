@@ -82,6 +82,7 @@ def run(*arguments):
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_command_finds_bad_images(zoo, tmp_path, report):
     done = run(f"folder:{zoo}", "--workers=2", "--canvas_size=32", f"--report={tmp_path}/report.json")
     assert done.returncode == 1, done.stderr
@@ -89,6 +90,7 @@ def test_command_finds_bad_images(zoo, tmp_path, report):
     assert json.loads((tmp_path / "report.json").read_text()) == {"source": f"folder:{zoo}", **report}
 
 
+@pytest.mark.slow
 def test_command_without_bad_images(tmp_path):
     Image.fromarray(np.zeros((4, 5), np.uint8)).save(tmp_path / "a.png")
     done = run(f"folder:{tmp_path}", "--workers=0")
@@ -96,6 +98,7 @@ def test_command_without_bad_images(tmp_path):
     assert "0 of 1 images" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line(tmp_path):
     done = run(f"folder:{tmp_path}/gone")
     assert done.returncode == 2

@@ -34,6 +34,7 @@ def source(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("form", "name"), [("timm", "tiny.safetensors"), ("hf", "tiny_hf"), ("orbax", "new/folder/export")]
 )
@@ -47,6 +48,7 @@ def test_every_form_holds_the_same_backbone(source, tmp_path, form, name):
     assert found.card["preprocessing"] == expected.card["preprocessing"]
 
 
+@pytest.mark.slow
 def test_size_and_channels_change_on_the_way(source, tmp_path):
     result = convert(source, tmp_path / "x.safetensors", "--to=official", "--image_size=64", "--in_channels=1")
     assert result.returncode == 0, result.stderr
@@ -54,6 +56,7 @@ def test_size_and_channels_change_on_the_way(source, tmp_path):
     assert (architecture["image_size"], architecture["in_channels"]) == (64, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -77,6 +80,7 @@ def test_mistakes_end_with_one_line_and_nothing_written(source, tmp_path, argume
     assert source.is_file()
 
 
+@pytest.mark.slow
 def test_heads_of_a_file_that_does_not_state_them_are_a_flag(tmp_path):
     sizes = {"arch": "vit", "embed_dim": 48, "depth": 1, "num_heads": 3}
     like = official.backbone_like(sizes | {"patch_size": 8, "image_size": 16, "in_channels": 3})

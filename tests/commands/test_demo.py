@@ -5,12 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from PIL import Image
 from tiny import SHORT
 
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_report_and_picture(tmp_path):
     command = [sys.executable, "-m", "dino_jax", "demo", f"--workdir={tmp_path}", *SHORT]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

@@ -69,6 +69,7 @@ def test_images_that_fit_are_read_off_a_line_that_rises():
     assert plan.images_that_fit({8: 5.0, 4: 5.1}, memory=10.2, multiple=1) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [

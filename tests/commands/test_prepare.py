@@ -131,6 +131,7 @@ def test_a_folder_of_something_else_is_refused(folder, tmp_path):
         prepare(spec, out, **AS_THEY_ARE)
 
 
+@pytest.mark.slow
 def test_command_in_parallel_writes_the_same(folder, tmp_path):
     prepare(f"folder:{folder}", tmp_path / "one", **AS_THEY_ARE)
     arguments = [f"folder:{folder}", str(tmp_path / "two"), "--workers=2", "--shard_images=5"]

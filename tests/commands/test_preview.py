@@ -36,6 +36,7 @@ def test_picture_undoes_the_normalization_and_puts_views_in_order(channels, show
         np.testing.assert_array_equal(colors, np.array([shown]) - np.array([60, 0, 0, 30, 30, 30])[:, None])
 
 
+@pytest.mark.slow
 def test_command_writes_a_picture(tmp_path):
     rng = np.random.default_rng(0)
     for i in range(3):
@@ -56,6 +57,7 @@ def test_command_writes_a_picture(tmp_path):
         assert image.size == (GAP + 5 * (112 + GAP), LABEL_HEIGHT + 3 * (112 + GAP))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -27,6 +27,7 @@ def finished(tmp_path_factory):
     return workdir, nonfinite.write_replay_file(workdir, config, source, step=7, saved=4, skipped=[], index=index)
 
 
+@pytest.mark.slow
 def test_the_very_same_step(finished):
     """From the checkpoint after step 4, over the batches of 5 and 6: bit for bit what was logged of step 7."""
     workdir, file = finished
@@ -39,6 +40,7 @@ def test_the_very_same_step(finished):
     assert math.hypot(*report.grad_norms.values()) == pytest.approx(run["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_that_overflows_is_replayed(tmp_path, capsys, monkeypatch):
     """A learning rate that throws the weights far away, so that the head's products overflow in the second step."""
     settings = {"optim__lr": 1e16, "optim__warmup_epochs": 0, "optim__clip_grad": 0.0, "optim__max_skipped": 2}
@@ -60,6 +62,7 @@ def test_a_run_that_overflows_is_replayed(tmp_path, capsys, monkeypatch):
     assert "student" in out
 
 
+@pytest.mark.slow
 def test_mistakes_are_one_line(finished, tmp_path):
     workdir, file = finished
     with pytest.raises(UserError, match="not a replay file"):
@@ -71,6 +74,7 @@ def test_mistakes_are_one_line(finished, tmp_path):
         replay.replay(alone)
 
 
+@pytest.mark.slow
 def test_other_images_are_refused(finished):
     workdir, file = finished
     told = json.loads(file.read_text())

@@ -297,6 +297,7 @@ for a, b in zip(one, eight):
 """
 
 
+@pytest.mark.slow
 def test_crops_are_the_same_on_one_device_and_on_eight():
     flags = "--xla_force_host_platform_device_count=8"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}

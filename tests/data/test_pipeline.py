@@ -258,6 +258,7 @@ def test_processes_share_the_global_batch():
         assert sorted(np.concatenate([shares[p][step].position for p in (0, 1)])) == [0, 1, 2, 3]
 
 
+@pytest.mark.slow
 def test_workers_change_nothing():
     source = Memory([encoded(Image.fromarray(photo(seed=i))) for i in range(7)])
     options = {"canvas_size": 16, "channels": 3, "start_step": 1}

@@ -108,6 +108,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_workers_die_with_the_trainer(tmp_path):
     """Also one that is stopped."""
@@ -134,6 +135,7 @@ def _lives(process):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads memory from /proc")
 @pytest.mark.parametrize("workers", [0, 2])
 def test_memory_does_not_grow(workers):

@@ -68,12 +68,14 @@ def outcomes():
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["config", "data", "program", "state"])
 def test_processes_that_agree_go_on(outcomes, what):
     """Also where they differ in what is a host's own business: its number, its workers."""
     assert [told[f"same {what}"] for told in outcomes] == ["agreed"] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "message"),
     [

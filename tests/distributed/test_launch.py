@@ -3,6 +3,7 @@
 import re
 import socket
 
+import pytest
 from processes import Process
 
 
@@ -42,6 +43,7 @@ print("task", jax.process_index(), "of", jax.process_count(), "devices", jax.dev
 """
 
 
+@pytest.mark.slow
 def test_slurm_tasks_find_each_other(tmp_path):
     job = free_job()
     tasks = [Process(tmp_path / f"log{i}", "-c", PROGRAM, devices=2, **slurm_environment(i, job)) for i in range(2)]

@@ -16,6 +16,8 @@ from dino_jax.errors import UserError
 from dino_jax.training.setup import DeviceBatch, abstract_state, build_setup, init_state
 from dino_jax.training.step import lower_step
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 8
 # (fsdp, changes of the config): the first is what the others must agree with.
 RUNS = {

@@ -133,6 +133,7 @@ def two(who, fault):
     return [run(PEER, str(me), port, str(who), fault) for me in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("who", "fault", "message"),
     [
@@ -154,6 +155,7 @@ def test_a_lost_process_ends_the_others_and_is_named(who, fault, message):
     assert re.search(message, error)
 
 
+@pytest.mark.slow
 def test_a_process_that_is_done_is_not_lost():
     processes = two(1, "done")
     for process in processes:

@@ -88,6 +88,7 @@ def test_whitening_bounds_what_rare_directions_weigh(capsys):
     assert weights[0] / weights[-1] == pytest.approx(1e5**0.5)
 
 
+@pytest.mark.slow
 def test_run_finds_the_originals(backbone, root, tmp_path, capsys):
     config = settings(root, queries="strong, crops/10", whitening=str(root / "whitening"))
     results = copy_detection.run(backbone, config, tmp_path)

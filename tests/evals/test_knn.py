@@ -128,6 +128,7 @@ def test_figures_of_few_shots_are_those_of_the_banks_drawn():
     assert figures[knn.Bank(0, 0)]["top1"] == pytest.approx(100 * np.mean(nearest == queries.labels))
 
 
+@pytest.mark.slow
 def test_eight_devices_equal_one():
     program = """
 import jax, numpy as np, sys

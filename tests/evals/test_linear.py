@@ -163,6 +163,7 @@ def demo_settings(**values):
     return config
 
 
+@pytest.mark.slow
 def test_learns_more_than_chance_and_reports_the_grid(grid):
     results, state = grid
     figures = results["figures"]
@@ -286,6 +287,7 @@ for devices in (1, 4):
 """
 
 
+@pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     """With random crops, a test set that does not fill its last batch and epochs that run into one another."""
     flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

@@ -75,6 +75,7 @@ def test_frames_are_resized_as_the_reference_does():
     assert video_segmentation.network_size(480, 910, 480, 64) == (480, 896)
 
 
+@pytest.mark.slow
 def test_masks_follow_the_objects(segmented):
     root, results, out = segmented
     assert results["images"] == 2 * FRAMES

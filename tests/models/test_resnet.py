@@ -8,6 +8,7 @@ from dino_jax.models import build_backbone
 from dino_jax.weights.official import from_official, to_official
 
 
+@pytest.mark.slow
 def test_resnet50(golden, rule_weights):
     arrays, meta = golden("resnet50")
     weights = rule_weights(meta["shapes"], meta["weights_seed"], meta["gain"])
@@ -28,6 +29,7 @@ def test_resnet50(golden, rule_weights):
             assert_close(ours, arrays, key, meta)
 
 
+@pytest.mark.slow
 def test_resnet18_takes_any_channels():
     module = build_backbone("resnet18")
     x = jnp.ones((2, 40, 32, 1))

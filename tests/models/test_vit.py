@@ -30,6 +30,7 @@ def stacked(tokens):
     return jnp.concatenate([tokens.cls[:, None], tokens.patches], axis=1)
 
 
+@pytest.mark.slow
 def test_outputs_at_every_size(reference):
     arrays, meta, module, variables = reference
     for height, width in meta["config"]["sizes"]:
@@ -112,6 +113,7 @@ def test_drop_path_keeps_the_mean_and_grows_with_depth():
     np.testing.assert_array_equal(alone, factors[:, :, 35:40])
 
 
+@pytest.mark.slow
 def test_dropped_branches_leave_the_input():
     module = ViT(32, 2, 2, patch_size=8, image_size=16)
     x = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))

@@ -95,6 +95,7 @@ def test_data_sources(tmp_path, source, message):
         loop.train(tiny_config(data__source=source.format(tmp=tmp_path)), tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

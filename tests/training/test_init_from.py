@@ -15,6 +15,8 @@ from dino_jax.training.init_from import start_from
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights import load, tensor_files
 
+pytestmark = pytest.mark.slow
+
 
 def fresh(config):
     return init_state(build_setup(config, steps_per_epoch=5), make_mesh())

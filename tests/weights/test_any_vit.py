@@ -19,6 +19,8 @@ from dino_jax.training.init_from import start_from
 from dino_jax.training.setup import build_setup, init_state
 from dino_jax.weights import load, official, tensor_files
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3}
 OURS = {"model__arch": "vit", **{f"model__{name}": value for name, value in SIZES.items()}}
 

@@ -37,6 +37,7 @@ def published(goldens_dir, rule_weights):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_models_come_and_go_bit_for_bit(published, name):
     (backbone, head), facts = published(name)

@@ -11,6 +11,8 @@ from peers import import_timm, import_torch, import_torchvision, import_transfor
 
 from dino_jax.weights.backbone import load_backbone
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4  # of features of the order of 1, after 12 blocks or 50 layers in float32
 

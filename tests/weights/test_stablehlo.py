@@ -45,6 +45,7 @@ def make_backbone(arch, size, channels=3):
     return Backbone(model, variables, card)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arch", "size", "channels", "names"),
     [("vit_nano", 48, 1, {"cls", "patches"}), ("resnet18", 32, 3, {"cls", "patches"})],

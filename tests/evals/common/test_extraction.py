@@ -105,6 +105,7 @@ assert np.array_equal(ranked[:, 0], table.labels // 80)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [[(6, 6, 6, 5)], [(6, 6), (6, 5, 0)]])
 def test_same_table_on_many_devices_and_processes(sizes):
     """One process with four devices; two with two each, which even have different numbers of batches."""
