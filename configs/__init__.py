@@ -1,1 +1,1 @@
-"""The recipes: one file each, deltas from default.py."""
+"""Recipes: one file each, with the settings that differ from default.py."""

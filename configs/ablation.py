@@ -1,4 +1,4 @@
-"""Every cell of `dino-jax ablation` before its own change: the demo, half as long.
+"""The base recipe of all cells of `dino-jax ablation`: the demo, trained half as long.
 
     dino-jax ablation --workdir=runs/ablation
 
@@ -11,7 +11,7 @@ from dino_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Deltas from the demo; curves with many points, k-NN at the end only."""
+    """Changes from the demo: more points per curve, k-NN only at the end."""
     config = recipes.get_config("demo")
     config.epochs = 24
     config.log_every = 50

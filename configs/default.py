@@ -1,8 +1,8 @@
-"""Every setting with its meaning, its unit and the source of its value.
+"""All settings, with their meaning, unit and the source of the default value.
 
-The values are the official repository's defaults ([C] = facebookresearch/dino at 7c446df). The other recipes are
-changes of this one. Any setting can be given on the command line: `dino-jax train --config=vits16
---config.optim.lr=1e-3`. The comments below are what `dino-jax train --help` prints.
+The values are the defaults of the official repository ([C] = facebookresearch/dino at 7c446df). The other recipes
+change some of them. Any setting can be set on the command line: `dino-jax train --config=vits16
+--config.optim.lr=1e-3`. `dino-jax train --help` prints the comments below.
 """
 
 import os
@@ -11,39 +11,40 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """ViT-S/16 as the official code trains it when no option is given."""
+    """ViT-S/16 with the default options of the official code."""
     config = ConfigDict()
     config.seed = 0  # for the initial weights, data order, crops and drop paths
-    config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 a GPU, 8 GPUs]
+    config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 per GPU, 8 GPUs]
     config.epochs = 100  # passes over the data
     config.method = "dino"  # how student and teacher learn: dino
-    # Parts of a device's share of the batch, computed one after another to save memory. Batch norm sees one part.
+    # Number of parts of a device's batch that are computed one after another to save memory. Batch norm sees one part.
     config.accum_steps = 1
-    # Devices that share each large parameter, its moments and its teacher, for models too large for one device.
+    # Devices that each large parameter is split over (with its moments and its teacher), for models that are too large
+    # for one device.
     config.fsdp = 1
     # Type of activations: bfloat16 | float32 | auto (float32 on a CPU, else bfloat16). Parameters are always float32.
     # On GPU and TPU, float32 products use JAX's default precision (TF32, bfloat16 passes) unless
     # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.dtype = "auto"
     config.log_every = 50  # steps between logged metrics
-    config.writers = "console,jsonl,tensorboard"  # where metrics go: some of console, jsonl, tensorboard, wandb
+    config.writers = "console,jsonl,tensorboard"  # where metrics go: any of console, jsonl, tensorboard, wandb
     # Weights to start from, in any form that dino_jax.load_backbone reads; empty: random. A resumed run ignores it.
     config.init_from = ""
     config.init_heads = True  # also load heads and center, if init_from has them
     config.init_adapt = ""  # what may be adapted: image_size (resizes position embeddings), in_channels, or both (a,b)
 
     config.model = ConfigDict()
-    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50, or vit: of these sizes
+    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50, or vit (sizes below)
     config.model.arch = "vit_small"
-    config.model.embed_dim = 0  # channels of a token, a multiple of num_heads; 0: given by arch, as are the next two
-    config.model.depth = 0  # blocks
-    config.model.num_heads = 0  # attention heads of each block
+    config.model.embed_dim = 0  # channels of a token, a multiple of num_heads; only for arch vit, else 0
+    config.model.depth = 0  # number of blocks; only for arch vit, else 0
+    config.model.num_heads = 0  # attention heads of each block; only for arch vit, else 0
     config.model.patch_size = 16  # pixels; ViTs only
     config.model.in_channels = 3  # channels of the images
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
-    config.model.unroll = False  # no loop over the blocks: less time, more memory, longer compilation
-    # xla | cudnn (fused; NVIDIA GPUs from Ampere on, in bfloat16). Not measured yet, so that xla is the default.
+    config.model.unroll = False  # unroll the loop over the blocks: less time, more memory, longer compilation
+    # xla | cudnn (fused; NVIDIA GPUs, Ampere or newer, in bfloat16). xla is the default because cudnn is not measured.
     config.model.attention = "xla"
 
     config.head = ConfigDict()  # projection head of student and teacher
@@ -62,7 +63,7 @@ def get_config() -> ConfigDict:
     config.dino.teacher_momentum = 0.996  # weight of the old teacher in each update; 0.9995 for batch 256 [C]
     config.dino.teacher_momentum_end = 1.0  # reached on a cosine at the last step
     config.dino.center_momentum = 0.9  # of the moving average of the teacher's logits
-    # Parts of the method that the ablation switches off.
+    # Parts of the method that the ablation disables.
 
     # ema (moving average) | epoch (copy of the student at the end of each epoch) | copy (of the student at each step)
     config.dino.teacher_update = "ema"
@@ -80,8 +81,8 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay = 0.04  # rises on a cosine to weight_decay_end
     config.optim.weight_decay_end = 0.4  # at the last step
     config.optim.clip_grad = 3.0  # largest norm of a parameter tensor's gradient; 0: no clipping
-    config.optim.freeze_last_layer_epochs = 1  # the prototypes do not learn in the first epochs
-    # Steps in a row that may be skipped because their loss or gradient is not finite. One more stops the run.
+    config.optim.freeze_last_layer_epochs = 1  # first epochs in which the prototypes are not trained
+    # Largest number of steps in a row that are skipped because of a non-finite loss or gradient; more stop the run.
     config.optim.max_skipped = 10
     # Also skip a step whose gradient norm exceeds the 0.99 quantile of the last 1,000 by this factor; 0: never.
     config.optim.skip_above = 0.0
@@ -89,7 +90,7 @@ def get_config() -> ConfigDict:
     config.crops = ConfigDict()  # Caron et al. (2021); photometric values are BYOL's [C]
     config.crops.global_size = 224  # side of the two global crops, pixels
     config.crops.local_size = 96  # side of the local crops, pixels
-    config.crops.local_number = 8  # local crops of an image
+    config.crops.local_number = 8  # local crops per image
     config.crops.global_scale = (0.4, 1.0)  # range of a global crop's share of the image's area
     config.crops.local_scale = (0.05, 0.4)  # range of a local crop's share of the image's area
     config.crops.flip = 0.5  # probability of a horizontal flip
@@ -109,41 +110,41 @@ def get_config() -> ConfigDict:
     config.data.canvas_size = 256  # pixels; images are resized to a square of this side before they are cropped
     # Processes on each host that read and decode images; 0: threads of the trainer.
     config.data.workers = max(1, min(8, (os.cpu_count() or 1) - 1))
-    config.data.stall_timeout = 600.0  # seconds without a batch after which the run ends; 0: no limit
+    config.data.stall_timeout = 600.0  # seconds without a batch after which the run exits; 0: no limit
     config.data.max_bad_fraction = 0.01  # largest share of images that cannot be decoded; more stop the run
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], for each channel (ImageNet)
     config.data.std = (0.229, 0.224, 0.225)  # of pixels in [0, 1], for each channel (ImageNet)
 
-    config.eval = ConfigDict()  # how images are prepared for evaluation; exported with the backbone
+    config.eval = ConfigDict()  # preprocessing of images for evaluation; exported with the backbone
     config.eval.resize = 256  # shorter side of the images, pixels
     config.eval.crop = 224  # side of the center crop, pixels
     config.eval.batch_size = 256  # images over all devices
 
-    config.evals = ConfigDict()  # evaluations while training, each with its period and settings
+    config.evals = ConfigDict()  # evaluations during training, each with its period and settings
     config.evals.knn = ConfigDict()
     config.evals.knn.every_epochs = 10  # also before the first step and after the last; 0: never
     config.evals.knn.train = ""  # bank of labeled images; empty: data.source
-    config.evals.knn.test = ""  # labeled queries; empty: no k-NN while training
+    config.evals.knn.test = ""  # labeled queries; empty: no k-NN during training
     config.evals.knn.k = 20  # neighbors
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1_000  # steps between checkpoints
-    config.checkpoint.keep_last = 2  # checkpoints that are kept
-    config.checkpoint.keep_every_steps = 0  # also keep the checkpoints of multiples of this step for good; 0: none
-    config.checkpoint.stop_within = 25  # seconds from SIGTERM to the exit; a longer step or compilation is cut off
+    config.checkpoint.keep_last = 2  # newest checkpoints to keep
+    config.checkpoint.keep_every_steps = 0  # also keep the checkpoints at all multiples of this step; 0: none
+    config.checkpoint.stop_within = 25  # longest time from SIGTERM to exit, seconds; interrupts longer steps
 
     config.distributed = ConfigDict()  # runs of several processes
-    config.distributed.auto = False  # True on Cloud TPU pods, SLURM and MPI, where processes find each other
+    config.distributed.auto = False  # True on Cloud TPU pods, SLURM and MPI, which detect the next three settings
     config.distributed.coordinator = ""  # HOST:PORT of process 0, unless auto is set
     config.distributed.num_processes = 1  # processes of the run
-    config.distributed.process_id = 0  # number of this process, from 0
+    config.distributed.process_id = 0  # index of this process, from 0
     config.distributed.timeout = 300  # seconds within which all processes must connect
-    config.distributed.heartbeat = 60  # seconds without a sign of life of a process after which the others exit
+    config.distributed.heartbeat = 60  # seconds without a sign of life from a process after which the others exit
     # Steps between comparisons of the states that the devices hold; 0: never.
     config.verify_every = 1_000
 
     config.watchdog = ConfigDict()  # exits when the run hangs
-    config.watchdog.seconds = 1_800  # that a step, or the wait for its data, may take; 0: no limit
-    config.watchdog.slow_seconds = 7_200  # that a compilation, an evaluation or a checkpoint may take
+    config.watchdog.seconds = 1_800  # longest time for a step, or the wait for its data; 0: no limits
+    config.watchdog.slow_seconds = 7_200  # longest time for a compilation, an evaluation or a checkpoint
 
     return config.lock()

@@ -1,9 +1,9 @@
-"""ResNet-50, 100 epochs with SGD, the official README's convnet recipe.
+"""ResNet-50, 100 epochs with SGD: the convnet recipe of the official README.
 
     dino-jax train --config=resnet50 --workdir=runs/resnet50 --config.data.source=folder:imagenet/train
 
-Hardware: 8 GPUs. No result is published for it. The published ResNet-50 (LARS, batch 4,080, 800 epochs) is the
-reference's, not ours: k-NN 67.5, linear 75.3. Nobody here has run this recipe on ImageNet.
+Hardware: 8 GPUs. No result is published for this recipe. The reference's published ResNet-50 (LARS, batch 4,080, 800
+epochs; not our result) has k-NN 67.5, linear 75.3. We have not run this recipe on ImageNet.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +12,7 @@ from dino_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Deltas from the defaults."""
+    """Changes from the defaults."""
     config = recipes.get_config("default")
     config.model.arch = "resnet50"
     config.model.drop_path_rate = 0.0

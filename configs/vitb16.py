@@ -2,9 +2,9 @@
 
     dino-jax train --config=vitb16 --workdir=runs/vitb16 --config.data.source=folder:imagenet/train
 
-Hardware: 32 GPUs (batch 1,024). Clip, freeze and temperatures are from the authors' VISSL configuration, learning rate
-and crops remembered of the published arguments: unverified. Reference's result, not ours (official README): k-NN 76.1,
-linear 78.2. Nobody here has run it on ImageNet.
+Hardware: 32 GPUs (batch 1,024). Gradient clipping, frozen epochs and temperatures are from the authors' VISSL
+configuration. Learning rate and crops are quoted from memory of the published arguments and unverified. Reference's
+result, not ours (official README): k-NN 76.1, linear 78.2. We have not run this recipe on ImageNet.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,7 @@ from dino_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Deltas from the defaults."""
+    """Changes from the defaults."""
     config = recipes.get_config("default")
     config.model.arch = "vit_base"
     config.batch_size = 1_024

@@ -2,8 +2,9 @@
 
     dino-jax train --config=vitb8 --workdir=runs/vitb8 --config.data.source=folder:imagenet/train
 
-Hardware: 176 GPUs (batch 1,056). Temperatures and the rest are remembered of the published arguments: unverified.
-Reference's result, not ours (official README): k-NN 77.4, linear 80.1. Nobody here has run it on ImageNet.
+Hardware: 176 GPUs (batch 1,056). Temperatures and the other settings are quoted from memory of the published arguments
+and unverified. Reference's result, not ours (official README): k-NN 77.4, linear 80.1. We have not run this recipe on
+ImageNet.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from dino_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Deltas from ViT-B/16."""
+    """Changes from ViT-B/16."""
     config = recipes.get_config("vitb16")
     config.model.patch_size = 8
     config.batch_size = 1_056

@@ -2,8 +2,9 @@
 
     dino-jax train --config=vits8 --workdir=runs/vits8 --config.data.source=folder:imagenet/train
 
-Hardware: 64 GPUs (batch 1,024). The settings beyond epochs and batch are those remembered of the published arguments:
-unverified. Reference's result, not ours (official README): k-NN 78.3, linear 79.7. Nobody here has run it on ImageNet.
+Hardware: 64 GPUs (batch 1,024). Settings other than epochs and batch size are quoted from memory of the published
+arguments and unverified. Reference's result, not ours (official README): k-NN 78.3, linear 79.7. We have not run this
+recipe on ImageNet.
 """
 
 from ml_collections import ConfigDict
@@ -12,7 +13,7 @@ from dino_jax import recipes
 
 
 def get_config() -> ConfigDict:
-    """Deltas from the defaults."""
+    """Changes from the defaults."""
     config = recipes.get_config("default")
     config.model.patch_size = 8
     config.batch_size = 1_024

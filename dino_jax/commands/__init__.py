@@ -1,1 +1,1 @@
-""""""
+"""The commands of `dino-jax`, one module each."""

@@ -1,9 +1,10 @@
-"""Trains the demo with one part of the method left out at a time: the paper's ablation (section 5).
+"""Trains the demo with one part of the method removed at a time: the paper's ablation (section 5).
 
     dino-jax ablation --workdir=runs/ablation
 
-Each run goes to WORKDIR/CELL, as `dino-jax train` writes it. The same command continues where it was interrupted.
-Prints a table, and writes ablation.json and ablation.png, the two kinds of collapse (figure 7 of the paper).
+Each run is written to WORKDIR/CELL in the format of `dino-jax train`. The same command resumes after an interruption.
+The command prints a table, and writes ablation.json and ablation.png, which shows the two kinds of collapse (figure 7
+of the paper).
 """
 
 import json
@@ -39,7 +40,7 @@ class Cell(NamedTuple):
 
     title: str
     changes: dict[str, Any]  # of the config, by dotted name
-    color: str  # Okabe and Ito's, which color-blind people tell apart
+    color: str  # from the color-blind safe palette of Okabe and Ito
 
 
 CELLS = {
@@ -52,24 +53,24 @@ CELLS = {
     "no_multicrop": Cell("no multi-crop", {"crops.local_number": 0}, "#009E73"),
 }
 SCALARS = ("loss", "teacher_entropy", "kl", "mean_target_entropy")
-FINAL = 0.1  # share of the logged steps, the last ones, whose means are the final figures
-NEAR = 0.05  # of ln K: as near as this to an end counts as there
+FINAL = 0.1  # share of the logged steps, at the end of the run, that the final figures average
+NEAR = 0.05  # tolerance of the verdict, as a share of ln K
 INK, FAINT = "#333333", "#DDDDDD"
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
-    """The workdir and the cells, and the settings of the recipe `ablation`."""
+    """Defines the flags for workdir and cells, and returns the settings of the recipe `ablation`."""
     flags.DEFINE_string("workdir", "runs/ablation", "folder for the runs, ablation.json and ablation.png")
-    flags.DEFINE_list("cells", list(CELLS), "runs to do, separated by commas; finished ones are not trained again")
+    flags.DEFINE_list("cells", list(CELLS), "runs to train, separated by commas; finished runs are not repeated")
     return cli.recipe(arguments, default="ablation")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains the cells that are not done, prints the table, writes ablation.json and ablation.png."""
+    """Trains the unfinished cells, prints the table, and writes ablation.json and ablation.png."""
     cli.require_no_arguments(arguments)
     config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells
     if not names or set(names) - set(CELLS):
-        raise UserError(f"--cells={','.join(names)}: give some of {','.join(CELLS)}")
+        raise UserError(f"--cells={','.join(names)}: give a subset of {','.join(CELLS)}")
     require_matplotlib()
     set_cpu_device_count(config.batch_size)
     check_config(config, jax.device_count())
@@ -94,27 +95,27 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def changed(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
-    """A copy of the config with changes by dotted name."""
+    """Returns a copy of the config with changes by dotted name."""
     config = config.copy_and_resolve_references()
     config.update_from_flattened_dict(changes)
     return config
 
 
 def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
-    """Trains a cell (or goes on) and evaluates its teacher.
+    """Trains a cell, or resumes it, and evaluates its teacher.
 
-    Returns its final `SCALARS` and k-NN top-1 ("few", "full", see `demo.Accuracy`; None where it could not be trained
-    to the end, with the reason as "stopped"). They are kept in workdir/report.json, which stands for the run as long as
-    the config is the same.
+    Returns the final `SCALARS` and k-NN top-1 ("few" and "full", see `demo.Accuracy`). If the run could not be trained
+    to the end, the accuracies are None and "stopped" is the reason. The figures are cached in workdir/report.json as
+    long as the config does not change.
     """
     path = workdir / "report.json"
     if path.exists() and (report := json.loads(path.read_text()))["config"] == plain(config):
-        print(f"done before: {path}")
+        print(f"already finished: {path}")
         return report["figures"]
     accuracy, stopped = {"few": None, "full": None}, None
     try:
         loop.train(config, workdir)
-    except NotFiniteError as error:  # a result like any other
+    except NotFiniteError as error:  # a valid result of the ablation
         stopped = str(error).split(" (")[0]
         print(f"stopped: {error}")
     else:
@@ -125,25 +126,25 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def read_curve(workdir: Path) -> dict[str, np.ndarray]:
-    """What a run logged while training: "step" and each of `SCALARS`, float64 [N]."""
+    """Reads what a run logged during training: "step" and each of `SCALARS`, float64 [N]."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     return {name: np.array([line[name] for line in lines], float) for name in ("step", *SCALARS)}
 
 
 def final(curve: Mapping[str, np.ndarray]) -> dict[str, float | None]:
-    """Means of the last steps logged (`FINAL`), one batch being noisy; None where nothing was."""
+    """Returns means over the last logged steps (`FINAL`), because one batch is noisy; None if nothing was logged."""
     last = math.ceil(FINAL * len(curve["step"]))
     return {name: float(curve[name][-last:].mean()) if last else None for name in SCALARS}
 
 
 def verdict(figures: Mapping[str, Any], ln_k: float, untrained: float) -> str:
-    """What became of a run, from its final figures and the k-NN top-1 of the untrained network.
+    """Classifies a run by its final figures and the k-NN top-1 of the untrained network.
 
-    It has collapsed if the teacher says the same of every image: if the entropy of a batch's mean target is that of the
-    single targets, within `NEAR` ln K. (Their difference is what a target tells of its image, in nats.) Which way is
-    the teacher's entropy: near 0 one prototype has won, near ln K all are equal; without centering and sharpening
-    any other constant answer may come out.
+    A run has collapsed if the teacher's output is the same for every image: if the entropy of a batch's mean target
+    equals the entropy of the single targets, within `NEAR` ln K. (The difference is the information of a target about
+    its image, in nats.) The teacher's entropy shows the kind of collapse: near 0, one prototype has all the mass; near
+    ln K, all prototypes are equal. Without centering and sharpening, any other constant output is possible.
     """
     if figures["stopped"]:
         return f"stopped: {figures['stopped']}"
@@ -155,7 +156,7 @@ def verdict(figures: Mapping[str, Any], ln_k: float, untrained: float) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The report for people."""
+    """Formats the report as a table."""
     lines = [
         f"k-NN top-1 in percent with the labels of {report['bank']} (few) and of {report['bank_full']} (all); "
         f"ln K = {report['ln_k']:.2f}",
@@ -174,7 +175,7 @@ def table(report: Mapping[str, Any]) -> str:
 
 
 def draw_curves(curves: Mapping[str, Mapping[str, np.ndarray]], ln_k: float) -> "Figure":
-    """Draws teacher entropy and KL over steps, a line per cell (see `read_curve`), as in figure 7 of the paper."""
+    """Draws teacher entropy and KL over steps, one line per cell (see `read_curve`), as in figure 7 of the paper."""
     figure = new_figure(12, 4)
     entropy, kl = figure.subplots(1, 2)
     _draw_panel(entropy, curves, "teacher_entropy", "teacher entropy, nats")
@@ -194,7 +195,7 @@ def _draw_panel(axes: "Axes", curves: Mapping[str, Mapping[str, np.ndarray]], sc
     names = _front_to_back(curves)
     for depth, name in reversed(list(enumerate(names))):
         curve, cell = curves[name], CELLS[name]
-        # Lines that coincide stay visible: the further back a line is, the wider. Lines at 0 cover the x axis.
+        # Lines further back are wider, so that lines that coincide stay visible. Lines at 0 cover the x axis.
         width = 1.2 + 0.45 * depth
         axes.plot(curve["step"], curve[scalar], cell.color, label=cell.title, linewidth=width, clip_on=False, zorder=3)
     axes.set_title(title, loc="left", fontsize="medium")
@@ -207,5 +208,5 @@ def _draw_panel(axes: "Axes", curves: Mapping[str, Mapping[str, np.ndarray]], sc
 
 
 def _front_to_back(curves: Mapping[str, object]) -> list[str]:
-    """Names of the cells in the order in which their lines cover each other: DINO is in front of all others."""
+    """Returns the cells' names in drawing order, frontmost first: DINO is in front of all others."""
     return sorted(curves, key=lambda name: name != "full")

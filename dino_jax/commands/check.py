@@ -2,8 +2,8 @@
 
     dino-jax check folder:photos --report=report.json
 
-SOURCE is what --config.data.source takes. The command prints sizes, formats, images with the same content, and images
-that cannot be decoded, by name; the report has all of them. The exit code is 1 if an image cannot be decoded, else 0.
+SOURCE has the form of --config.data.source. The command prints sizes, formats, and the names of duplicate images and of
+images that cannot be decoded; the report lists all of them. The exit code is 1 if any image cannot be decoded, else 0.
 """
 
 import hashlib
@@ -29,22 +29,22 @@ from dino_jax.errors import UserError
 from dino_jax.progress import progress
 
 USAGE = "SOURCE [--report=FILE.json]"
-CHUNK = 64  # images that a worker looks at in one go
-SHOWN = 20  # names printed of a kind; the report has all
+CHUNK = 64  # images that a worker examines per task
+SHOWN = 20  # names that are printed per kind; the report lists all
 
 
 class Finding(NamedTuple):
-    """What is known of one image."""
+    """The result of examining one image."""
 
     record: int  # number in the source
-    problem: str = ""  # why it cannot be used; then nothing else is known
-    kind: str = ""  # format and Pillow's mode, as "JPEG RGB"; dtype and channels of an array
+    problem: str = ""  # why it cannot be used; if set, the other fields are empty
+    kind: str = ""  # format and Pillow mode, such as "JPEG RGB"; dtype and channels of an array
     size: tuple[int, int] = (0, 0)  # height and width in pixels, upright
-    digest: str = ""  # of the stored content
+    digest: str = ""  # hash of the stored content
 
 
 def examine(source: Source, record: int, canvas_size: int, channels: int) -> Finding:
-    """Reads and decodes one image just as `train_batches` does. Raises UserError as `to_canvas` does."""
+    """Reads and decodes one image exactly as `train_batches` does. Raises UserError like `to_canvas`."""
     try:
         image, _ = source[record]
         _, size = to_canvas(image, canvas_size, channels)
@@ -54,20 +54,20 @@ def examine(source: Source, record: int, canvas_size: int, channels: int) -> Fin
 
 
 def check(source: Source, *, canvas_size: int, channels: int, workers: int) -> list[Finding]:
-    """A finding for every image, in the source's order. `workers` processes; 0: this one alone."""
+    """Examines every image, in the source's order. workers: number of processes; 0 uses only this one."""
     total = len(source)
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
-    look = partial(_examine_all, source, canvas_size=canvas_size, channels=channels)
-    with iterate(grain.MapDataset.source(chunks).map(look), workers) as found:
-        return [finding for part in progress(found, total, "check", size=len) for finding in part]
+    examine_chunk = partial(_examine_all, source, canvas_size=canvas_size, channels=channels)
+    with iterate(grain.MapDataset.source(chunks).map(examine_chunk), workers) as results:
+        return [finding for part in progress(results, total, "check", size=len) for finding in part]
 
 
 def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
-    """The report, as JSON can hold it: `bad` by name with the reason, `duplicates` as lists of names, and counts."""
+    """Builds the report, as plain JSON: `bad` as name -> reason, `duplicates` as lists of names, and counts."""
     good = [finding for finding in findings if not finding.problem]
-    twins = defaultdict(list)
+    names_by_digest = defaultdict(list)
     for finding in good:
-        twins[finding.digest].append(source.name(finding.record))
+        names_by_digest[finding.digest].append(source.name(finding.record))
     shapes = np.array([finding.size for finding in good]).reshape(-1, 2)
     return {
         "images": len(findings),
@@ -78,13 +78,13 @@ def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
             for name, sides in {"height": shapes[:, 0], "width": shapes[:, 1]}.items()
             if len(good)
         },
-        "duplicates": [names for names in twins.values() if len(names) > 1],
+        "duplicates": [names for names in names_by_digest.values() if len(names) > 1],
         "bad": {source.name(finding.record): finding.problem for finding in findings if finding.problem},
     }
 
 
 def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
-    """The report for who reads it on a terminal: what to act on comes last."""
+    """Formats the report for the terminal; what needs action comes last."""
     images, bad, duplicates = report["images"], report["bad"], report["duplicates"]
     lines = [f"{images:,} images" + (f", {report['classes']:,} classes" if report["classes"] else ", no labels")]
     lines += [f"  {count:,} {kind}" for kind, count in report["kinds"].items()]
@@ -92,11 +92,11 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
         f"{side}: {size['least']:,} to {size['most']:,} pixels, median {size['median']:,}"
         for side, size in report["sizes"].items()
     ]
-    spare = sum(len(names) - 1 for names in duplicates)
-    lines += [f"{spare:,} images have the content of another one{':' if spare else ''}"]
+    copies = sum(len(names) - 1 for names in duplicates)
+    lines += [f"{copies:,} images have the content of another one{':' if copies else ''}"]
     lines += _first([" = ".join(names) for names in duplicates])
     allowed = len(bad) <= max_bad_fraction * images
-    verdict = "training would replace them" if allowed else "training would stop: mend or remove them"
+    verdict = "training would replace them" if allowed else "training would stop: fix or remove them"
     limit = f" (data.max_bad_fraction is {max_bad_fraction:.3%}): {verdict}" if bad else ""
     lines += [f"{len(bad):,} of {images:,} images ({len(bad) / max(images, 1):.3%}) cannot be decoded{limit}"]
     return "\n".join(lines + _first([f"{name}: {problem}" for name, problem in bad.items()]))
@@ -105,7 +105,7 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Checks SOURCE and prints the findings."""
     if len(arguments) != 1:
-        raise UserError(f"usage: dino-jax check {USAGE}, where SOURCE is what --config.data.source takes")
+        raise UserError(f"usage: dino-jax check {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec] = flags.FLAGS, arguments
     source = open_source(spec)
     findings = check(source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers)
@@ -118,12 +118,12 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def define_flags(arguments: Sequence[str]) -> None:
-    """How to read the images, and where to write the report."""
+    """Defines the flags for reading the images and writing the report."""
     flags.DEFINE_string("report", None, "JSON file to write all findings to")
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
-    flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the training to come", lower_bound=1)
-    flags.DEFINE_integer("channels", 3, "model.in_channels of the training to come", lower_bound=1)
-    flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the training to come")
+    flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the planned training", lower_bound=1)
+    flags.DEFINE_integer("channels", 3, "model.in_channels of the planned training", lower_bound=1)
+    flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the planned training")
 
 
 def _examine_all(source: Source, records: range, canvas_size: int, channels: int) -> list[Finding]:

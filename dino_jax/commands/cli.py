@@ -1,12 +1,12 @@
-"""The `dino-jax` command: finds a command, parses its flags, and turns a user's mistake into one line and exit code 2.
+"""The `dino-jax` program: runs a command, parses its flags, and reports user errors in one line with exit code 2.
 
 A command is a module of this package. Its docstring is its help, and it defines
 
     USAGE                       the arguments and required flags, such as "SOURCE OUT"
-    define_flags(arguments)     defines the absl flags, and returns the settings of --config.KEY=VALUE, if it has any
-    main(arguments)             runs the command; `arguments` are those that are not flags
+    define_flags(arguments)     defines the absl flags, and returns the settings for --config.KEY=VALUE, if it has any
+    main(arguments)             runs the command; `arguments` are the positional ones
 
-Worker processes import the script that started the program, and with it this module, so it imports nothing slow.
+Worker processes import the script that started the program, and with it this module, so slow imports are deferred.
 """
 
 import hashlib
@@ -31,22 +31,22 @@ COMMANDS = {
     "evaluate": "evaluate a backbone: k-NN, linear, attention, retrieval, video segmentation, ...",
     "convert": "convert weights between this package, the official code, timm and Hugging Face",
     "demo": "pretrain on the bundled images and show the result, in minutes on a CPU",
-    "ablation": "train the demo with one part of the method left out at a time",
+    "ablation": "train the demo with one part of the method removed at a time",
     "preview": "draw the crops that a recipe makes of your images",
-    "check": "read every image of a data set and report the damaged and duplicate ones",
+    "check": "read every image of a data set and report damaged and duplicate ones",
     "prepare": "write a data set to ArrayRecord files, in parallel",
-    "plan": "compute memory and communication of a recipe on a TPU slice, without one",
-    "replay": "compute a step again whose loss or gradient was not finite",
+    "plan": "estimate memory and communication of a recipe on a TPU slice, without one",
+    "replay": "repeat a step whose loss or gradient was not finite and report the cause",
 }
 HELP = ("--help", "-help", "-h")
 
 
 class Settings(NamedTuple):
-    """What --config.KEY=VALUE changes."""
+    """The settings that --config.KEY=VALUE changes."""
 
     config: "ConfigDict"
-    defined_in: Callable[[], "ConfigDict"]  # its comments say what each setting means
-    about: str  # whose values these are
+    defined_in: Callable[[], "ConfigDict"]  # the comments in its source describe each setting
+    about: str  # where the values come from
     is_recipe: bool = False  # whether --config=RECIPE chooses them
 
 
@@ -64,11 +64,11 @@ def main() -> None:
 
 
 def run(name: str, arguments: Sequence[str]) -> None:
-    """Runs a command of `COMMANDS` and exits as the command line does.
+    """Runs a command of `COMMANDS` and exits with the exit code of the command line.
 
-    A UserError, an unknown flag, an unknown key of the config, a value of a wrong type and a library that is not
-    installed print `error: ...` to stderr and exit with code 2. A run that a signal stopped exits with code 75,
-    `Stopped.exit_code`.
+    For a UserError, an unknown flag, an unknown config key, a value of the wrong type or a missing library, prints
+    `error: ...` to stderr and exits with code 2. A run that was stopped by a signal exits with code 75
+    (`Stopped.exit_code`).
     """
     try:
         with missing_extras():
@@ -80,7 +80,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
 
 
 def recipe(arguments: Sequence[str], default: str) -> Settings:
-    """The settings of a command that takes --config=RECIPE, a name or a path."""
+    """Returns the settings of a command that takes --config=RECIPE, a name or a path."""
     from dino_jax import recipes
 
     name = _split_recipe(arguments)[0] or default
@@ -90,26 +90,26 @@ def recipe(arguments: Sequence[str], default: str) -> Settings:
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
-    """Whether the command line asks for help."""
+    """Returns whether the command line asks for help."""
     return any(argument in HELP for argument in arguments)
 
 
 def usage_line(command: ModuleType) -> str:
-    """How a command is called."""
+    """Returns the usage of a command."""
     return f"dino-jax {command.__name__.rpartition('.')[2]} {command.USAGE}"
 
 
 def required(flag: str, value: str | None) -> str:
     """Returns the value, or raises a UserError that names the missing flag."""
     if not value:
-        raise UserError(f"--{flag} is missing")
+        raise UserError(f"--{flag} is missing: set it on the command line")
     return value
 
 
 def require_no_arguments(arguments: Sequence[str]) -> None:
     """Raises a UserError if something on the command line is not a flag."""
     if arguments:
-        raise UserError(f"{arguments[0]!r} is no flag: settings are --config.KEY=VALUE")
+        raise UserError(f"{arguments[0]!r} is not a flag: change settings with --config.KEY=VALUE")
 
 
 def _start(name: str, arguments: list[str]) -> None:
@@ -124,13 +124,13 @@ def _start(name: str, arguments: list[str]) -> None:
         return
     positional = _parse(name, settings, arguments)
     logging.use_absl_handler()
-    logging.set_verbosity(logging.FATAL)  # Orbax logs pages about every checkpoint, and raises what matters
+    logging.set_verbosity(logging.FATAL)  # Orbax logs pages about every checkpoint; errors are raised anyway
     _keep_compiled_programs()
     command.main(positional)
 
 
 def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[str]:
-    """Parses all flags and returns the arguments that are none."""
+    """Parses all flags and returns the positional arguments."""
     from absl import flags
 
     try:
@@ -144,13 +144,13 @@ def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[s
         return flags.FLAGS([name, *arguments])[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error)
-        if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # the config has no such key
+        if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # unknown config key
             text = f"unknown setting {error.args[0].args[0]}"
         raise UserError(" ".join(text.split())) from error
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Splits --config=RECIPE, or --config RECIPE, from the other arguments. The recipe is "" if there is none."""
+    """Separates --config=RECIPE, or --config RECIPE, from the other arguments. The recipe is "" if not given."""
     recipe, others, remaining = "", [], iter(arguments)
     for argument in remaining:
         flag, equals, value = argument.partition("=")
@@ -162,10 +162,10 @@ def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def _keep_compiled_programs() -> None:
-    """Keeps compiled programs in ~/.cache/dino_jax, so that the same command starts faster the next time.
+    """Caches compiled programs in ~/.cache/dino_jax, so that the same command starts faster the next time.
 
-    JAX_COMPILATION_CACHE_DIR names another folder; empty switches the cache off. Each kind of processor has its own
-    folder, because programs use the instructions of one processor, and several may share a home folder.
+    JAX_COMPILATION_CACHE_DIR sets another folder, or disables the cache if it is empty. Each kind of processor has its
+    own folder, because compiled programs use its instruction set, and machines may share a home folder.
     """
     import jax
 
@@ -196,21 +196,21 @@ def _overview() -> str:
 
 
 def _show(text: str) -> None:
-    """Prints a page, also to a program such as `head` that does not read all of it."""
+    """Prints text, also to a program such as `head` that closes the pipe early."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python fails to flush it at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # otherwise flushing fails at exit
 
 
 def _exit_soon(code: int) -> NoReturn:
-    """Exits; after 5 seconds without the threads that do not end."""
+    """Exits after at most 5 seconds, even if a thread hangs."""
     from dino_jax.distributed.watchdog import end
 
-    # Python waits for all threads. One that reads images may hang, which can be why the run was stopped.
-    last = threading.Timer(5, end, (code, "a thread did not end: cut off"))
-    last.daemon = True
-    last.start()
+    # Python waits for all threads. A thread that reads images may hang, and that may be why the run was stopped.
+    timer = threading.Timer(5, end, (code, "a thread did not finish: exiting without it"))
+    timer.daemon = True
+    timer.start()
     sys.exit(code)
 
 

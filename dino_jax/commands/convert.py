@@ -1,14 +1,14 @@
-"""Converts trained weights from any form that this package reads to any form that it writes.
+"""Converts trained weights between all forms that this package reads and writes.
 
     dino-jax convert runs/a a.safetensors --to=timm
 
-SOURCE is what `dino_jax.load_backbone` takes: a run, an export, or a file of weights. FORM is one of
+SOURCE is anything that `dino_jax.load_backbone` reads: a run, an export, or a weights file. FORM is one of
   official             the teacher's backbone for the official code (.safetensors, or .pth with torch installed)
-  timm                 the same file: its names are also those of timm and, for a ResNet, torchvision
+  timm                 the same file; its names are also those of timm and, for ResNets, torchvision
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
   orbax                an export folder of this package, with heads, student and center if SOURCE has them
-  stablehlo            a file that JAX runs without this package, and its model card beside it
-  official_checkpoint  student, teacher, heads and center, as the official trainer saves them
+  stablehlo            a file that JAX runs without this package, with its model card in a second file
+  official_checkpoint  student, teacher, heads and center, as saved by the official trainer
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ USAGE = "SOURCE TARGET --to=FORM"
 
 
 def define_flags(arguments: Sequence[str]) -> None:
-    """The form to write, and changes of the backbone."""
+    """Defines the flags for the target form and for changes of the backbone."""
     flags.DEFINE_enum("to", None, list(FORMS), "form to write")
-    flags.DEFINE_integer("image_size", None, "resize the position embeddings for images of this many pixels")
-    flags.DEFINE_integer("in_channels", None, "change the patch embedding for this many channels")
+    flags.DEFINE_integer("image_size", None, "resize the position embeddings to images of this size in pixels")
+    flags.DEFINE_integer("in_channels", None, "adapt the patch embedding to this number of channels")
     flags.DEFINE_integer("num_heads", None, "attention heads of SOURCE, if it does not state them")
 
 
@@ -43,11 +43,11 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"usage: dino-jax convert {USAGE}, with FORM one of {', '.join(FORMS)}")
     values = flags.FLAGS
     source, target, form = arguments[0], Path(arguments[1]), cli.required("to", values.to)
-    for path in (target, Path(f"{target}.tmp"), Path(f"{target}.json")):  # what a form writes, or would write over
+    for path in (target, Path(f"{target}.tmp"), Path(f"{target}.json")):  # paths that some form writes
         if path.exists():
             raise UserError(f"{path} exists: remove it or give another TARGET")
     everything = form in KEEP_EVERYTHING
-    found = load.load_weights(
+    pretrained = load.load_weights(
         source,
         training=everything,
         image_size=values.image_size,
@@ -56,36 +56,36 @@ def main(arguments: Sequence[str]) -> None:
     )
     with atomic.disk_errors(target, "make room or give another TARGET"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        FORMS[form](found, target)
-    architecture = found.card["architecture"]
+        FORMS[form](pretrained, target)
+    architecture = pretrained.card["architecture"]
     patches = f"/{architecture['patch_size']}" if architecture["patch_size"] else ""
-    count = sum(x.size for x in jax.tree.leaves(found.teacher.params["backbone"]))
+    count = sum(x.size for x in jax.tree.leaves(pretrained.teacher.params["backbone"]))
     print(f"{source} -> {target}: {architecture['arch']}{patches}, {count / 1e6:.1f} M parameters, as {form}")
     if not everything:
-        print(f"the teacher's backbone alone: {' and '.join(KEEP_EVERYTHING)} keep heads, student and center, too")
+        print(f"only the teacher's backbone; {' and '.join(KEEP_EVERYTHING)} also keep heads, student and center")
     if target.suffix in (".pth", ".pt"):
-        trained = found.card["preprocessing"]
+        trained = pretrained.card["preprocessing"]
         sizes = f"shorter side {trained['resize']}, center {trained['crop']}"
         numbers = f"mean {trained['mean']}, std {trained['std']}"
-        print(f"a {target.suffix} file cannot say how its images are prepared: {sizes}, {numbers}")
+        print(f"a {target.suffix} file does not store its preprocessing: {sizes}, {numbers}")
         if architecture["arch"] == "vit":
-            print(f"nor its number of attention heads: load it with num_heads={architecture['num_heads']}")
+            print(f"or its number of attention heads: load it with num_heads={architecture['num_heads']}")
 
 
-def write_official(found: Pretrained, target: Path) -> None:
-    """The teacher's backbone under the official names."""
-    tensors = official.with_counters(_tensors(found.teacher, "backbone"))
-    tensor_files.write(target, tensors, load.file_metadata(found.card))
+def write_official(pretrained: Pretrained, target: Path) -> None:
+    """Writes the teacher's backbone under the official names."""
+    tensors = official.with_counters(_tensors(pretrained.teacher, "backbone"))
+    tensor_files.write(target, tensors, load.file_metadata(pretrained.card))
 
 
-def write_huggingface(found: Pretrained, target: Path) -> None:
-    """A folder for `from_pretrained`."""
-    huggingface.write_folder(target, _tensors(found.teacher, "backbone"), found.card)
+def write_huggingface(pretrained: Pretrained, target: Path) -> None:
+    """Writes a folder for `from_pretrained`."""
+    huggingface.write_folder(target, _tensors(pretrained.teacher, "backbone"), pretrained.card)
 
 
-def write_orbax(found: Pretrained, target: Path) -> None:
-    """An export folder, with a `training` tree beside the backbone's variables if there is more than a backbone."""
-    teacher, student = found.teacher, found.student
+def write_orbax(pretrained: Pretrained, target: Path) -> None:
+    """Writes an export folder, with a `training` tree next to the backbone's variables if there is more to keep."""
+    teacher, student = pretrained.teacher, pretrained.student
     trees: dict[str, Any] = {
         "variables": {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}
     }
@@ -96,25 +96,26 @@ def write_orbax(found: Pretrained, target: Path) -> None:
         }
         if student is not None:
             trees["training"] |= {"student": student.params, "student_stats": student.stats}
-        if found.center is not None:
-            trees["training"]["center"] = found.center
-    checkpoints.write_export(target, trees, found.card)
+        if pretrained.center is not None:
+            trees["training"]["center"] = pretrained.center
+    checkpoints.write_export(target, trees, pretrained.card)
 
 
-def write_stablehlo(found: Pretrained, target: Path) -> None:
-    """The teacher's backbone as a program."""
-    stablehlo.write_stablehlo(target, backbone_of(found))
+def write_stablehlo(pretrained: Pretrained, target: Path) -> None:
+    """Writes the teacher's backbone as a program."""
+    stablehlo.write_stablehlo(target, backbone_of(pretrained))
 
 
-def write_official_checkpoint(found: Pretrained, target: Path) -> None:
-    """What the official trainer saves, less optimizer and epoch.
+def write_official_checkpoint(pretrained: Pretrained, target: Path) -> None:
+    """Writes a checkpoint of the official trainer, without optimizer and epoch.
 
-    There the student is always in torch's data parallel wrapper (`module.`), the teacher only with batch norm.
+    In such a checkpoint the student always has the prefix of torch's data parallel wrapper (`module.`). The teacher
+    only has it if the model uses batch norm.
     """
-    if found.student is None or found.center is None or "head" not in found.student.params:
-        raise UserError("SOURCE has no student, heads and center to keep: use --to=official for its backbone")
-    wrapped = "module." if jax.tree.leaves(found.teacher.stats) else ""
-    networks = {"student": (found.student, "module."), "teacher": (found.teacher, wrapped)}
+    if pretrained.student is None or pretrained.center is None or "head" not in pretrained.student.params:
+        raise UserError("SOURCE lacks student, heads or center: use --to=official to convert its backbone")
+    wrapped = "module." if jax.tree.leaves(pretrained.teacher.stats) else ""
+    networks = {"student": (pretrained.student, "module."), "teacher": (pretrained.teacher, wrapped)}
     checkpoint: dict[str, Any] = {
         who: {
             f"{prefix}{part}.{name}": x
@@ -123,13 +124,13 @@ def write_official_checkpoint(found: Pretrained, target: Path) -> None:
         }
         for who, (weights, prefix) in networks.items()
     }
-    checkpoint |= {"dino_loss": {"center": found.center[None]}}
-    tensor_files.write(target, checkpoint, load.file_metadata(found.card))
+    checkpoint |= {"dino_loss": {"center": pretrained.center[None]}}
+    tensor_files.write(target, checkpoint, load.file_metadata(pretrained.card))
 
 
 def _tensors(weights: Weights, part: str) -> dict[str, np.ndarray]:
     tensors = official.to_official(weights.params[part]) | official.to_official(weights.stats[part])
-    if part == "head" and "last_layer.weight_g" not in tensors:  # no parameter of ours where it is fixed at 1
+    if part == "head" and "last_layer.weight_g" not in tensors:  # not a parameter here if it is fixed at 1
         tensors["last_layer.weight_g"] = np.ones((len(tensors["last_layer.weight_v"]), 1), np.float32)
     return tensors
 

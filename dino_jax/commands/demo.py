@@ -2,9 +2,9 @@
 
     dino-jax demo --workdir=runs/demo
 
-Self-supervised learning helps when images are many and labels are few: training uses all 12,000 images, and k-NN uses
-30 labels a class. The report compares the teacher with raw pixels and with the untrained network, also with all labels.
-Writes report.json and attention.png to the workdir.
+Self-supervised learning helps if there are many images but few labels: training uses all 12,000 images, and k-NN uses
+30 labels per class. The report compares the teacher with raw pixels and with the untrained network, and also lists the
+accuracy with all labels. The command writes report.json and attention.png to the workdir.
 """
 
 import json
@@ -37,18 +37,18 @@ from dino_jax.training.setup import backbone_variables, build_setup, init_state
 from dino_jax.weights.backbone import Backbone, load_backbone
 
 USAGE = "[--workdir=FOLDER] [--config=RECIPE] [--config.KEY=VALUE ...]"
-ATTENTION_IMAGES = 500  # of the test split
-ATTENTION_UPSCALE = 2  # images are enlarged for it, so that the patches are finer than the garments
+ATTENTION_IMAGES = 500  # images of the test split
+ATTENTION_UPSCALE = 2  # enlarges the images for attention maps, so that patches are finer than the garments
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
-    """The workdir, and the settings of the recipe `demo`."""
+    """Defines the flag for the workdir, and returns the settings of the recipe `demo`."""
     flags.DEFINE_string("workdir", "runs/demo", "folder for the run, report.json and attention.png")
     return cli.recipe(arguments, default="demo")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains or resumes, evaluates, prints the report."""
+    """Trains or resumes, evaluates, and prints the report."""
     cli.require_no_arguments(arguments)
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
     set_cpu_device_count(config.batch_size)
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def untrained(config: ConfigDict) -> Backbone:
-    """The network of a config as it is before the first step."""
+    """Returns the network of a config before the first step."""
     state = init_state(build_setup(config, steps_per_epoch=1), make_mesh())
     variables = backbone_variables(state, "teacher")
     card = model_card(config, 0)
@@ -73,12 +73,12 @@ def untrained(config: ConfigDict) -> Backbone:
 
 
 def knn_report(config: ConfigDict, trained: Backbone, initial: Backbone) -> dict[str, Any]:
-    """k-NN top-1 in percent of pixels, untrained network and teacher, with the bank of few labels and the whole one."""
+    """Returns k-NN top-1 in percent of raw pixels, untrained network and teacher, with few and with all labels."""
     report: dict[str, Any] = {"k": config.evals.knn.k, "bank": config.evals.knn.train}
     report |= {"bank_full": config.data.source, "test": config.evals.knn.test}
-    for what, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
+    for suffix, backbone in (("_pixels", None), ("_init", initial), ("", trained)):
         accuracy = knn_top1(config, backbone)
-        report |= {f"knn_top1{what}": accuracy.few, f"knn_top1{what}_full_bank": accuracy.full}
+        report |= {f"knn_top1{suffix}": accuracy.few, f"knn_top1{suffix}_full_bank": accuracy.full}
     return report
 
 
@@ -86,11 +86,14 @@ class Accuracy(NamedTuple):
     """k-NN top-1 in percent."""
 
     few: float  # with config.evals.knn.train as the bank
-    full: float  # with all that is trained on
+    full: float  # with all training images as the bank
 
 
 def knn_top1(config: ConfigDict, backbone: Backbone | None) -> Accuracy:
-    """k-NN top-1 with both banks, of raw pixels without a backbone. Raises UserError for a source without labels."""
+    """Computes k-NN top-1 with both banks. Without a backbone, the features are raw pixels.
+
+    Raises UserError if a source has no labels.
+    """
     mesh, k, queries = make_mesh(), config.evals.knn.k, open_source(config.evals.knn.test)
     test = _features(queries, "queries", backbone, config, mesh)
     top1 = []
@@ -103,7 +106,7 @@ def knn_top1(config: ConfigDict, backbone: Backbone | None) -> Accuracy:
 
 
 def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dict[str, Any]:
-    """Mean Jaccard index of the best head's mask with the exact garment, and the picture."""
+    """Computes the mean Jaccard index between the best head's mask and the garment, and writes attention.png."""
     images = demo_images.demo_images("test")[:ATTENTION_IMAGES]
     masks = demo_images.demo_masks("test")[:ATTENTION_IMAGES]
     score = partial(evaluate_masks, images=images, objects=masks, upscale=ATTENTION_UPSCALE)
@@ -115,15 +118,15 @@ def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dic
 
 
 def training_rate(metrics: Path) -> float:
-    """Median images per second over the run's progress lines; evaluations and compilation are not in them."""
+    """Returns the median images per second of the run's progress lines, which exclude evaluation and compilation."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return statistics.median(line["images_per_second"] for line in lines if "images_per_second" in line)
 
 
 def table(report: dict[str, Any], config: ConfigDict) -> str:
-    """The report for people."""
+    """Formats the report as a table."""
     rows = [("raw pixels", "knn_top1_pixels"), ("untrained network", "knn_top1_init"), ("DINO teacher", "knn_top1")]
-    lines = [f"{'k-NN top-1, %':<20}{'30 labels a class':>20}{'all labels':>14}"]
+    lines = [f"{'k-NN top-1, %':<20}{'30 labels per class':>20}{'all labels':>14}"]
     lines += [f"{title:<20}{report[key]:>20.1f}{report[key + '_full_bank']:>14.1f}" for title, key in rows]
     return "\n".join(
         [
@@ -136,7 +139,7 @@ def table(report: dict[str, Any], config: ConfigDict) -> str:
 
 
 def _features(source: Source, what: str, backbone: Backbone | None, config: ConfigDict, mesh: Mesh) -> FeatureTable:
-    """Features of a source, of its raw pixels (0 to 1) without a backbone."""
+    """Extracts features of a source: raw pixels (0 to 1) without a backbone."""
     if backbone is None:
         channels = config.model.in_channels
         return feature_table(raw_pixels, {}, source, what, config, mesh, mean=(0.0,) * channels, std=(1.0,) * channels)

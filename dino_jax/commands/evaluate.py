@@ -12,8 +12,8 @@
     dino-jax evaluate projection --checkpoint=runs/a --config.source=folder:photos
     dino-jax evaluate patch_pca --checkpoint=runs/a --config.images=photo.jpg
 
-`dino-jax evaluate PROTOCOL --help` shows the settings of a protocol. Results, settings and the model card go to
-OUT/results.json.
+`dino-jax evaluate PROTOCOL --help` shows the settings of a protocol. Results, settings and the model card are written
+to OUT/results.json.
 """
 
 import json
@@ -33,10 +33,10 @@ USAGE = "PROTOCOL --checkpoint=PATH [--out=FOLDER] [--config.KEY=VALUE ...]"
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
-    """The checkpoint and the folder for results, and the settings of the protocol that the command line names."""
-    flags.DEFINE_string("checkpoint", None, "a run, an export, or a file of weights (docs/weights.md)")
-    flags.DEFINE_integer("num_heads", None, "attention heads, if a file of weights does not state them")
-    flags.DEFINE_string("out", None, "folder for results.json and pictures; unless set, CHECKPOINT/eval/PROTOCOL")
+    """Defines the flags for checkpoint and results, and returns the settings of the protocol on the command line."""
+    flags.DEFINE_string("checkpoint", None, "a run, an export, or a weights file (docs/weights.md)")
+    flags.DEFINE_integer("num_heads", None, "attention heads, if a weights file does not state them")
+    flags.DEFINE_string("out", None, "folder for results.json and pictures; default: CHECKPOINT/eval/PROTOCOL")
     named = [
         argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
@@ -53,11 +53,11 @@ def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
 def main(arguments: Sequence[str]) -> None:
     """Runs the protocol and writes results.json."""
     if len(arguments) != 1:
-        raise UserError(f"give one protocol, not {' '.join(arguments)}: settings are --config.KEY=VALUE")
+        raise UserError(f"give one protocol, not {' '.join(arguments)}: change settings with --config.KEY=VALUE")
     [protocol], checkpoint = arguments, cli.required("checkpoint", flags.FLAGS.checkpoint)
     set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
     backbone = load_backbone(checkpoint, num_heads=flags.FLAGS.num_heads)
-    # The results of a file of weights go beside it, to a folder of its name.
+    # The results of a weights file are written next to it, to a folder with its name.
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
     out = Path(flags.FLAGS.out or folder / "eval" / protocol)
     try:

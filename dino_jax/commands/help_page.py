@@ -1,4 +1,4 @@
-"""The page that `dino-jax COMMAND --help` prints. The meanings of settings are the comments in their source."""
+"""Builds the page of `dino-jax COMMAND --help`. The meaning of a setting is the comment in its source code."""
 
 import ast
 import inspect
@@ -17,19 +17,19 @@ from dino_jax.commands.cli import Settings, usage_line
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
-COLUMN = 44  # where meanings start
-MOST = 120  # characters in a line
+COLUMN = 44  # column at which meanings start
+MOST = 120  # largest line width, characters
 
 
 class Source(NamedTuple):
-    """The source of a function: its syntax tree and, for each line that has one, its comment."""
+    """The source of a function: its syntax tree and its comments by line number."""
 
     tree: ast.Module
-    inline: Mapping[int, str]  # comments behind code
-    above: Mapping[int, str]  # comments that have a line of their own
+    inline: Mapping[int, str]  # comments after code
+    above: Mapping[int, str]  # comments on their own line
 
     def comment(self, node: ast.stmt | ast.expr, end: int | None) -> str:
-        """The comment lines directly above a node, then the comment at its end."""
+        """Returns the comment lines directly above a node, then the comment at its end."""
         first = node.lineno
         while first - 1 in self.above:
             first -= 1
@@ -38,7 +38,7 @@ class Source(NamedTuple):
 
 
 def page(command: ModuleType, settings: Settings | None) -> str:
-    """The help of a command: usage, description, flags, and settings with their values and meanings."""
+    """Returns the help of a command: usage, description, flags, and settings with their values and meanings."""
     parts = [f"usage: {usage_line(command)}", inspect.cleandoc(command.__doc__ or "")]
     if rows := [(_flag(flag), str(flag.help)) for flag in _flags_of(command)]:
         parts.append("flags:\n" + _table(rows))
@@ -48,11 +48,11 @@ def page(command: ModuleType, settings: Settings | None) -> str:
 
 
 def meanings(function: Callable[..., Any], seen: frozenset[Callable[..., Any]] = frozenset()) -> dict[str, str]:
-    """What the settings mean that a function defines: dotted name -> comment.
+    """Returns the meanings of the settings that a function defines: dotted name -> comment.
 
-    The function assigns them (`config.optim.lr = 5e-4  # peak`) or has them as the keys of a dict. A comment stands
-    behind the value or on the lines directly above. Functions of this package that it calls are read as well, each
-    once: `seen` are those that are being read.
+    The function defines settings by assignment (`config.optim.lr = 5e-4  # peak`) or as keys of a dict. A comment
+    follows the value or is on the lines directly above. Functions of this package that it calls are
+    also read, each once: `seen` are those already being read.
     """
     found: dict[str, str] = {}
     source = _read(function)
@@ -71,7 +71,7 @@ def meanings(function: Callable[..., Any], seen: frozenset[Callable[..., Any]] =
 
 
 def _entries(source: Source, node: ast.expr, prefix: str) -> dict[str, str]:
-    """The settings in the dicts of an expression, with those of dicts within them."""
+    """Returns the settings in the dicts of an expression, including nested dicts."""
     found: dict[str, str] = {}
     for literal in _outer_dicts(node):
         for key, value in zip(literal.keys, literal.values, strict=True):
@@ -84,7 +84,7 @@ def _entries(source: Source, node: ast.expr, prefix: str) -> dict[str, str]:
 
 
 def _outer_dicts(node: ast.AST) -> Iterator[ast.Dict]:
-    """The dicts in an expression that are not within another one."""
+    """Yields the dicts in an expression that are not inside another dict."""
     if isinstance(node, ast.Dict):
         yield node
     else:
@@ -106,18 +106,18 @@ def _read(function: Callable[..., Any]) -> Source:
 
 
 def _called(tree: ast.Module) -> Iterator[str]:
-    """Names of the functions that some code calls."""
+    """Yields the names of the functions that the code calls."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             yield node.func.id
 
 
 def _groups(settings: Settings) -> Iterator[str]:
-    """A table for each group of settings (config.optim, ...), those without a group first."""
+    """Yields a table for each group of settings (config.optim, ...), starting with the ungrouped ones."""
     meaning = meanings(settings.defined_in)
     values = flat(settings.config)
     groups: dict[str, list[tuple[str, str]]] = {"": []}
-    for name in sorted(values, key=[*meaning, *values].index):  # in the order of the source
+    for name in sorted(values, key=[*meaning, *values].index):  # in the order of the source code
         group = name.rpartition(".")[0]
         groups.setdefault(group, []).append((f"--config.{name}={_shown(values[name])}", meaning.get(name, "")))
     for group, rows in groups.items():
@@ -127,7 +127,7 @@ def _groups(settings: Settings) -> Iterator[str]:
 
 
 def flat(config: "ConfigDict") -> dict[str, Any]:
-    """The settings of a config by dotted name."""
+    """Returns the settings of a config by dotted name."""
     found: dict[str, Any] = {}
     for name in config:
         value = config[name]
@@ -139,7 +139,7 @@ def flat(config: "ConfigDict") -> dict[str, Any]:
 
 
 def _flags_of(command: ModuleType) -> list[flags.Flag[Any]]:
-    """The flags that a command defines, but not those of the libraries that it imports."""
+    """Returns the flags that a command defines, without those of the libraries that it imports."""
     return flags.FLAGS.flags_by_module_dict().get(command.__name__, [])
 
 
@@ -148,14 +148,14 @@ def _flag(flag: flags.Flag[Any]) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as it is written on the command line; nothing if it is not set."""
+    """Formats a value as on the command line; "" if it is not set."""
     if value is None:
         return ""
     return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    """Names on the left and their meanings on the right, below the name if it is long."""
+    """Formats names on the left and meanings on the right, or below the name if it is long."""
     lines: list[str] = []
     for name, meaning in rows:
         text = textwrap.wrap(meaning, _width() - COLUMN)

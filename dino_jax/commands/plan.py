@@ -1,11 +1,11 @@
-"""Compiles the train step of a recipe for a TPU slice, without one, and reports what it needs.
+"""Compiles the train step of a recipe for a TPU slice, without TPU hardware, and reports its resource needs.
 
     pip install 'dino_jax[plan]'
     dino-jax plan --config=vits16 --topology=v5e:16x16 --config.batch_size=4096
 
-Prints the peak memory beside the memory of a chip, the largest batch that fits, the communication between chips, FLOPs,
-and a model of the step time and of its scaling. Memory and collectives come from the compiler. Times are arithmetic:
-chips compute at `--utilization` of their peak, and communication runs at the full rate of the links, without overlap.
+Prints the peak memory and the memory of a chip, the largest batch that fits, the communication between chips, FLOPs,
+and a model of step time and scaling. Memory and collectives are reported by the compiler. Times are estimates: chips
+compute at `--utilization` of their peak, and communication uses the full link bandwidth, without overlap.
 """
 
 import json
@@ -38,38 +38,38 @@ class Chip(NamedTuple):
     """Google Cloud's figures for one chip."""
 
     memory: float  # bytes
-    links: float  # bytes a second that leave it, over all of its links to neighbors (half of "bidirectional")
-    network: float  # bytes a second between slices: the pod's or host's share
+    links: float  # outgoing bytes per second over all links to neighbors (half of "bidirectional")
+    network: float  # bytes per second between slices: its share of the pod's or host's bandwidth
 
 
 CHIPS = {"v5e": Chip(16e9, 200e9, 3.1e9), "v5p": Chip(95e9, 600e9, 6.2e9), "v6e": Chip(32e9, 400e9, 12.5e9)}
 OPERATIONS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 WIDTHS = {"s64": 8, "u64": 8, "f32": 4, "s32": 4, "u32": 4, "f16": 2, "bf16": 2, "s8": 1, "u8": 1, "pred": 1}
-RESERVED = 0.03  # of a chip's memory, for the runtime
+RESERVED = 0.03  # share of a chip's memory for the runtime
 
 
 class Collective(NamedTuple):
-    """One operation of a program between its devices."""
+    """A communication operation between devices."""
 
     operation: str
     size: int  # bytes of its results on each device
-    times: int  # in a step
-    devices: int  # that take part together
+    times: int  # executions per step
+    devices: int  # devices in each group
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
-    """The slice, and a recipe's settings."""
+    """Defines the flags for the slice, and returns a recipe's settings."""
     flags.DEFINE_string("topology", "v5e:4x4", "chip and shape of a slice: v5e:16x16, v5p:4x4x4, v6e:8x8")
     flags.DEFINE_integer("slices", 1, "number of slices")
-    flags.DEFINE_float("utilization", 0.4, "share of their peak at which chips compute, for the modeled times")
-    flags.DEFINE_string("output", None, "JSON file to write the plan to as well")
+    flags.DEFINE_float("utilization", 0.4, "assumed share of the chips' peak FLOP/s, for the modeled times")
+    flags.DEFINE_string("output", None, "JSON file to also write the plan to")
     return cli.recipe(arguments, default="vits16")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Prints the plan, and writes it as JSON if --output is set."""
     cli.require_no_arguments(arguments)
-    # Only the compiler is used, so libtpu must not look for a chip.
+    # Only the compiler is used, so libtpu must not search for a chip.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
     jax.config.update("jax_platforms", "cpu")
     values, config = flags.FLAGS, flags.FLAGS.config
@@ -85,25 +85,28 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def topology_mesh(name: str, slices: int, fsdp: int) -> tuple[Mesh, Chip]:
-    """The mesh of a topology such as v5e:16x16, and its chip. UserError for one that does not exist."""
+    """Returns the mesh of a topology such as v5e:16x16, and its chip. Raises UserError if it does not exist."""
     generation = name.split(":")[0]
     if generation not in CHIPS:
         raise UserError(f"--topology={name}: give CHIP:SHAPE with CHIP one of {', '.join(CHIPS)}, like v5e:16x16")
     try:
         shape = {} if slices == 1 else {"num_slices": slices}
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **shape).devices
-    except Exception as error:  # the compiler's own, of any kind
-        why = " ".join(str(error).split())[:200]
+    except Exception as error:  # the compiler raises errors of any type
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"--topology={name} can't be compiled for ({why}): is libtpu installed (pip install 'dino_jax[plan]')?"
+            f"can't compile for --topology={name} ({reason}): check the shape, and that libtpu is installed "
+            "(pip install 'dino_jax[plan]')"
         ) from error
     if len(devices) % fsdp:
-        raise UserError(f"fsdp {fsdp} does not divide {len(devices)} chips: set --config.fsdp to a divisor of them")
+        raise UserError(
+            f"fsdp {fsdp} does not divide {len(devices)} chips: set --config.fsdp to a divisor of {len(devices)}"
+        )
     return sharding.make_mesh(devices, fsdp), CHIPS[generation]
 
 
 def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilization: float) -> dict[str, Any]:
-    """Compiles the step at the config's batch and at half of it, and works out the rest. Takes minutes."""
+    """Compiles the step at the config's batch size and at half of it, and estimates the rest. Takes minutes."""
     batch, chips = config.batch_size, mesh.size
     share = batch // chips
     program = compile_step(config, mesh)
@@ -119,10 +122,10 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilizati
     flops = flops_per_image(setup) * share
     parameters = sum(x.size for x in jax.tree.leaves(abstract_state(setup, mesh).student))
     rate = peak_flops(mesh.devices.flat[0])
-    found = list(collectives(program.as_text() or "", chips))
+    operations = list(collectives(program.as_text() or "", chips))
     seconds = {
         "compute": flops / (rate * utilization) if rate else None,
-        "links": sum(link_seconds(one, chip, chips // slices) for one in found),
+        "links": sum(link_seconds(one, chip, chips // slices) for one in operations),
         "network": network_seconds(4 * parameters, chip, slices, chips // slices),
     }
     return {
@@ -137,22 +140,23 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilizati
         "chip_bytes": chip.memory,
         "largest_batch": fits and fits * chips,
         "flops_per_chip": flops,
-        "collectives": [one._asdict() for one in found],
+        "collectives": [one._asdict() for one in operations],
         "seconds": seconds,
         "utilization": utilization,
     }
 
 
 def peak_bytes(program: jax.stages.Compiled) -> int:
-    """The compiler's figure for the peak memory of a device."""
+    """Returns the compiler's estimate of the peak memory of a device, bytes."""
     memory: Any = program.memory_analysis()
     return memory.peak_memory_in_bytes
 
 
 def images_that_fit(peaks: Mapping[int, float], memory: float, multiple: int) -> int | None:
-    """The most images of a chip, off a line through its `peaks` with two numbers of them; a multiple of `multiple`.
+    """Returns the largest number of images per chip that fits, a multiple of `multiple`.
 
-    None where the line does not rise: with a few images, what does not depend on them takes most.
+    Extrapolates linearly from `peaks`, the peak memory (bytes) at two numbers of images. Returns None if memory does
+    not grow, which happens with few images, when most of it does not depend on the number of images.
     """
     (few, low), (many, high) = sorted(peaks.items())
     if high <= low:
@@ -161,7 +165,7 @@ def images_that_fit(peaks: Mapping[int, float], memory: float, multiple: int) ->
 
 
 def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
-    """The train step of a config as the compiler makes it for these devices."""
+    """Compiles the train step of a config for the devices of a mesh."""
     print(f"compiling for {mesh.size} chips, batch {config.batch_size:,} (a few minutes)", file=sys.stderr, flush=True)
     setup = build_setup(config, steps_per_epoch=1_000)
     state = abstract_state(setup, mesh)
@@ -172,15 +176,15 @@ def compile_step(config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         needs = re.search(r"Used ([\d.]+\w) of ([\d.]+\w)", str(error))
-        said = f"{needs[1]} of {needs[2]}" if needs else "more than the chip has"
+        memory = f"{needs[1]} of {needs[2]}" if needs else "more than the memory of a chip"
         raise UserError(
-            f"batch {config.batch_size:,} on {mesh.size} chips needs {said}: set a smaller --config.batch_size, "
-            "--config.accum_steps, --config.model.remat=True or --config.fsdp"
+            f"batch {config.batch_size:,} on {mesh.size} chips needs {memory}: set a smaller --config.batch_size, "
+            "a larger --config.accum_steps or --config.fsdp, or --config.model.remat=True"
         ) from error
 
 
 def collectives(text: str, devices: int) -> Iterator[Collective]:
-    """What a compiled program (its HLO) exchanges in one run; what loops repeat counts as often as they do."""
+    """Yields the collectives of a compiled program (HLO text). `times` includes the iterations of loops."""
     bodies = dict(re.findall(r"^(?:ENTRY )?%?([\w.\-]+) \(.*?\{\n(.*?)^\}", text, re.S | re.M))
     entry = re.search(r"^ENTRY %?([\w.\-]+)", text, re.M)
     assert entry is not None
@@ -192,10 +196,10 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
             operation = re.search(rf"= (\(.*?\)|\S+) ({'|'.join(OPERATIONS)})(-start)?\(", line)
             if operation:
                 sizes = [array_bytes(*one) for one in re.findall(r"(\w+)\[([\d,]*)\]", operation[1])]
-                # What is started holds operands beside results.
+                # The type of a -start operation holds operands as well as results.
                 size = sum(sizes) if not operation[3] or operation[2] == "all-reduce" else max(sizes)
                 channel = re.search(r"channel_id=(\d+)", line)
-                # What overlaps with computation stands in each of the fusions that it overlaps with.
+                # A collective that overlaps with computation appears in each of the fusions that it overlaps with.
                 key = (operation[2], size, times, channel and channel[1])
                 if not (fused and key in overlapped):
                     yield Collective(operation[2], size, times, _group(line, devices))
@@ -211,12 +215,12 @@ def collectives(text: str, devices: int) -> Iterator[Collective]:
 
 
 def array_bytes(kind: str, dimensions: str) -> int:
-    """Of an array as HLO writes it, kind[dimensions]."""
+    """Returns the bytes of an array in HLO notation, kind[dimensions]."""
     return WIDTHS.get(kind, 0) * int(np.prod([int(n) for n in dimensions.split(",") if n], dtype=np.int64))
 
 
 def _group(line: str, devices: int) -> int:
-    """Devices of a collective's group, as {{0,1},{2,3}} or as [groups,size]<=..."""
+    """Parses the number of devices in a collective's group, from {{0,1},{2,3}} or [groups,size]<=..."""
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
         return len(listed[1].split(","))
     if iota := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
@@ -225,30 +229,31 @@ def _group(line: str, devices: int) -> int:
 
 
 def trips(line: str, condition: str) -> int:
-    """How often a loop runs: said by the compiler, or the number that its condition compares with."""
+    """Returns the trip count of a loop: as stated by the compiler, or the constant in the loop's condition."""
     if known := re.search(r'known_trip_count[^}]*?"?n"?:"?(\d+)', line):
         return int(known[1])
     return max((int(n) for n in re.findall(r"s32\[\][^=]*constant\((\d+)\)", condition)), default=1)
 
 
 def link_seconds(one: Collective, chip: Chip, per_slice: int) -> float:
-    """Within a slice, around a ring: an all-reduce sends nearly all twice, the others once."""
+    """Returns the seconds of a ring collective within a slice: an all-reduce sends the data twice, others once."""
     n = min(one.devices, per_slice)
     passes = 2 if one.operation == "all-reduce" else 1
-    size = one.size * (n if one.operation == "reduce-scatter" else 1)  # its result is a part of what is sent
+    size = one.size * (n if one.operation == "reduce-scatter" else 1)  # its result is 1/n of the data
     return one.times * passes * size * (n - 1) / n / chip.links
 
 
 def network_seconds(gradient: int, chip: Chip, slices: int, per_slice: int) -> float:
-    """Between slices each chip sends its part of the gradient (bytes), which was reduced within, around a ring.
+    """Returns the seconds to reduce the gradient (bytes) between slices, in a ring.
 
-    By arithmetic: compilers leave this to the runtime, and the program's text tells nothing of it.
+    Each chip sends the part of the gradient that it reduced within its slice. This is an estimate, because the runtime
+    performs this reduction and it does not appear in the compiled program.
     """
     return 2 * gradient / per_slice * (slices - 1) / slices / chip.network
 
 
 def table(plan: dict[str, Any]) -> str:
-    """The plan for people."""
+    """Formats the plan as a table."""
     seconds, gb = plan["seconds"], 1e9
     total = sum(seconds.values()) if seconds["compute"] else None
     moved: dict[str, list[int]] = {}
@@ -257,17 +262,17 @@ def table(plan: dict[str, Any]) -> str:
         moved[one["operation"]] = [count + one["times"], size + one["times"] * one["size"]]
     exchanged = ", ".join(f"{count} {name} of {size / 1e6:,.1f} MB" for name, (count, size) in moved.items())
     fits = (
-        "not known from so few images a chip: give a larger --config.batch_size"
+        "unknown for so few images per chip: set a larger --config.batch_size"
         if plan["largest_batch"] is None
-        else f"{plan['largest_batch']:,} images (a line through two batches)"
+        else f"{plan['largest_batch']:,} images (extrapolated from two batch sizes)"
     )
     rows = {
         "run": f"{plan['arch']} on {plan['chips']} chips in {plan['slices']} slice(s), batch {plan['batch']:,}, "
         f"fsdp {plan['fsdp']}, accum_steps {plan['accum_steps']}",
-        "peak memory": f"{plan['peak_bytes'] / gb:.2f} of {plan['chip_bytes'] / gb:.0f} GB a chip",
+        "peak memory": f"{plan['peak_bytes'] / gb:.2f} of {plan['chip_bytes'] / gb:.0f} GB per chip",
         "largest batch": fits,
-        "FLOPs": f"{plan['flops_per_chip'] / 1e12:.2f} T a chip and step",
-        "between chips": f"{exchanged or 'nothing'} a step",
+        "FLOPs": f"{plan['flops_per_chip'] / 1e12:.2f} T per chip and step",
+        "between chips": f"{exchanged or 'nothing'} per step",
     }
     if total:
         alone = seconds["compute"] + seconds["links"]
@@ -277,7 +282,8 @@ def table(plan: dict[str, Any]) -> str:
         )
         rows["images/s, modeled"] = f"{plan['batch'] / total:,.0f}"
         rows["scaling, modeled"] = (
-            f"{seconds['compute'] / total:.3f} of chips that do not talk, {alone / total:.3f} of slices that do not"
+            f"{seconds['compute'] / total:.3f} relative to chips without communication, "
+            f"{alone / total:.3f} relative to slices without communication"
         )
     width = max(map(len, rows)) + 2
     return "\n".join(f"{name:<{width}}{value}" for name, value in rows.items())

@@ -2,10 +2,10 @@
 
     dino-jax prepare folder:photos prepared --canvas_size=256
 
-SOURCE is what --config.data.source takes. OUT is a folder, which --config.data.source=array_record:OUT/*.array_record
-reads: the same images in the same order, so training gets the same batches. Images are stored as they are, or smaller
-with --canvas_size. The same command continues where it was interrupted. OUT/manifest.json records the source and the
-files.
+SOURCE has the form of --config.data.source. OUT is a folder; train from it with
+--config.data.source=array_record:OUT/*.array_record, which has the same images in the same order, so training sees the
+same batches. Images are stored unchanged, or resized with --canvas_size. The same command resumes after an
+interruption. OUT/manifest.json records the source and the files.
 """
 
 import io
@@ -32,11 +32,11 @@ from dino_jax.progress import progress
 USAGE = "SOURCE OUT [--canvas_size=256]"
 MANIFEST = "manifest.json"
 PATTERN = "*.array_record"
-JPEG = {"quality": 95, "subsampling": 0}  # at the canvas's size, each chroma pixel counts
+JPEG = {"quality": 95, "subsampling": 0}  # keeps the full chroma resolution, which is visible at the canvas's size
 
 
 class Shard(NamedTuple):
-    """A file of the set, of the images first .. last - 1 of the source."""
+    """A file of the data set, with the images first .. last - 1 of the source."""
 
     name: str
     first: int
@@ -44,7 +44,7 @@ class Shard(NamedTuple):
 
 
 class Written(NamedTuple):
-    """What became of a shard."""
+    """A finished shard."""
 
     name: str
     images: int
@@ -53,9 +53,10 @@ class Written(NamedTuple):
 
 
 def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes | np.ndarray:
-    """The image upright, its shorter side `canvas_size` pixels, as a JPEG; one that is no larger stays as it is.
+    """Returns the image upright, with a shorter side of `canvas_size` pixels, as a JPEG.
 
-    The aspect ratio is kept, because boxes are drawn in it. Raises like `decoding.decode`.
+    An image that is not larger than that is returned unchanged. The aspect ratio is kept, because crop boxes are
+    sampled in it. Raises like `decoding.decode`.
     """
     pixels = decode(image, channels)
     height, width = pixels.shape[:2]
@@ -63,7 +64,9 @@ def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes
     if scale >= 1:
         return image
     if channels not in (1, 3):
-        raise UserError(f"--canvas_size={canvas_size} makes JPEGs, of 1 or 3 channels: leave it out for {channels}")
+        raise UserError(
+            f"--canvas_size={canvas_size} makes JPEGs, which have 1 or 3 channels: omit it for {channels} channels"
+        )
     picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     buffer = io.BytesIO()
     size = round(width * scale), round(height * scale)
@@ -74,17 +77,18 @@ def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes
 def prepare(
     spec: str, out: str | Path, *, canvas_size: int, channels: int, shard_images: int, workers: int
 ) -> dict[str, Written]:
-    """Writes the set, or what is missing of it, and returns all of it, by the names of the files.
+    """Writes the missing files of the data set, and returns all files by name.
 
     Args:
         spec: the source (see `open_source`).
         out: the folder to write to.
-        canvas_size: shorter side of the stored images, pixels; 0 stores them as they are, undecoded.
-        channels: of smaller ones, 1 or 3.
-        shard_images: images in a file; the last may have fewer.
-        workers: processes; 0: this one alone.
+        canvas_size: shorter side of the stored images, pixels; 0 stores them unchanged, without decoding.
+        channels: channels of resized images, 1 or 3.
+        shard_images: images per file; the last file may have fewer.
+        workers: number of processes; 0 uses only this one.
 
-    Raises: UserError where `out` holds another set, or can't be written.
+    Raises:
+        UserError: `out` holds another data set, or cannot be written.
     """
     source, out = open_source(spec), Path(out)
     plan = {
@@ -99,8 +103,8 @@ def prepare(
     done = _finished(out, plan)
     missing = [shard for shard in _shards(len(source), shard_images) if shard.name not in done]
     write = partial(_write, source=source, out=out, canvas_size=canvas_size, channels=channels)
-    settled = grain.MapDataset.source(missing).map(write)
-    with iterate(settled, workers, stall_timeout=0) as written:  # a file takes as long as it takes
+    shards = grain.MapDataset.source(missing).map(write)
+    with iterate(shards, workers, stall_timeout=0) as written:  # no limit on the time to write a file
         sizes = {shard.name: shard.last - shard.first for shard in missing}
         for result in progress(written, sum(sizes.values()), "prepare", size=lambda result: sizes[result.name]):
             done[result.name] = result
@@ -109,7 +113,7 @@ def prepare(
 
 
 def describe(out: str, done: dict[str, Written]) -> str:
-    """What there is now, and how to train from it."""
+    """Describes the written data set, and how to train from it."""
     images, size = sum(shard.images for shard in done.values()), sum(shard.bytes for shard in done.values())
     left_out = {name: reason for shard in done.values() for name, reason in shard.left_out.items()}
     lines = [f"left out: {name}: {reason}" for name, reason in left_out.items()]
@@ -120,7 +124,7 @@ def describe(out: str, done: dict[str, Written]) -> str:
 def main(arguments: Sequence[str]) -> None:
     """Writes SOURCE to OUT."""
     if len(arguments) != 2:
-        raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE is what --config.data.source takes")
+        raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec, out] = flags.FLAGS, arguments
     done = prepare(
         spec,
@@ -134,10 +138,10 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def define_flags(arguments: Sequence[str]) -> None:
-    """How images are stored, and by how many processes."""
-    flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: as they are", lower_bound=0)
-    flags.DEFINE_integer("channels", 3, "of images made smaller: 1 or 3", lower_bound=1)
-    flags.DEFINE_integer("shard_images", 1024, "images in a file", lower_bound=1)
+    """Defines the flags for the stored images and the number of processes."""
+    flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: unchanged", lower_bound=0)
+    flags.DEFINE_integer("channels", 3, "channels of resized images: 1 or 3", lower_bound=1)
+    flags.DEFINE_integer("shard_images", 1024, "images per file", lower_bound=1)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read, encode and write", lower_bound=0)
 
 
@@ -170,7 +174,7 @@ def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channel
 
 
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
-    """The files that a run before this one finished. UserError where it was a run of something else."""
+    """Returns the files that an earlier run finished. Raises UserError if it had other settings."""
     for unfinished in out.glob(".*.unfinished"):
         unfinished.unlink()
     try:
@@ -186,10 +190,10 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
     if differing := [key for key in plan if manifest.get(key) != plan[key]]:
         was, now = manifest.get(differing[0]), plan[differing[0]]
         raise UserError(
-            f"{out} was begun with another {differing[0]} ({was}, now {now}): remove it or give another OUT"
+            f"{out} was started with another {differing[0]} ({was}, now {now}): remove it or give another OUT"
         )
-    whole_ones = [shard for shard in shards if _size(out / shard.name) == shard.bytes]
-    return {shard.name: shard for shard in whole_ones}
+    complete = [shard for shard in shards if _size(out / shard.name) == shard.bytes]
+    return {shard.name: shard for shard in complete}
 
 
 def _size(path: Path) -> int | None:

@@ -1,8 +1,9 @@
-"""Draws the crops that a recipe makes of your images, to look at before training.
+"""Draws the crops that a recipe makes of your images, to inspect them before training.
 
     dino-jax preview --config=vits16 --config.data.source=folder:photos --images=4
 
-Each row of the picture shows an image, its global crops and its local crops, at the size that the network sees.
+Each row of the picture shows an image, its global crops and its local crops. Labels state the size that the network
+sees, in pixels.
 """
 
 from collections.abc import Sequence
@@ -25,16 +26,19 @@ from dino_jax.training.config_checks import check_config
 from dino_jax.training.step import image_keys
 
 USAGE = "--config.data.source=SOURCE [--output=FILE] [--config=RECIPE] [--config.KEY=VALUE ...]"
-# Pixels: between tiles, of the labels' line, and of a tile's side at least (labels need the width).
+# Pixels: gap between tiles, height of the labels, and smallest side of a tile (labels need the width).
 GAP, LABEL_HEIGHT, MIN_TILE = 4, 24, 96
 
 
 def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
-    """The first `images` images of the config's first step as canvases, and their crops in that step (float32)."""
+    """Returns the first `images` images of the config's first step as canvases, and their crops (float32)."""
     check_config(config, devices=1)
     source = open_source(config.data.source)
     if not 0 < images <= len(source):
-        raise UserError(f"--images={images}: config.data.source has {len(source)}, set it to between 1 and that")
+        raise UserError(
+            f"--images={images}: config.data.source has {len(source)} images, set --images to 1 or more, "
+            f"at most {len(source)}"
+        )
     with train_batches(
         source,
         batch_size=images,
@@ -50,9 +54,9 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
 
 
 def picture(canvas: np.ndarray, crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """One row an image: canvas uint8 `[S, S, C]`, global crops, local crops, each as large as a global crop.
+    """Draws one row per image: canvas uint8 `[S, S, C]`, global crops, local crops, each as large as a global crop.
 
-    Of images that have neither one channel nor three, the first three (or the only two as the first one) are shown.
+    Shows the first three channels of images with more than three, and the first channel of images with two.
     """
     side = max(crops.global_crops.shape[2], MIN_TILE)
     columns = [("canvas", canvas)]
@@ -69,16 +73,16 @@ def picture(canvas: np.ndarray, crops: Crops, mean: Sequence[float], std: Sequen
         draw.text((left, LABEL_HEIGHT // 2), f"{name} {images.shape[1]}", "black", font, anchor="lm")
         for row, image in enumerate(images):
             tile = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
-            # Canvases shrink smoothly; small crops grow by repeating pixels, so that each pixel of theirs is seen.
+            # Canvases are shrunk smoothly. Small crops are enlarged by repeating pixels, so that each pixel is visible.
             method = Image.Resampling.BICUBIC if tile.shape[0] > side else Image.Resampling.NEAREST
             sheet.paste(Image.fromarray(tile).resize((side, side), method), (left, LABEL_HEIGHT + step * row))
     return sheet
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
-    """The picture and its number of images, and a recipe's settings."""
+    """Defines the flags for the picture, and returns a recipe's settings."""
     flags.DEFINE_string("output", "crops.png", "the picture to write, .png or .jpg")
-    flags.DEFINE_integer("images", 4, "number of images, one in each row")
+    flags.DEFINE_integer("images", 4, "number of images, one per row")
     return cli.recipe(arguments, default="default")
 
 

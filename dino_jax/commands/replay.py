@@ -1,9 +1,9 @@
-"""Computes a step again that was not finite, and reports it module by module and image by image.
+"""Repeats a step with non-finite values, and reports which modules and images are affected.
 
     dino-jax replay WORKDIR/replay-STEP.json
 
 A run that stops because of such a step writes this file. The replay starts from the last checkpoint before the step, or
-from the first state, and computes the same batches, because their order and all randomness are functions of the seed
+from the initial state. It computes the same batches, because their order and all randomness are functions of the seed
 and the step.
 """
 
@@ -30,25 +30,25 @@ from dino_jax.training.setup import Setup, State, abstract_state, build_setup
 from dino_jax.training.step import gradients, image_keys, train_step
 
 USAGE = "WORKDIR/replay-STEP.json"
-LISTED = 20  # modules and images that the report names
+LISTED = 20  # modules and images that the report lists
 
 
 class Report(NamedTuple):
-    """What a step computed."""
+    """The results of a replayed step."""
 
     metrics: dict[str, float]  # of `train_step`
-    grad_norms: dict[str, float]  # of each module, those that are not finite first, then the largest
-    images: list[tuple[str, str]]  # (name, what of it is not finite: pixels, teacher, student)
+    grad_norms: dict[str, float]  # of each module; non-finite ones first, then in descending order
+    images: list[tuple[str, str]]  # (name, what is not finite: pixels, teacher, student)
 
 
 def replay(file: str | Path) -> Report:
-    """The step that a replay file names, computed again on this process's devices, with progress on stderr.
+    """Repeats the step of a replay file on this process's devices, with progress on stderr.
 
-    Bit for bit what the run saw where devices are of the same kind and number, and the same but for rounding elsewhere.
-    Raises UserError where the file is none, the checkpoint is gone or damaged, or the images are no longer those.
+    The result is bit-identical to the run's on devices of the same kind and number, and equal up to rounding on others.
+    Raises UserError if the file is not a replay file, the checkpoint is missing or damaged, or the images have changed.
     """
-    told = nonfinite.read_replay_file(file)
-    config, step, start = ConfigDict(told["config"]), told["step"], told["checkpoint"]
+    recorded = nonfinite.read_replay_file(file)
+    config, step, start = ConfigDict(recorded["config"]), recorded["step"], recorded["checkpoint"]
     check_config(config, jax.device_count())
     source = open_source(config.data.source)
     setup = build_setup(config, loop.steps_in_epoch(source, config))
@@ -58,19 +58,21 @@ def replay(file: str | Path) -> Report:
     run_step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
     with loop.batches_from(start, source, config) as batches:
         for before in progress(range(start + 1, step), step - start - 1, "steps before", unit="steps"):
-            limit = np.float32(-1 if before in told["skipped"] else np.inf)  # a spike is skipped here, too
+            limit = np.float32(-1 if before in recorded["skipped"] else np.inf)  # skip the steps that the run skipped
             state, _ = run_step(state, loop.on_devices(next(batches), mesh), limit)
         batch = next(batches)
     names = [source.name(int(record)) for record in batch.index]
-    if names != [image["name"] for image in told["images"]]:
-        raise UserError(f"{config.data.source} no longer gives the images of step {step:,}: put the same data there")
+    if names != [image["name"] for image in recorded["images"]]:
+        raise UserError(
+            f"{config.data.source} no longer has the images of step {step:,}: restore the data that the run used"
+        )
 
     arrays = loop.on_devices(batch, mesh)
     grads, *_ = jax.jit(partial(gradients, setup, mesh))(state, arrays)
     broken = jax.device_get(jax.jit(partial(not_finite, setup, mesh))(state, arrays))
     _, metrics = run_step(state, arrays, np.float32(np.inf))
     images = [
-        (name, ", ".join(what for what, rows in broken.items() if rows[row]))
+        (name, ", ".join(kind for kind, rows in broken.items() if rows[row]))
         for row, name in enumerate(names)
         if any(rows[row] for rows in broken.values())
     ]
@@ -78,21 +80,21 @@ def replay(file: str | Path) -> Report:
 
 
 def state_after(step: int, workdir: Path, setup: Setup, mesh: Mesh) -> State:
-    """The state that the run had after a step that it saved, or before its first (0)."""
+    """Returns the run's state after a saved step, or the initial state for step 0."""
     if not step:
         return loop.first_state(setup, mesh)[0][0]
     folder = workdir / "checkpoints" / str(step)
     if not folder.is_dir() or (problem := checkpoints.damage(folder)):
-        what = f"damaged ({problem})" if folder.is_dir() else "gone"
-        raise UserError(f"checkpoint {folder}, from which to replay, is {what}: put a copy back")
+        condition = f"damaged ({problem})" if folder.is_dir() else "missing"
+        raise UserError(f"checkpoint {folder}, where the replay starts, is {condition}: restore a copy")
     target = abstract_state(setup, mesh)
     return fsdp.place(checkpoints.restore_arrays(folder / "state", target), mesh)
 
 
 def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, jax.Array]:
-    """Of each image of the batch, whether its crops, its teacher's or its student's logits hold what is not finite.
+    """Returns, for each image, whether its crops, teacher logits or student logits have non-finite values.
 
-    Bool [B] each, under "pixels", "teacher" and "student". Without drop paths.
+    The keys are "pixels", "teacher" and "student", each bool [B]. Drop path is disabled.
     """
     config, method = setup.config, setup.method
 
@@ -120,7 +122,7 @@ def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, 
 
 
 def module_norms(grads: Any) -> dict[str, float]:
-    """L2 norm of the gradients of each module, by dotted path: those that are not finite first, then the largest."""
+    """Returns the L2 norm of each module's gradients by dotted path; non-finite ones first, then largest first."""
     modules: dict[str, list[Any]] = {}
     for path, gradient in jax.tree.leaves_with_path(grads):
         modules.setdefault(jax.tree_util.keystr(path[:-1], simple=True, separator="."), []).append(gradient)
@@ -133,7 +135,7 @@ def _norms(modules: dict[str, list[Any]]) -> dict[str, jax.Array]:
 
 
 def define_flags(arguments: Sequence[str]) -> None:
-    """None: the file has all settings."""
+    """Defines no flags, because the replay file has all settings."""
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -148,6 +150,6 @@ def main(arguments: Sequence[str]) -> None:
     print(f"gradient norms, {min(LISTED, len(grad_norms))} of {len(grad_norms)} modules:")
     for name, norm in list(grad_norms.items())[:LISTED]:
         print(f"  {norm:10.4g}  {name}")
-    print(f"images with what is not finite: {len(images)}")
-    for name, what in images[:LISTED]:
-        print(f"  {name}: {what}")
+    print(f"images with non-finite values: {len(images)}")
+    for name, kinds in images[:LISTED]:
+        print(f"  {name}: {kinds}")

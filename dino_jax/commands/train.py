@@ -2,8 +2,8 @@
 
     dino-jax train --config=vits16 --workdir=runs/a --config.data.source=folder:photos --config.optim.lr=1e-3
 
-The same command with the same workdir resumes the run. A teacher's backbone is exported to WORKDIR/export, metrics go
-to WORKDIR/metrics.jsonl and to TensorBoard files.
+The same command with the same workdir resumes the run. The teacher's backbone is exported to WORKDIR/export. Metrics
+are written to WORKDIR/metrics.jsonl and to TensorBoard files.
 """
 
 from collections.abc import Sequence
@@ -18,13 +18,13 @@ USAGE = "--workdir=FOLDER [--config=RECIPE] [--config.KEY=VALUE ...]"
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
-    """The workdir, and a recipe's settings."""
+    """Defines the flag for the workdir, and returns a recipe's settings."""
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
     return cli.recipe(arguments, default="default")
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Trains, or resumes."""
+    """Trains or resumes a run."""
     cli.require_no_arguments(arguments)
     config, workdir = flags.FLAGS.config, cli.required("workdir", flags.FLAGS.workdir)
     processes.set_cpu_device_count(config.batch_size, config.accum_steps * config.distributed.num_processes)

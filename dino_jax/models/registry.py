@@ -161,7 +161,7 @@ def check_sizes(arch: str, sizes: Mapping[str, int]) -> None:
         if given:
             wrong = " and ".join(f"model.{name}={sizes[name]}" for name in given)
             raise UserError(
-                f"model.arch={arch} has sizes of its own, but {wrong} is set: "
+                f"model.arch={arch} has fixed sizes, but {wrong} is set: "
                 f"set --config.model.arch=vit, or --config.model.{given[0]}=0"
             )
         return

@@ -75,7 +75,7 @@ def load_weights(
         pretrained = pretrained if heads else _without_heads(pretrained)
     if num_heads is not None and (there := num_heads_of(pretrained.card["architecture"])) != num_heads:
         stated = "has no attention" if there is None else f"states that it has {there} attention heads"
-        raise UserError(f"{path} {stated}, and num_heads is {num_heads}: leave num_heads out")
+        raise UserError(f"{path} {stated}, but num_heads is {num_heads}: omit num_heads")
     if image_size is not None:
         pretrained = _resized(pretrained, image_size)
     return pretrained if in_channels is None else _with_channels(pretrained, in_channels)

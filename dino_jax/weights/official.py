@@ -252,15 +252,15 @@ def _is_counter(name: str) -> bool:
     return name.endswith("num_batches_tracked")
 
 
-def _require_same(expected: Mapping[str, tuple[Any, ...]], found: Mapping[str, tuple[Any, ...]], source: str) -> None:
+def _require_same(expected: Mapping[str, tuple[Any, ...]], given: Mapping[str, tuple[Any, ...]], source: str) -> None:
     wrong = [
-        f"{name} {found[name]} instead of {shape}"
+        f"{name} {given[name]} instead of {shape}"
         for name, shape in expected.items()
-        if name in found and found[name] != shape
+        if name in given and given[name] != shape
     ]
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "not used": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in given],
+        "not used": [name for name in given if name not in expected],
         "of another shape": wrong,
     }
     parts = [f"{len(names)} {kind}: {_listed(names)}" for kind, names in problems.items() if names]

@@ -57,7 +57,7 @@ def test_table_figures_and_picture_and_nothing_twice(tmp_path, monkeypatch):
 def test_unknown_cell_is_one_line(tmp_path):
     done = run(f"--workdir={tmp_path}", "--cells=full,no_teacher")
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: --cells=full,no_teacher: give some of full,no_momentum")
+    assert done.stderr.splitlines()[-1].startswith("error: --cells=full,no_teacher: give a subset of full,no_momentum")
 
 
 @pytest.mark.slow

@@ -58,7 +58,7 @@ def test_a_run_that_overflows_is_replayed(tmp_path, capsys, monkeypatch):
     norms = [float(line.split()[0]) for line in out.splitlines() if ".blocks" in line or "head." in line]
     assert norms
     assert not np.isfinite(norms[0])
-    assert "images with what is not finite: 16" in out
+    assert "images with non-finite values: 16" in out
     assert "student" in out
 
 
@@ -70,7 +70,7 @@ def test_mistakes_are_one_line(finished, tmp_path):
     with pytest.raises(UserError, match=r"usage: dino-jax replay WORKDIR/replay-STEP\.json"):
         replay.main([])
     alone = shutil.copy(file, tmp_path)
-    with pytest.raises(UserError, match="checkpoints/4, from which to replay, is gone"):
+    with pytest.raises(UserError, match="checkpoints/4, where the replay starts, is missing"):
         replay.replay(alone)
 
 
@@ -81,7 +81,7 @@ def test_other_images_are_refused(finished):
     told["images"][3]["name"] = "another.jpg"
     other = workdir / "replay-other.json"
     other.write_text(json.dumps(told))
-    with pytest.raises(UserError, match="no longer gives the images of step 7"):
+    with pytest.raises(UserError, match="no longer has the images of step 7"):
         replay.replay(other)
 
 

@@ -76,7 +76,7 @@ def test_a_vit_of_a_named_ones_sizes_is_that_one():
         ("vit", {"embed_dim": 48, "num_heads": 3}, "set --config.model.depth=N, or"),
         ("vit", ANY | {"num_heads": 5}, "embed_dim 48 is not a multiple of model.num_heads 5: set --config.model.num"),
         ("vit_small", {"depth": 4}, r"model.depth=4 is set: set --config.model.arch=vit, or --config.model.depth=0"),
-        ("resnet18", {"num_heads": 4}, "model.arch=resnet18 has sizes of its own"),
+        ("resnet18", {"num_heads": 4}, "model.arch=resnet18 has fixed sizes"),
         ("vit_huge", {}, "unknown architecture 'vit_huge': set --config.model.arch to one of vit_nano"),
     ],
 )

@@ -80,7 +80,7 @@ def test_every_form_reads_back_as_the_same_network(run, expected, tmp_path, form
     again = found(images)
     np.testing.assert_array_equal(again.cls, tokens.cls)
     np.testing.assert_array_equal(again.patches, tokens.patches)
-    with pytest.raises(UserError, match="states that it has 3 attention heads, and num_heads is 4: leave num_heads"):
+    with pytest.raises(UserError, match="states that it has 3 attention heads, but num_heads is 4: omit num_heads"):
         dino_jax.load_backbone(tmp_path / name, num_heads=4)
     assert dino_jax.load_backbone(tmp_path / name, num_heads=3).config == backbone.config
 
@@ -133,7 +133,7 @@ def test_num_heads_of_a_convnet_are_refused(tmp_path):
     tree = jax.tree.map(lambda s: np.ones(s.shape, np.float32), like)
     tensors = official.to_official(tree["params"]) | official.to_official(tree["batch_stats"])
     tensor_files.write(tmp_path / "r.safetensors", tensors)
-    with pytest.raises(UserError, match="has no attention, and num_heads is 8: leave num_heads out"):
+    with pytest.raises(UserError, match="has no attention, but num_heads is 8: omit num_heads"):
         load.load_weights(tmp_path / "r.safetensors", num_heads=8)
 
 
@@ -187,7 +187,7 @@ def test_init_from_compares_sizes_not_names(tmp_path):
     ("changes", "message"),
     [
         ({"model__depth": 0}, "set --config.model.depth=N"),
-        ({"model__arch": "vit_nano"}, "model.arch=vit_nano has sizes of its own"),
+        ({"model__arch": "vit_nano"}, "model.arch=vit_nano has fixed sizes"),
         ({"model__num_heads": 5}, "not a multiple of model.num_heads 5"),
         ({"model__depth": -1}, "model.depth is -1: set --config.model.depth to 0 or more"),
     ],
