@@ -22,9 +22,14 @@ _started: list["Process"] = []
 
 def environment(devices: int = 1, **changes: str) -> dict[str, str]:
     """This process's environment with that many CPU devices, and with this package and the tests to import."""
-    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": xla_flags(devices), "JAX_PLATFORMS": "cpu"}
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]), "PYTHONUNBUFFERED": "1"}
     return os.environ | flags | paths | changes
+
+
+def xla_flags(devices: int) -> str:
+    """XLA_FLAGS of this process for that many CPU devices."""
+    return f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}"
 
 
 class Process:

@@ -15,13 +15,13 @@ T = TypeVar("T")
 
 
 def set_cpu_device_count(batch_size: int, parts: int = 1) -> None:
-    """Splits the CPU into devices, unless XLA_FLAGS is set. Call it before anything else uses JAX.
+    """Splits the CPU into devices, unless XLA_FLAGS sets their number. Call it before anything else uses JAX.
 
     Small operations, sorts above all, use one core each. There is at most one device per core and at most 8, since each
     holds all weights, and the number divides a batch in `parts` (over processes, in time). It does not affect
     accelerators.
     """
-    if "XLA_FLAGS" not in os.environ:
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         most = min(os.cpu_count() or 1, 8)
         fits = [n for n in range(1, most + 1) if batch_size % (n * max(parts, 1)) == 0]
         jax.config.update("jax_num_cpu_devices", max(fits, default=1))

@@ -186,7 +186,7 @@ class Watch:
         """Counts a training batch. Call it before the step."""
         for record in set(batch.bad[batch.bad >= 0].tolist()) - self.bad:
             self.bad.add(record)
-            say(f"train: cannot decode {self._train.name(record)}: another image stands in for it")
+            say(f"train: cannot decode {self._train.name(record)}: using another image instead")
         now = time.monotonic()
         if now - self._last_report >= REPORT_EVERY and self.seen:
             self._last_report, rate = now, self.seen / (now - self._start)

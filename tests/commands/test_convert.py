@@ -65,7 +65,7 @@ def test_size_and_channels_change_on_the_way(source, tmp_path):
         (("SOURCE", "new.safetensors", "--to=onyx"), "value should be one of <official|timm|hf|orbax"),
         (("SOURCE", "SOURCE", "--to=timm"), "exists: remove it or give another TARGET"),
         (("SOURCE", "new.bin", "--to=timm"), "name it .safetensors"),
-        (("SOURCE", "new.safetensors", "--to=official_checkpoint"), "use --to=official for its backbone"),
+        (("SOURCE", "new.safetensors", "--to=official_checkpoint"), "use --to=official to convert its backbone"),
         (("SOURCE", "/proc/nowhere/x.safetensors", "--to=timm"), "can't write /proc/nowhere/x.safetensors"),
         (("absent.pth", "new.safetensors", "--to=timm"), "no such path"),
     ],

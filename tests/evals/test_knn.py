@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 from backbones import Pooled
 from PIL import Image
@@ -143,7 +144,7 @@ assert len(devices) == 8
 one, eight = (knn.knn_predict(train, labels, test, (1, 5, 150), mesh=make_mesh(devices[:n])) for n in (1, 8))
 assert all(np.array_equal(one[k], eight[k]) for k in one)
 """
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": processes.xla_flags(8), "JAX_PLATFORMS": "cpu"}
     subprocess.run([sys.executable, "-c", program], env={**os.environ, **flags}, check=True, timeout=120)
 
 

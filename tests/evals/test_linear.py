@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from backbones import Pooled, as_tokens
 from PIL import Image
@@ -290,7 +291,7 @@ for devices in (1, 4):
 @pytest.mark.slow
 def test_four_devices_equal_one(tmp_path):
     """With random crops, a test set that does not fill its last batch and epochs that run into one another."""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": processes.xla_flags(4), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
     subprocess.run(command, env={**os.environ, **flags}, check=True, timeout=120)
     one, four = saved(tmp_path / "1"), saved(tmp_path / "4")

@@ -34,7 +34,7 @@ def save_images(folder):
 
 def test_a_disk_that_hangs_on_one_of_2_hosts_ends_both(tmp_path):
     """A pipe that nobody writes to, in the place of an image, never returns from being read."""
-    limits = {"watchdog__seconds": 8.0, "data__workers": 1, "distributed__heartbeat": 100}
+    limits = {"watchdog__seconds": 8, "data__workers": 1, "distributed__heartbeat": 100}
     mine, theirs = two_hosts(tmp_path, **limits)
     first = train(tmp_path / "run", devices=2, **mine)
     held = Held(tmp_path / "run", STEP, call=3, devices=2, **theirs)

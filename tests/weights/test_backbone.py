@@ -10,6 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -263,7 +264,7 @@ def test_a_backbone_runs_on_a_batch_split_over_devices(tmp_path):
     x = np.asarray(jax.random.normal(jax.random.key(3), (8, 32, 32, 3)))
     np.save(tmp_path / "x.npy", x)
     command = [sys.executable, "-c", SHARDED, str(folder), str(tmp_path / "x.npy"), str(tmp_path / "features.npy")]
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    flags = {"XLA_FLAGS": processes.xla_flags(4), "JAX_PLATFORMS": "cpu"}
     subprocess.run(command, cwd=ROOT, env=os.environ | flags, check=True, timeout=120)
     expected = load_backbone(folder)(x).cls
     np.testing.assert_allclose(np.load(tmp_path / "features.npy"), expected, rtol=1e-5, atol=1e-5)
