@@ -3,8 +3,8 @@
 Layout, as published by the authors of the data sets: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg, the
 same for rparis6k.
 
-The ground truth is read by a restricted `pickle.Unpickler`: the interpreter in `weights/torch_pickle.py` drops the state
-of objects, where NumPy keeps the content of arrays, and hooks for it would be longer than the class here.
+A restricted `pickle.Unpickler` reads the ground truth: the interpreter in `weights/torch_pickle.py` drops the state of
+objects, where NumPy keeps an array's content, and hooks for it would be longer than the class here.
 """
 
 import math
