@@ -1,7 +1,6 @@
 """Image retrieval on the revisited Oxford and Paris buildings (Radenovic et al., CVPR 2018): mAP without any training.
 
-Layout, as published by the authors of the data sets: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg, the
-same for rparis6k.
+Layout, as the data sets are published: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg; also rparis6k.
 
 A restricted `pickle.Unpickler` reads the ground truth: the interpreter in `weights/torch_pickle.py` drops the state of
 objects, where NumPy keeps an array's content, and hooks for it would be longer than the class here.
