@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -16,6 +17,14 @@ def versions() -> dict[str, str]:
 def plain(config: Any) -> dict[str, Any]:
     """A ConfigDict or dict as JSON would give it back: dicts, lists, numbers, strings."""
     return json.loads(json.dumps(config.to_dict() if hasattr(config, "to_dict") else config))
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name: {"optim": {"lr": 1}} -> {"optim.lr": 1}."""
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return values
 
 
 def _version(package: str) -> str:

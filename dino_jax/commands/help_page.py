@@ -8,14 +8,12 @@ import textwrap
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from types import FunctionType, ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from dino_jax.commands.cli import Settings, usage_line
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
+from dino_jax.provenance import flat
 
 COLUMN = 44  # column at which meanings start
 MOST = 120  # largest line width, characters
@@ -115,7 +113,7 @@ def _called(tree: ast.Module) -> Iterator[str]:
 def _groups(settings: Settings) -> Iterator[str]:
     """Yields a table for each group of settings (config.optim, ...), starting with the ungrouped ones."""
     meaning = meanings(settings.defined_in)
-    values = flat(settings.config)
+    values = flat(settings.config.to_dict())
     groups: dict[str, list[tuple[str, str]]] = {"": []}
     for name in sorted(values, key=[*meaning, *values].index):  # in the order of the source code
         group = name.rpartition(".")[0]
@@ -124,18 +122,6 @@ def _groups(settings: Settings) -> Iterator[str]:
         title = f"{group}: {meaning[group]}" if meaning.get(group) else group
         if rows:
             yield f"{textwrap.fill(title, _width())}\n{_table(rows)}" if title else _table(rows)
-
-
-def flat(config: "ConfigDict") -> dict[str, Any]:
-    """Returns the settings of a config by dotted name."""
-    found: dict[str, Any] = {}
-    for name in config:
-        value = config[name]
-        if isinstance(value, type(config)) and len(value):
-            found |= {f"{name}.{key}": inner for key, inner in flat(value).items()}
-        else:
-            found[name] = value
-    return found
 
 
 def _flags_of(command: ModuleType) -> list[flags.Flag[Any]]:

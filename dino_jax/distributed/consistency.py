@@ -67,7 +67,11 @@ def differences(descriptions: list[Mapping[str, Any]]) -> list[str]:
 def settings(config: Any) -> dict[str, Any]:
     """Returns the config by dotted name without `PER_HOST`, versions, a hash of our code, devices and XLA_FLAGS."""
     flags = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if not flag.startswith("--xla_dump")]
-    return {name: value for name, value in _flat(provenance.plain(config)).items() if not name.startswith(PER_HOST)} | {
+    return {
+        name: value
+        for name, value in provenance.flat(provenance.plain(config)).items()
+        if not name.startswith(PER_HOST)
+    } | {
         **{f"version of {name}": version for name, version in provenance.versions().items()},
         "version of jaxlib": importlib.metadata.version("jaxlib"),
         "code of dino_jax": _code(),
@@ -133,13 +137,6 @@ def checksums(mesh: Mesh, state: Any) -> jax.Array:
 def _bits(x: jax.Array) -> jax.Array:
     unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
     return jax.lax.bitcast_convert_type(x, unsigned)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _code() -> str:

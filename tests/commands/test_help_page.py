@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from dino_jax import recipes
 from dino_jax.commands import cli, help_page
 from dino_jax.evals import PROTOCOLS
+from dino_jax.provenance import flat
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +37,7 @@ def page_of(name, *arguments):
 
 def assert_all_have_meanings(function):
     meanings = help_page.meanings(function)
-    missing = [name for name in help_page.flat(function()) if not meanings.get(name)]
+    missing = [name for name in flat(function().to_dict()) if not meanings.get(name)]
     assert not missing, f"no comment beside or above {missing}"
 
 

@@ -1,8 +1,8 @@
 import csv
 
-import jax
 import numpy as np
 import pytest
+from backbones import random_vit
 from PIL import Image
 
 from dino_jax.errors import UserError
@@ -14,13 +14,7 @@ from dino_jax.weights.backbone import Backbone
 
 @pytest.fixture(scope="module")
 def backbone():
-    model = build_backbone("vit_nano", patch_size=8, image_size=16)
-    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
-    card = {
-        "architecture": {"arch": "vit_nano", "in_channels": 3},
-        "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3, "resize": 16, "crop": 16},
-    }
-    return Backbone(model, variables, card)
+    return random_vit()
 
 
 @pytest.fixture(scope="module")

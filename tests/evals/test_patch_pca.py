@@ -1,8 +1,8 @@
 import json
 
-import jax
 import numpy as np
 import pytest
+from backbones import random_vit
 from PIL import Image
 from skimage import data
 
@@ -15,13 +15,7 @@ from dino_jax.weights.backbone import Backbone
 
 @pytest.fixture(scope="module")
 def backbone():
-    model = build_backbone("vit_nano", patch_size=8, image_size=16)
-    variables = jax.jit(model.init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))
-    card = {
-        "architecture": {"arch": "vit_nano", "in_channels": 3},
-        "preprocessing": {"mean": [0.5] * 3, "std": [0.5] * 3},
-    }
-    return Backbone(model, variables, card)
+    return random_vit()
 
 
 def settings(images, **values):
