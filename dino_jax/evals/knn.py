@@ -22,6 +22,7 @@ from dino_jax.evals.common.neighbors import nearest
 from dino_jax.weights.backbone import Backbone
 
 VOTES_CHUNK = 1024  # queries in a chunk of votes, float32 [queries, classes]
+SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # folders that are no classes
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -173,10 +174,15 @@ def labeled_source(spec: str, split: str) -> Source:
 
 
 def check_classes(train: Source, test: Source) -> None:
-    """Raises UserError unless both sources have the same classes.
+    """Raises UserError unless both sources have the same classes, at least two, that are not the splits of a data set.
 
     Labels are indices of classes. If the class folders differed, an index would mean different classes.
     """
+    if train.class_names and SPLITS.issuperset(train.class_names):
+        splits = ", ".join(train.class_names)
+        raise UserError(f"the class folders are {splits}, the splits of a data set: give one of them as the source")
+    if train.num_classes == 1:
+        raise UserError("the training source has a single class, so every answer would be right: give a folder a class")
     names = [set(source.class_names) for source in (train, test)]
     if all(names) and names[0] != names[1]:
         odd = sorted(names[0] ^ names[1])
@@ -200,7 +206,7 @@ def knn_accuracy(
     num_classes: int | None = None,
     mesh: Mesh | None = None,
 ) -> dict[int, tuple[float, float]]:
-    """Returns {k: (top1, top5)}, the accuracies in percent; top5 is among all classes if there are fewer than five.
+    """Returns {k: (top1, top5)}, the accuracies in percent. top5 counts hits among the first min(5, k, num_classes).
 
     Arguments and errors as in `knn_predict`; test_labels int [T].
     """
@@ -238,7 +244,7 @@ def knn_predict(
         mesh: devices to use; all by default.
 
     Returns:
-        {k: int32 [T, min(5, num_classes)], the best class first}.
+        {k: int32 [T, min(5, k, num_classes)], the best class first}. The official code counts hits among the same.
 
     Raises:
         UserError: a k is not a whole number in 1..N, the temperature not above 0, or a training row without a class.
@@ -273,8 +279,8 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
 
 @partial(jax.jit, static_argnames="num_classes")
 def _vote(similarity: jax.Array, classes: jax.Array, temperature: jax.Array, num_classes: int) -> jax.Array:
-    """Returns the classes with most votes, int32 [t, min(5, num_classes)], given [t, k] neighbors, best first."""
+    """Returns the classes with most votes, int32 [t, min(5, k, num_classes)], given [t, k] neighbors, best first."""
     # Relative to the best, which keeps the order and cannot overflow at any temperature.
     weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
     votes = jnp.zeros((len(similarity), num_classes)).at[jnp.arange(len(similarity))[:, None], classes].add(weight)
-    return jax.lax.top_k(votes, min(5, num_classes))[1]
+    return jax.lax.top_k(votes, min(5, classes.shape[1], num_classes))[1]

@@ -10,6 +10,7 @@ import pytest
 from backbones import Pooled
 from PIL import Image
 
+from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals import knn
@@ -36,7 +37,30 @@ def plain_knn(train, labels, test, k, temperature, classes):
     votes = np.zeros((len(test), classes))
     for row, places in enumerate(nearest):
         np.add.at(votes[row], labels[places], np.exp(similarity[row, places] / temperature))
-    return np.argsort(-votes, axis=1, kind="stable")[:, :5]
+    return np.argsort(-votes, axis=1, kind="stable")[:, : min(5, k)]  # a hit counts among these
+
+
+@pytest.mark.parametrize(
+    ("k", "figures"),
+    [(1, (9.5, 9.5)), (2, (9.5, 18.25)), (3, (9.0, 25.75)), (4, (9.0, 37.0)), (5, (9.5, 47.25)), (20, (9.75, 44.25))],
+)
+def test_few_neighbors_as_the_official_code(k, figures):
+    """The official `knn_classifier` on 400 random queries among ten classes, at temperature 0.07."""
+    with np.load(Path(__file__).parent / "knn_few_neighbors.npz") as data:
+        arguments = [data[f"{split}{part}"] for split in ("train", "test") for part in ("", "_labels")]
+    assert knn.knn_accuracy(*arguments, ks=(k,), num_classes=10)[k] == pytest.approx(figures)
+
+
+@pytest.mark.parametrize(
+    ("folders", "message"), [(["train", "val"], "splits of a data set"), (["only"], "a single class")]
+)
+def test_classes_that_make_figures_meaningless_are_refused(tmp_path, folders, message):
+    for folder in folders:
+        (tmp_path / folder).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / folder / "a.png")
+    source = open_source(f"folder:{tmp_path}")
+    with pytest.raises(UserError, match=message):
+        knn.check_classes(source, source)
 
 
 def test_matches_reference(golden):
@@ -135,6 +159,7 @@ def test_eight_devices_equal_one():
 import jax, numpy as np, sys
 from dino_jax.evals import knn
 from dino_jax.evals.common import neighbors
+from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import make_mesh
 neighbors.BANK_CHUNK, neighbors.SIMILARITIES = 10, 300
 rng = np.random.default_rng(0)
