@@ -1,5 +1,6 @@
 """Checkpoints to resume from: saved asynchronously, verified on restore, restored onto any mesh."""
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -28,11 +29,21 @@ FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.unroll", "model.atten
 
 MAKE_ROOM = "earlier checkpoints are intact; make room there and resume with the same command"
 
-UNFINISHED = "*.orbax-checkpoint-tmp"
+UNFINISHED = ".orbax-checkpoint-tmp*"  # after the step in the name of a save in progress
+STEP = re.compile("0|[1-9][0-9]*")  # names of the folders of finished saves; str.isdigit also accepts "²"
 
 
 class Manager(ocp.CheckpointManager):
     """Orbax's manager with one-line errors. Orbax raises errors of background saves when it next waits for them."""
+
+    saving = -1  # the step that is being saved; Orbax saves one at a time
+
+    def save(self, step: int, **arguments: Any) -> bool:
+        """Starts a save after the previous one is on disk. Raises UserError if the disk is full."""
+        self.wait_until_finished()
+        with _saving(Path(self.directory)):
+            self.saving = step
+            return super().save(step, **arguments)
 
     def wait_until_finished(self) -> None:
         """Waits until the save in progress is on disk. Raises UserError if the disk is full."""
@@ -58,20 +69,20 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
     with atomic.disk_errors(f"to --workdir={workdir}", "give another folder"):
         directory.mkdir(parents=True, exist_ok=True)
 
-    def write_manifest_of_save_in_progress() -> None:
-        # Orbax calls this on process 0 after all data is written and before the checkpoint counts as finished, so every
-        # finished checkpoint has a manifest. Orbax does not pass the step, but only one save runs at a time.
-        for folder in directory.glob("[0-9]*"):
-            if not (folder / MANIFEST).exists() and folder.suffix != ".damaged":
-                write_manifest(folder)
+    def write_manifest_of_this_save() -> None:
+        # Orbax calls this on process 0 after all data is written and before it renames the folder to its final name, so
+        # every finished checkpoint has a manifest. No other folder is touched: whoever lost a manifest may be damaged.
+        for folder in directory.glob(f"{manager.saving}{UNFINISHED}"):
+            write_manifest(folder)
 
     options = ocp.CheckpointManagerOptions(
         max_to_keep=checkpoint.keep_last,
         keep_period=checkpoint.keep_every_steps or None,
         cleanup_tmp_directories=True,
-        async_options=ocp.AsyncOptions(post_finalization_callback=write_manifest_of_save_in_progress),
+        async_options=ocp.AsyncOptions(post_finalization_callback=write_manifest_of_this_save),
     )
-    return Manager(directory, options=options)
+    manager = Manager(directory, options=options)
+    return manager
 
 
 def save(manager: Manager, step: int, state: Any, config: Any) -> bool:
@@ -85,8 +96,7 @@ def save(manager: Manager, step: int, state: Any, config: Any) -> bool:
         return False
     metadata = {"config": plain(config), "versions": versions()}
     arguments = ocp.args.Composite(state=ocp.args.StandardSave(state), metadata=ocp.args.JsonSave(metadata))
-    with _saving(Path(manager.directory)):
-        return manager.save(step, args=arguments, force=True)
+    return manager.save(step, args=arguments, force=True)
 
 
 def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int] | None:
@@ -136,7 +146,7 @@ def newest_intact(directory: str | Path) -> int | None:
     directory = Path(directory)
     newest = -1
     if jax.process_index() == 0:
-        steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+        steps = [int(path.name) for path in directory.glob("*") if STEP.fullmatch(path.name) and path.is_dir()]
         for step in sorted(steps, reverse=True):
             problem = damage(directory / str(step))
             if problem is None:
@@ -165,7 +175,7 @@ def _saving(directory: Path) -> Iterator[None]:
             yield
     except UserError:
         if jax.process_index() == 0:
-            for unfinished in directory.glob(UNFINISHED):
+            for unfinished in directory.glob(f"*{UNFINISHED}"):
                 shutil.rmtree(unfinished, ignore_errors=True)
         raise
 

@@ -209,6 +209,43 @@ def test_100_random_damages_are_all_detected(tmp_path, capsys):
     assert restore(tmp_path)[1] == 2
 
 
+def halve(step_folder):
+    path = max((p for p in (step_folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def lose_a_file(step_folder):
+    max((p for p in (step_folder / "state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size).unlink()
+
+
+@pytest.mark.parametrize("harm", [flip_a_bit, halve, lose_a_file])
+@pytest.mark.parametrize("keep", [{"checkpoint.keep_last": 3}, {"checkpoint.keep_every_steps": 1}])
+def test_a_damaged_checkpoint_without_manifest_stays_damaged_after_later_saves(tmp_path, harm, keep):
+    save_steps(tmp_path, [1, 2], config(**keep))
+    steps = tmp_path / "checkpoints"
+    harm(steps / "1")
+    (steps / "1" / checkpoints.MANIFEST).unlink()
+    save_steps(tmp_path, [3], config(**keep))
+    assert not (steps / "1" / checkpoints.MANIFEST).exists()
+    for step in (2, 3):
+        flip_a_bit(steps / str(step))
+    with pytest.raises(UserError, match="every checkpoint"):
+        restore(tmp_path, config(**keep))
+
+
+def test_what_others_put_beside_the_steps_is_ignored_and_untouched(tmp_path):
+    steps = tmp_path / "checkpoints"
+    for folder in ("2.bak/state", "1_copy", "²", "007", "old_3", "2.tmp"):
+        (steps / folder).mkdir(parents=True)
+    (steps / "1note.txt").write_text("lr was 1e-3")
+    (steps / "4").write_text("a file")
+    others = sorted(path.name for path in steps.iterdir())
+    save_steps(tmp_path, [1, 2, 3])
+    assert restore(tmp_path)[1] == 3
+    assert sorted(path.name for path in steps.iterdir() if path.name not in ("2", "3")) == others
+    assert not [path for path in steps.rglob(checkpoints.MANIFEST) if path.parent.name not in ("2", "3")]
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [
