@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # for the initial weights, data order, crops and drop paths
     config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 per GPU, 8 GPUs]
-    config.epochs = 100  # passes over the data
+    config.epochs = 100.0  # passes over the data; fractions are rounded to whole steps
     config.method = "dino"  # how student and teacher learn: dino
     # Number of parts of a device's batch that are computed one after another to save memory. Batch norm sees one part.
     config.accum_steps = 1
@@ -59,7 +59,7 @@ def get_config() -> ConfigDict:
     config.dino.student_temp = 0.1  # temperature of the student's softmax
     config.dino.teacher_temp = 0.04  # after the warmup; 0.07 with a warmup for long runs
     config.dino.warmup_teacher_temp = 0.04  # at the start; rises linearly to teacher_temp
-    config.dino.warmup_teacher_temp_epochs = 0  # length of that warmup
+    config.dino.warmup_teacher_temp_epochs = 0.0  # length of that warmup
     config.dino.teacher_momentum = 0.996  # weight of the old teacher in each update; 0.9995 for batch 256 [C]
     config.dino.teacher_momentum_end = 1.0  # reached on a cosine at the last step
     config.dino.center_momentum = 0.9  # of the moving average of the teacher's logits
@@ -77,11 +77,11 @@ def get_config() -> ConfigDict:
     config.optim.name = "adamw"  # adamw | sgd | lars
     config.optim.lr = 5e-4  # peak learning rate for 256 images; scaled by batch_size / 256
     config.optim.min_lr = 1e-6  # learning rate at the end of the cosine; not scaled
-    config.optim.warmup_epochs = 10  # the learning rate rises linearly from 0
+    config.optim.warmup_epochs = 10.0  # the learning rate rises linearly from 0
     config.optim.weight_decay = 0.04  # rises on a cosine to weight_decay_end
     config.optim.weight_decay_end = 0.4  # at the last step
     config.optim.clip_grad = 3.0  # largest norm of a parameter tensor's gradient; 0: no clipping
-    config.optim.freeze_last_layer_epochs = 1  # first epochs in which the prototypes are not trained
+    config.optim.freeze_last_layer_epochs = 1.0  # first epochs in which the prototypes are not trained
     # Largest number of steps in a row that are skipped because of a non-finite loss or gradient; more stop the run.
     config.optim.max_skipped = 10
     # Also skip a step whose gradient norm exceeds the 0.99 quantile of the last 1,000 by this factor; 0: never.

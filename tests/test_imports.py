@@ -14,6 +14,7 @@ FLOORS = (
     "recipes",
     "progress",
     "provenance",
+    "limits",
     "atomic",
     "models",
     "data",

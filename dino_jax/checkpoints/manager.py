@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dino_jax import atomic
-from dino_jax.checkpoints.integrity import MANIFEST, damage, write_json, write_manifest
+from dino_jax.checkpoints.integrity import damage, write_json, write_manifest
 from dino_jax.errors import UserError, listed
 from dino_jax.provenance import plain, versions
 

@@ -27,6 +27,7 @@ from dino_jax.commands import cli
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import UserError
 from dino_jax.evals import PROTOCOLS
+from dino_jax.limits import check_numbers
 from dino_jax.weights.backbone import load_backbone
 
 USAGE = "PROTOCOL --checkpoint=PATH [--out=FOLDER] [--config.KEY=VALUE ...]"
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the protocol and writes results.json."""
     if len(arguments) != 1:
         raise UserError(f"give one protocol, not {' '.join(arguments)}: change settings with --config.KEY=VALUE")
+    check_numbers(flags.FLAGS.config, PROTOCOLS[arguments[0]].LIMITS)
     [protocol], checkpoint = arguments, cli.required("checkpoint", flags.FLAGS.checkpoint)
     set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
     backbone = load_backbone(checkpoint, num_heads=flags.FLAGS.num_heads)

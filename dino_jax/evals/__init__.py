@@ -1,4 +1,4 @@
-"""Evaluation protocols, each a module with `default_config()` and `run(backbone, config, out) -> results`."""
+"""Evaluation protocols, each a module with `default_config()`, `LIMITS` and `run(backbone, config, out) -> results`."""
 
 from dino_jax.evals import (
     attention,

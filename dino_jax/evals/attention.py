@@ -28,10 +28,14 @@ from dino_jax.evals.common.images import (
     upsample,
 )
 from dino_jax.evals.common.video import read_video, write_video
+from dino_jax.limits import COUNT, Above
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
 MASK_COLOR = np.array((255, 60, 60), np.uint8)
+
+
+LIMITS = {"size": (0, 16_384), "mass": Above(0, 1), "batch_size": COUNT}
 
 
 def default_config() -> ml_collections.ConfigDict:

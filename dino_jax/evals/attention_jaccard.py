@@ -24,10 +24,14 @@ from dino_jax.evals.common.images import (
     upsample,
 )
 from dino_jax.evals.common.label_maps import read_labels
+from dino_jax.limits import COUNT_OR_NONE, Above
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
 VOID = 255  # label of outlines and of undecided pixels
+
+
+LIMITS = {"mass": Above(0, 1), "rows": COUNT_OR_NONE}
 
 
 def default_config() -> ml_collections.ConfigDict:

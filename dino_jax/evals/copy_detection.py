@@ -35,12 +35,16 @@ from dino_jax.evals.common.ranking import (
     rate,
     thumbnail,
 )
+from dino_jax.limits import COUNT, COUNT_OR_NONE, PIXELS
 from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone
 
 TOP = 20  # number of answers that are scored
 GEM_POWER, GEM_FLOOR = 4.0, 1e-6
 EIGENVALUE_FLOOR = 1e-5  # of the largest
+
+
+LIMITS = {"imsize": PIXELS, "batch_size": COUNT, "workers": (0, 1_024), "sheet": COUNT_OR_NONE}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -33,6 +33,7 @@ from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
 from dino_jax.evals.common.feature_cache import WAY_OUT
 from dino_jax.evals.common.linear_heads import Kind, probe_features
+from dino_jax.limits import COUNT, PIXELS
 from dino_jax.weights.backbone import Backbone
 
 POOLINGS = ("cls", "mean", "cls_mean")
@@ -60,6 +61,9 @@ def knobs() -> dict[str, Any]:
         "batch_size": 256,  # images, over all devices
         "workers": min(8, os.cpu_count() or 1),  # processes that read and decode images
     }
+
+
+LIMITS = {"blocks": COUNT, "batch_size": COUNT, "workers": (0, 1_024), "resize": PIXELS, "crop": PIXELS}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -19,10 +19,24 @@ from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, l2_normalize
 from dino_jax.evals.common.neighbors import nearest
+from dino_jax.limits import COUNT, PIXELS, SEED, TEMPERATURE
 from dino_jax.weights.backbone import Backbone
 
 VOTES_CHUNK = 1024  # queries in a chunk of votes, float32 [queries, classes]
 SPLITS = {"train", "training", "val", "valid", "validation", "test"}  # folders that are no classes
+
+
+LIMITS = {
+    "k": COUNT,
+    "temperature": TEMPERATURE,
+    "shots": COUNT,
+    "draws": COUNT,
+    "seed": SEED,
+    "resize": PIXELS,
+    "crop": PIXELS,
+    "batch_size": COUNT,
+    "workers": (0, 1_024),
+}
 
 
 def default_config() -> ml_collections.ConfigDict:

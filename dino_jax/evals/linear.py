@@ -42,6 +42,7 @@ from dino_jax.evals.common.linear_heads import (
 )
 from dino_jax.evals.common.linear_state import Record, fingerprint, load_state, save_state
 from dino_jax.evals.knn import check_classes, labeled_source
+from dino_jax.limits import COUNT, PIXELS, SEED, SHARE, Above
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
@@ -49,6 +50,22 @@ OFFICIAL_LR = 0.001  # per 256 images
 STATE_FILE = "linear_state.npz"
 AT_LEAST = {"epochs": 1, "batch_size": 1, "val_every": 1, "seed": 0, "workers": 0, "canvas_size": 1}
 REPORT_EVERY = 10.0  # seconds
+
+
+LIMITS = {
+    "epochs": COUNT,
+    "batch_size": COUNT,
+    "lr": Above(0, 1e9),
+    "blocks": COUNT,
+    "scale": Above(0, 1),
+    "flip": SHARE,
+    "canvas_size": PIXELS,
+    "resize": PIXELS,
+    "crop": PIXELS,
+    "val_every": COUNT,
+    "seed": SEED,
+    "workers": (0, 1_024),
+}
 
 
 def default_config() -> ConfigDict:

@@ -22,7 +22,10 @@ from dino_jax.evals.common.images import (
     upsample,
 )
 from dino_jax.evals.common.pca import principal_components
+from dino_jax.limits import PIXELS
 from dino_jax.weights.backbone import Backbone
+
+LIMITS = {"size": (0, 16_384), "tile": PIXELS}
 
 
 def default_config() -> ml_collections.ConfigDict:

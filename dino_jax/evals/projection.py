@@ -14,7 +14,9 @@ from dino_jax.errors import UserError, missing_extras
 from dino_jax.evals.common.extraction import image_size, l2_normalize
 from dino_jax.evals.common.pca import principal_components
 from dino_jax.evals.common.plots import new_figure, require_matplotlib
+from dino_jax.evals.features import LIMITS as FEATURES_LIMITS
 from dino_jax.evals.features import FeatureSet, extract_set, knobs, read_set
+from dino_jax.limits import COUNT, SEED, SHARE
 from dino_jax.weights.backbone import Backbone
 
 if TYPE_CHECKING:
@@ -37,6 +39,9 @@ COLORS = (
     "#bcbd22",
     "#17becf",
 )
+
+
+LIMITS = {**FEATURES_LIMITS, "most": COUNT, "neighbors": (2, 100_000), "min_dist": SHARE, "seed": SEED}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -38,6 +38,7 @@ from dino_jax.evals.common.ranking import (
     rate,
     thumbnail,
 )
+from dino_jax.limits import COUNT, COUNT_OR_NONE, PIXELS, Above
 from dino_jax.weights.backbone import Backbone
 
 # As in the reference: pixels of the longer side, and the scales at which features of an image are computed.
@@ -57,6 +58,9 @@ class Photo(NamedTuple):
 
     path: Path
     box: tuple[int, int, int, int] | None  # left, upper, right, lower in pixels; None for the whole image
+
+
+LIMITS = {"imsize": PIXELS, "scales": Above(0, 100), "batch_size": COUNT, "workers": (0, 1_024), "sheet": COUNT_OR_NONE}
 
 
 def default_config() -> ml_collections.ConfigDict:

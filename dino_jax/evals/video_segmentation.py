@@ -29,12 +29,23 @@ from dino_jax.evals.common.images import map_images, patch_grid, patch_size, rea
 from dino_jax.evals.common.label_maps import read_labels, read_objects, tint_objects, write_labels
 from dino_jax.evals.common.label_propagation import hard_labels, propagate
 from dino_jax.evals.common.video import read_video, write_video
+from dino_jax.limits import COUNT, COUNT_OR_NONE, PIXELS, TEMPERATURE
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
 VOID = 255  # DAVIS counts it as background
 Scores = dict[str, tuple[np.ndarray, np.ndarray]]  # J and F of each video, [objects, T]
 SETTINGS = ("size", "multiple", "context", "radius", "topk", "temperature")  # that masks depend on
+
+
+LIMITS = {
+    "size": PIXELS,
+    "multiple": PIXELS,
+    "context": COUNT_OR_NONE,
+    "radius": COUNT_OR_NONE,
+    "topk": COUNT,
+    "temperature": TEMPERATURE,
+}
 
 
 def default_config() -> ml_collections.ConfigDict:

@@ -5,9 +5,24 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from dino_jax.errors import UserError
+from dino_jax import recipes
+from dino_jax.errors import UserError, listed
+from dino_jax.limits import (
+    COUNT,
+    COUNT_OR_NONE,
+    EPOCHS,
+    FACTOR,
+    PIXELS,
+    SECONDS,
+    SEED,
+    SHARE,
+    TEMPERATURE,
+    Above,
+    Limits,
+    check_numbers,
+)
 from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
-from dino_jax.training.evaluators import EVALUATORS
+from dino_jax.provenance import flat
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import OPTIMIZERS
 from dino_jax.training.schedules import TEACHER_UPDATES
@@ -22,55 +37,82 @@ CHOICES = {
     "dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("xla", "cudnn"),
 }
-AT_LEAST = {
-    "seed": 0,
-    "batch_size": 1,
-    "epochs": 1,
-    "accum_steps": 1,
-    "fsdp": 1,
-    "log_every": 1,
-    "verify_every": 0,
-    "model.patch_size": 1,
-    "model.in_channels": 1,
-    **{f"model.{name}": 0 for name in SIZES},
-    "head.out_dim": 1,
-    "head.hidden_dim": 1,
-    "head.bottleneck_dim": 1,
-    "head.layers": 1,
-    "optim.min_lr": 0,
-    "optim.weight_decay": 0,
-    "optim.weight_decay_end": 0,
-    "optim.clip_grad": 0,
-    "optim.max_skipped": 0,
-    "optim.skip_above": 0,
-    "optim.warmup_epochs": 0,
-    "optim.freeze_last_layer_epochs": 0,
-    "dino.warmup_teacher_temp_epochs": 0,
-    "crops.local_number": 0,
-    "crops.brightness": 0,
-    "crops.contrast": 0,
-    "crops.saturation": 0,
-    "crops.hue": 0,
-    "data.canvas_size": 1,
-    "data.workers": 0,
-    "data.stall_timeout": 0,
-    "eval.batch_size": 1,
-    "evals.knn.k": 1,
-    "evals.knn.every_epochs": 0,
-    "checkpoint.every_steps": 1,
-    "checkpoint.keep_last": 1,
-    "checkpoint.keep_every_steps": 0,
-    "distributed.num_processes": 1,
-    "distributed.timeout": 1,
-    "distributed.heartbeat": 1,
-    "watchdog.seconds": 0,
-    "watchdog.slow_seconds": 1,
+# Every numeric setting of configs/default.py.
+LIMITS: Limits = {
+    "seed": SEED,
+    "batch_size": (1, 1_000_000),
+    "epochs": Above(0, 1e6),
+    "accum_steps": (1, 100_000),
+    "fsdp": (1, 100_000),
+    "log_every": COUNT,
+    "verify_every": COUNT_OR_NONE,
+    **{f"model.{name}": (0, 100_000) for name in SIZES},
+    "model.patch_size": PIXELS,
+    "model.in_channels": (1, 1_024),
+    "model.drop_path_rate": SHARE,
+    "head.out_dim": (2, 10_000_000),
+    "head.hidden_dim": (1, 1_000_000),
+    "head.bottleneck_dim": (1, 1_000_000),
+    "head.layers": (1, 100),
+    "dino.student_temp": TEMPERATURE,
+    "dino.teacher_temp": TEMPERATURE,
+    "dino.warmup_teacher_temp": TEMPERATURE,
+    "dino.warmup_teacher_temp_epochs": EPOCHS,
+    "dino.teacher_momentum": SHARE,
+    "dino.teacher_momentum_end": SHARE,
+    "dino.center_momentum": SHARE,
+    "optim.lr": Above(0, 1e9),
+    "optim.min_lr": FACTOR,
+    "optim.weight_decay": FACTOR,
+    "optim.weight_decay_end": FACTOR,
+    "optim.clip_grad": FACTOR,
+    "optim.warmup_epochs": EPOCHS,
+    "optim.freeze_last_layer_epochs": EPOCHS,
+    "optim.max_skipped": COUNT_OR_NONE,
+    "optim.skip_above": FACTOR,
+    "crops.global_size": PIXELS,
+    "crops.local_size": PIXELS,
+    "crops.local_number": (0, 1_000),
+    "crops.global_scale": Above(0, 1),
+    "crops.local_scale": Above(0, 1),
+    "crops.flip": SHARE,
+    "crops.jitter": SHARE,
+    "crops.grayscale": SHARE,
+    "crops.global_blur": SHARE,
+    "crops.local_blur": SHARE,
+    "crops.global_solarize": SHARE,
+    "crops.brightness": (0, 100),
+    "crops.contrast": (0, 100),
+    "crops.saturation": (0, 100),
+    "crops.hue": (0, 0.5),
+    "crops.blur_sigma": Above(0, 1_000),
+    "data.canvas_size": PIXELS,
+    "data.workers": (0, 1_024),
+    "data.stall_timeout": SECONDS,
+    "data.max_bad_fraction": SHARE,
+    "data.mean": (-1_000, 1_000),
+    "data.std": Above(0, 1_000),
+    "eval.resize": PIXELS,
+    "eval.crop": PIXELS,
+    "eval.batch_size": (1, 1_000_000),
+    "checkpoint.every_steps": COUNT,
+    "checkpoint.keep_last": COUNT,
+    "checkpoint.keep_every_steps": COUNT_OR_NONE,
+    "checkpoint.stop_within": Above(0, 1e8),
+    "distributed.num_processes": (1, 100_000),
+    "distributed.process_id": (0, 99_999),
+    "distributed.timeout": (1, 1e6),
+    "distributed.heartbeat": (1, 1e6),
+    "watchdog.seconds": SECONDS,
+    "watchdog.slow_seconds": (1, 1e8),
+    "loss_weights.dino": (0, 1e6),
+    "evals.knn.every_epochs": COUNT_OR_NONE,
+    "evals.knn.k": COUNT,
 }
-POSITIVE = ("optim.lr", "dino.student_temp", "dino.teacher_temp", "dino.warmup_teacher_temp")
-SHARES = ("dino.teacher_momentum", "dino.teacher_momentum_end", "dino.center_momentum", "data.max_bad_fraction")
-# Keys of config.crops: probabilities, pairs of probabilities, and (below) pairs of numbers.
-PROBABILITIES = ("flip", "jitter", "grayscale", "local_blur")
-PAIRS_OF_PROBABILITIES = ("global_blur", "global_solarize")
+OPTIONAL = "evals."  # sections that a recipe may leave out
+# Pairs in config.crops: a smaller and a larger number, and one probability for each global crop.
+RANGES = ("global_scale", "local_scale", "blur_sigma")
+PAIRS = ("global_blur", "global_solarize")
 # Settings of config.model that only some families have: name in an error message, and the value that disables it.
 FAMILY_SETTINGS = {
     "drop_path_rate": ("drop path", 0),
@@ -78,11 +120,11 @@ FAMILY_SETTINGS = {
     "unroll": ("loop over its blocks", False),
     "attention": ("attention", "xla"),
 }
-RANGES = ("global_scale", "local_scale", "blur_sigma")
 
 
 def check_config(config: ConfigDict, devices: int) -> None:
     """Raises UserError for the first setting that is invalid, or does not work on this number of devices."""
+    _check_names(config)
     if not config.data.source:
         raise UserError("data.source is not set: give --config.data.source=folder:PATH (or tfds:NAME, demo)")
     _check_values(config)
@@ -90,11 +132,7 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _check_channels(config)
     _check_model(config)
     _check_batch(config, devices)
-    if config.optim.warmup_epochs >= config.epochs:
-        raise UserError(
-            f"optim.warmup_epochs {config.optim.warmup_epochs} is not shorter than the run of {config.epochs} epochs: "
-            f"set --config.optim.warmup_epochs below {config.epochs}"
-        )
+    _check_epochs(config)
     if config.eval.crop > config.eval.resize:
         raise UserError(
             f"eval.crop {config.eval.crop} is larger than eval.resize {config.eval.resize}: "
@@ -102,44 +140,62 @@ def check_config(config: ConfigDict, devices: int) -> None:
         )
 
 
+def _check_names(config: ConfigDict) -> None:
+    """Checks that a recipe has the settings of configs/default.py, with values of the same types."""
+    known, given = (flat(settings.to_dict()) for settings in (recipes.get_config("default"), config))
+    missing = [name for name in known if name not in given and not name.startswith(OPTIONAL)]
+    if missing:
+        raise UserError(
+            f"the recipe lacks {listed(missing)}: start it from another one with dino_jax.get_config('default')"
+        )
+    if unknown := [name for name in given if name not in known]:
+        raise UserError(f"unknown setting {unknown[0]}: `dino-jax train --help` lists all settings")
+    for name, value in given.items():
+        expected = type(known[name])
+        if not isinstance(
+            value, (int, float) if expected is float else (tuple, list) if expected is tuple else expected
+        ):
+            raise UserError(f"{name} is {value!r}: set --config.{name} to a value of type {expected.__name__}")
+
+
 def _check_values(config: ConfigDict) -> None:
     for name, options in CHOICES.items():
         if (value := _get(config, name)) not in options:
             raise UserError(f"{name} {value!r} is unknown: set --config.{name} to one of {', '.join(options)}")
-    for name, least in AT_LEAST.items():
-        if not (value := _get(config, name)) >= least:  # also true for NaN
-            raise UserError(f"{name} is {value}: set --config.{name} to {least} or more")
-    for name in POSITIVE:
-        if not 0 < (value := _get(config, name)) < float("inf"):
-            raise UserError(f"{name} is {value}: set --config.{name} above 0")
-    for name in SHARES:
-        if not 0 <= (value := _get(config, name)) <= 1:
-            raise UserError(f"{name} is {value}: set --config.{name} to a value from 0 to 1")
     if unknown := [name for name in config.init_adapt.split(",") if name not in ("", *ADAPTATIONS)]:
         raise UserError(
             f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to a subset of {','.join(ADAPTATIONS)}"
         )
     if unknown := [name for name in config.writers.split(",") if name not in ("", *WRITERS)]:
         raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to a subset of {','.join(WRITERS)}")
-    if unknown := [name for name in config.evals if name not in EVALUATORS]:
-        raise UserError(f"evals.{unknown[0]} is unknown: config.evals has settings of {', '.join(EVALUATORS)}")
-    if not 0 <= (rate := config.model.drop_path_rate) < 1:
-        raise UserError(f"model.drop_path_rate is {rate}: set --config.model.drop_path_rate to 0 or more and below 1")
+    check_numbers(config, LIMITS)
+    if config.model.drop_path_rate == 1:
+        raise UserError("model.drop_path_rate is 1: set --config.model.drop_path_rate below 1")
+
+
+def _check_epochs(config: ConfigDict) -> None:
+    """Checks that no part of the schedules takes the whole run."""
+    longest = f"the run of {config.epochs:g} epochs"
+    for name in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs"):
+        if (part := _get(config, name)) >= config.epochs:
+            raise UserError(
+                f"{name} {part:g} is not shorter than {longest}: set --config.{name} below {config.epochs:g}"
+            )
+    name = "dino.warmup_teacher_temp_epochs"
+    if (part := _get(config, name)) > config.epochs:
+        raise UserError(
+            f"{name} {part:g} is longer than {longest}, which never reaches dino.teacher_temp: "
+            f"set --config.{name} to {config.epochs:g} or less"
+        )
 
 
 def _check_crops(crops: ConfigDict) -> None:
-    for key in (*PROBABILITIES, *PAIRS_OF_PROBABILITIES, *RANGES):
-        values = (crops[key],) if key in PROBABILITIES else tuple(crops[key])
-        if key not in PROBABILITIES and len(values) != 2:
+    for key in (*RANGES, *PAIRS):
+        values = tuple(crops[key])
+        if len(values) != 2:
             raise UserError(f"crops.{key} has {len(values)} values: set --config.crops.{key} to two, like '(0.1,1.0)'")
-        if key in RANGES and not 0 < values[0] <= values[1]:
-            raise UserError(
-                f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number above 0"
-            )
-        if key in ("global_scale", "local_scale") and values[1] > 1:
-            raise UserError(f"crops.{key} is {values}, in shares of an image: set --config.crops.{key} to at most 1")
-        if key not in RANGES and not all(0 <= value <= 1 for value in values):
-            raise UserError(f"crops.{key} is {crops[key]}: set --config.crops.{key} to probabilities from 0 to 1")
+        if key in RANGES and values[0] > values[1]:
+            raise UserError(f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number")
 
 
 def _check_channels(config: ConfigDict) -> None:
@@ -149,8 +205,6 @@ def _check_channels(config: ConfigDict) -> None:
                 f"data.{key} has {len(config.data[key])} values for model.in_channels={config.model.in_channels}: "
                 f"set --config.data.{key} to one value per channel"
             )
-    if min(config.data.std) <= 0:
-        raise UserError(f"data.std is {tuple(config.data.std)}: set --config.data.std to values above 0")
 
 
 def _check_model(config: ConfigDict) -> None:

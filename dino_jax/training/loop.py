@@ -24,6 +24,7 @@ from dino_jax.training.flops import peak_flops
 from dino_jax.training.init_from import start_from
 from dino_jax.training.nonfinite import StepGuard
 from dino_jax.training.rate import Rate
+from dino_jax.training.schedules import steps_of
 from dino_jax.training.setup import (
     DeviceBatch,
     Setup,
@@ -52,7 +53,7 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
     source = processes.on_every_process(lambda: open_source(config.data.source), size=len)
     consistency.require_same(lambda: consistency.data(source))
     steps_per_epoch = steps_in_epoch(source, config)
-    total_steps = config.epochs * steps_per_epoch
+    total_steps = total_steps_of(config, steps_per_epoch)
     mesh = sharding.make_mesh(fsdp=config.fsdp)
     setup = build_setup(config, steps_per_epoch)
     shapes = abstract_state(setup, mesh)
@@ -240,6 +241,17 @@ def steps_in_epoch(source: Source, config: ConfigDict) -> int:
     return len(source) // config.batch_size
 
 
+def total_steps_of(config: ConfigDict, steps_per_epoch: int) -> int:
+    """Returns the steps of a run. Raises UserError if there are none."""
+    steps = steps_of(config.epochs, steps_per_epoch)
+    if steps == 0:
+        raise UserError(
+            f"epochs {config.epochs:g} of {steps_per_epoch:,} steps each round to 0 steps: "
+            f"set --config.epochs to {1 / steps_per_epoch:.2g} or more"
+        )
+    return steps
+
+
 def first_state(setup: Setup, mesh: jax.sharding.Mesh) -> tuple[tuple[State, int], str]:
     """Returns ((state, 0), log line): the state before step 1, random or from config.init_from, and its origin."""
     state = init_state(setup, mesh)
@@ -276,12 +288,12 @@ def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, s
     config, device = setup.config, jax.devices()[0]
     count = sum(x.size for x in jax.tree.leaves(state.student["backbone"]))
     resumed = f"; resuming after step {start:,}" if start else ""
-    if start >= config.epochs * steps_per_epoch:
+    if start >= steps_of(config.epochs, steps_per_epoch):
         resumed += ", which is the last: nothing left to train"
     uniform = math.log(config.head.out_dim)
     return (
         f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "
         f"({setup.method.backbone.dtype}), {jax.process_count()} process(es)\n"
-        f"{len(source):,} images, batch {config.batch_size}: {config.epochs} epochs of {steps_per_epoch:,} steps; "
+        f"{len(source):,} images, batch {config.batch_size}: {config.epochs:g} epochs of {steps_per_epoch:,} steps; "
         f"a loss that stays at ln K = {uniform:.2f} means collapse to uniform outputs{resumed}"
     )

@@ -1,7 +1,7 @@
 """Schedules: pure functions from the step to a value, built once from the config.
 
 Reference: dino `utils.cosine_scheduler` and the teacher temperature of `DINOLoss`. All return float32 scalars and work
-under `jit`. Epochs become steps here and nowhere else.
+under `jit`. Epochs become steps in `steps_of` and nowhere else.
 """
 
 from collections.abc import Callable
@@ -56,13 +56,19 @@ def cosine(base: float, final: float, total_steps: int, warmup_steps: int = 0, w
     return schedule
 
 
-def temperature(start: float, final: float, warmup_epochs: int, steps_per_epoch: int) -> Schedule:
+def steps_of(epochs: float, steps_per_epoch: int) -> int:
+    """Returns the whole number of steps nearest to a number of epochs."""
+    return round(epochs * steps_per_epoch)
+
+
+def temperature(start: float, final: float, warmup_epochs: float, steps_per_epoch: int) -> Schedule:
     """Linear from `start` to `final` over `warmup_epochs`, constant within an epoch, then `final`."""
+    warmup_steps = steps_of(warmup_epochs, steps_per_epoch)
 
     def schedule(step: jax.Array) -> jax.Array:
         epoch = jnp.asarray(step) // steps_per_epoch
-        warmup = start + (final - start) * epoch / max(warmup_epochs - 1, 1)
-        return jnp.where(epoch < warmup_epochs, warmup, final).astype(jnp.float32)
+        warmup = start + (final - start) * jnp.minimum(epoch / max(warmup_epochs - 1, 1), 1)
+        return jnp.where(jnp.asarray(step) < warmup_steps, warmup, final).astype(jnp.float32)
 
     return schedule
 
@@ -83,8 +89,9 @@ def teacher_momentum(update: str, start: float, end: float, total_steps: int, st
 def from_config(config: ConfigDict, steps_per_epoch: int) -> Schedules:
     """All schedules of a run. lr is `optim.lr * batch_size / 256` at its peak; `optim.min_lr` does not scale."""
     dino, optim = config.dino, config.optim
-    total_steps = config.epochs * steps_per_epoch
-    frozen_steps = optim.freeze_last_layer_epochs * steps_per_epoch
+    total_steps = steps_of(config.epochs, steps_per_epoch)
+    warmup_steps = steps_of(optim.warmup_epochs, steps_per_epoch)
+    frozen_steps = steps_of(optim.freeze_last_layer_epochs, steps_per_epoch)
     if dino.sharpening:
         teacher_temp = temperature(
             dino.warmup_teacher_temp, dino.teacher_temp, dino.warmup_teacher_temp_epochs, steps_per_epoch
@@ -92,7 +99,7 @@ def from_config(config: ConfigDict, steps_per_epoch: int) -> Schedules:
     else:  # the teacher is no sharper than the student
         teacher_temp = temperature(dino.student_temp, dino.student_temp, 0, steps_per_epoch)
     return Schedules(
-        lr=cosine(optim.lr * config.batch_size / 256, optim.min_lr, total_steps, optim.warmup_epochs * steps_per_epoch),
+        lr=cosine(optim.lr * config.batch_size / 256, optim.min_lr, total_steps, warmup_steps),
         weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, total_steps),
         teacher_momentum=teacher_momentum(
             dino.teacher_update, dino.teacher_momentum, dino.teacher_momentum_end, total_steps, steps_per_epoch
