@@ -112,6 +112,9 @@ def get_config() -> ConfigDict:
     config.data.workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     config.data.stall_timeout = 600.0  # seconds without a batch after which the run exits; 0: no limit
     config.data.max_bad_fraction = 0.01  # largest share of images that cannot be decoded; more stop the run
+    # Level of white in images of more than 8 bits, such as 4095 for 12-bit scans; 0: 65,535 for 16-bit integers, 1 for
+    # floats, while wider integers are refused.
+    config.data.white = 0.0
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], for each channel (ImageNet)
     config.data.std = (0.229, 0.224, 0.225)  # of pixels in [0, 1], for each channel (ImageNet)
 

@@ -66,7 +66,7 @@ PHOTO = photo()
 OTHER = Image.fromarray(photo(1))
 GRAY = PHOTO[..., 0]
 DEEP = np.linspace(0, 65535, GRAY.size, dtype=np.uint16).reshape(GRAY.shape)
-FLOAT = np.linspace(-3, 5, GRAY.size, dtype=np.float32).reshape(GRAY.shape)
+FLOAT = np.linspace(0, 1, GRAY.size, dtype=np.float32).reshape(GRAY.shape)
 STRIP = np.tile(photo()[:1], (1, 79, 1))[:, :5000]
 ALPHA = np.tile(np.linspace(0, 255, WIDTH).astype(np.uint8), (HEIGHT, 1))
 PALETTE = Image.fromarray(PHOTO).quantize(16)
@@ -94,8 +94,7 @@ USED = {
     ),
     "16_bit.png": (encoded(DEEP), np.round(DEEP / 257), 0),
     "16_bit.tif": (encoded(DEEP, "TIFF"), np.round(DEEP / 257), 0),
-    "float.tif": (encoded(FLOAT, "TIFF"), (FLOAT + 3) / 8 * 255, 1),
-    "32_bit.tif": (encoded(DEEP.astype(np.int32) * 1000, "TIFF"), DEEP / 257, 1),
+    "float.tif": (encoded(FLOAT, "TIFF"), FLOAT * 255, 1),
     "16_bit_colors.png": (deep_colors(PHOTO), PHOTO, 1),
     "1_bit.png": (encoded(GRAY > 100), (GRAY > 100) * 255, 0),
     "1_bit.tif": (encoded(Image.fromarray(GRAY > 100), "TIFF", compression="group4"), (GRAY > 100) * 255, 0),
@@ -129,6 +128,7 @@ BAD = {
     "zero_bytes.jpg": (b"", "not a whole image file"),
     "text.jpg": (b"<html>404 Not Found</html>", "not a whole image file"),
     "header_only.gif": (b"GIF89a" + struct.pack("<HHBBB", 64, 48, 0, 0, 0) + b";", "not a whole image file"),
+    "32_bit.tif": (encoded(DEEP.astype(np.int32) * 1000, "TIFF"), "int32 pixels have no range"),
     "bomb.png": (bomb(), "13000 x 13000 pixels are more than"),
 }
 NO_ACCESS = "no_access.png"  # a sound image that may not be read

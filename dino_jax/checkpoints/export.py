@@ -29,6 +29,7 @@ def model_card(config: Any, step: int) -> dict[str, Any]:
         "preprocessing": {
             "resize": config["eval"]["resize"],
             "crop": config["eval"]["crop"],
+            "white": config["data"].get("white", 0.0),  # checkpoints of version 0.1.0 have none
             "mean": config["data"]["mean"],
             "std": config["data"]["std"],
             "interpolation": "bicubic",

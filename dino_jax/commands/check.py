@@ -22,7 +22,7 @@ from absl import flags
 from PIL import Image
 
 from dino_jax import atomic
-from dino_jax.data.decoding import FORMATS, DecodeError, to_canvas
+from dino_jax.data.decoding import FORMATS, DecodeError, levels, to_canvas
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
@@ -41,23 +41,24 @@ class Finding(NamedTuple):
     kind: str = ""  # format and Pillow mode, such as "JPEG RGB"; dtype and channels of an array
     size: tuple[int, int] = (0, 0)  # height and width in pixels, upright
     digest: str = ""  # hash of the stored content
+    levels: tuple[float, float] | None = None  # brightest value and level of white, of more than 8 bits
 
 
-def examine(source: Source, record: int, canvas_size: int, channels: int) -> Finding:
+def examine(source: Source, record: int, canvas_size: int, channels: int, white: float = 0.0) -> Finding:
     """Reads and decodes one image exactly as `train_batches` does. Raises UserError like `to_canvas`."""
     try:
         image, _ = source[record]
-        _, size = to_canvas(image, canvas_size, channels)
+        _, size = to_canvas(image, canvas_size, channels, white)
     except (DecodeError, OSError) as error:
         return Finding(record, getattr(error, "strerror", None) or str(error))
-    return Finding(record, "", _kind(image), size, _digest(image))
+    return Finding(record, "", _kind(image), size, _digest(image), levels(image, white))
 
 
-def check(source: Source, *, canvas_size: int, channels: int, workers: int) -> list[Finding]:
+def check(source: Source, *, canvas_size: int, channels: int, workers: int, white: float = 0.0) -> list[Finding]:
     """Examines every image, in the source's order. workers: number of processes; 0 uses only this one."""
     total = len(source)
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
-    examine_chunk = partial(_examine_all, source, canvas_size=canvas_size, channels=channels)
+    examine_chunk = partial(_examine_all, source, canvas_size=canvas_size, channels=channels, white=white)
     with iterate(grain.MapDataset.source(chunks).map(examine_chunk), workers) as results:
         return [finding for part in progress(results, total, "check", size=len) for finding in part]
 
@@ -68,6 +69,7 @@ def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
     names_by_digest = defaultdict(list)
     for finding in good:
         names_by_digest[finding.digest].append(source.name(finding.record))
+    wide = [finding.levels for finding in good if finding.levels]
     shapes = np.array([finding.size for finding in good]).reshape(-1, 2)
     return {
         "images": len(findings),
@@ -78,6 +80,7 @@ def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
             for name, sides in {"height": shapes[:, 0], "width": shapes[:, 1]}.items()
             if len(good)
         },
+        "levels": {"brightest": max(wide)[0], "white": max(wide)[1]} if wide else {},
         "duplicates": [names for names in names_by_digest.values() if len(names) > 1],
         "bad": {source.name(finding.record): finding.problem for finding in findings if finding.problem},
     }
@@ -92,6 +95,9 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
         f"{side}: {size['least']:,} to {size['most']:,} pixels, median {size['median']:,}"
         for side, size in report["sizes"].items()
     ]
+    if found := report["levels"]:
+        unused = ": set --config.data.white" if found["brightest"] <= found["white"] / 2 else ""
+        lines += [f"brightest value {found['brightest']:g} of {found['white']:g}{unused}"]
     copies = sum(len(names) - 1 for names in duplicates)
     lines += [f"{copies:,} images have the content of another one{':' if copies else ''}"]
     lines += _first([" = ".join(names) for names in duplicates])
@@ -108,7 +114,9 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"usage: dino-jax check {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec] = flags.FLAGS, arguments
     source = open_source(spec)
-    findings = check(source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers)
+    findings = check(
+        source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers, white=values.white
+    )
     report = summarize(source, findings)
     if values.report:
         with atomic.file(values.report) as path:
@@ -123,11 +131,12 @@ def define_flags(arguments: Sequence[str]) -> None:
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
     flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the planned training", lower_bound=1)
     flags.DEFINE_integer("channels", 3, "model.in_channels of the planned training", lower_bound=1)
+    flags.DEFINE_float("white", 0.0, "data.white of the planned training", lower_bound=0)
     flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the planned training")
 
 
-def _examine_all(source: Source, records: range, canvas_size: int, channels: int) -> list[Finding]:
-    return [examine(source, record, canvas_size, channels) for record in records]
+def _examine_all(source: Source, records: range, canvas_size: int, channels: int, white: float) -> list[Finding]:
+    return [examine(source, record, canvas_size, channels, white) for record in records]
 
 
 def _kind(image: bytes | np.ndarray) -> str:

@@ -52,13 +52,13 @@ class Written(NamedTuple):
     left_out: dict[str, str]  # name of the image -> why it cannot be read or decoded
 
 
-def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes | np.ndarray:
+def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int, white: float = 0.0) -> bytes | np.ndarray:
     """Returns the image upright, with a shorter side of `canvas_size` pixels, as a JPEG.
 
     An image that is not larger than that is returned unchanged. The aspect ratio is kept, because crop boxes are
     sampled in it. Raises like `decoding.decode`.
     """
-    pixels = decode(image, channels)
+    pixels = decode(image, channels, white)
     height, width = pixels.shape[:2]
     scale = canvas_size / min(height, width)
     if scale >= 1:
@@ -75,7 +75,14 @@ def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int) -> bytes
 
 
 def prepare(
-    spec: str, out: str | Path, *, canvas_size: int, channels: int, shard_images: int, workers: int
+    spec: str,
+    out: str | Path,
+    *,
+    canvas_size: int,
+    channels: int,
+    shard_images: int,
+    workers: int,
+    white: float = 0.0,
 ) -> dict[str, Written]:
     """Writes the missing files of the data set, and returns all files by name.
 
@@ -86,6 +93,7 @@ def prepare(
         channels: channels of resized images, 1 or 3.
         shard_images: images per file; the last file may have fewer.
         workers: number of processes; 0 uses only this one.
+        white: level of white of images of more than 8 bits that are resized, see `decoding.decode`; 0: by dtype.
 
     Raises:
         UserError: `out` holds another data set, or cannot be written.
@@ -98,11 +106,12 @@ def prepare(
         "classes": source.num_classes,
         "canvas_size": canvas_size,
         "channels": channels,
+        "white": white,
         "shard_images": shard_images,
     }
     done = _finished(out, plan)
     missing = [shard for shard in _shards(len(source), shard_images) if shard.name not in done]
-    write = partial(_write, source=source, out=out, canvas_size=canvas_size, channels=channels)
+    write = partial(_write, source=source, out=out, canvas_size=canvas_size, channels=channels, white=white)
     shards = grain.MapDataset.source(missing).map(write)
     with iterate(shards, workers, stall_timeout=0) as written:  # no limit on the time to write a file
         sizes = {shard.name: shard.last - shard.first for shard in missing}
@@ -131,6 +140,7 @@ def main(arguments: Sequence[str]) -> None:
         out,
         canvas_size=values.canvas_size,
         channels=values.channels,
+        white=values.white,
         shard_images=values.shard_images,
         workers=values.workers,
     )
@@ -140,6 +150,7 @@ def main(arguments: Sequence[str]) -> None:
 def define_flags(arguments: Sequence[str]) -> None:
     """Defines the flags for the stored images and the number of processes."""
     flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: unchanged", lower_bound=0)
+    flags.DEFINE_float("white", 0.0, "white level of resized images of more than 8 bits; 0: by type", lower_bound=0)
     flags.DEFINE_integer("channels", 3, "channels of resized images: 1 or 3", lower_bound=1)
     flags.DEFINE_integer("shard_images", 1024, "images per file", lower_bound=1)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read, encode and write", lower_bound=0)
@@ -154,14 +165,14 @@ def _shards(images: int, shard_images: int) -> list[Shard]:
     ]
 
 
-def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channels: int) -> Written:
+def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channels: int, white: float) -> Written:
     left_out: dict[str, str] = {}
 
     def examples() -> Iterator[Example]:
         for record in range(shard.first, shard.last):
             try:
                 image, label = source[record]
-                image = smaller(image, canvas_size, channels) if canvas_size else image
+                image = smaller(image, canvas_size, channels, white) if canvas_size else image
             except (DecodeError, OSError) as error:
                 left_out[source.name(record)] = getattr(error, "strerror", None) or str(error)
             else:

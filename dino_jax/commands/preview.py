@@ -44,6 +44,7 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
         batch_size=images,
         canvas_size=config.data.canvas_size,
         channels=config.model.in_channels,
+        white=config.data.white,
         seed=config.seed,
     ) as batches:
         batch = next(batches)

@@ -11,6 +11,9 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs a prog
 
 MAX_PIXELS = 100_000_000  # larger images are refused by their header: a few KB of PNG can unpack to gigabytes
 
+# Level of white by dtype. Wider integers have none: their full range says nothing about the picture.
+WHITE = {"uint16": 65_535.0, "float16": 1.0, "float32": 1.0, "float64": 1.0}
+
 ORIENTATION_TAG = 0x0112  # EXIF
 
 UPRIGHT = {
@@ -28,41 +31,44 @@ class DecodeError(Exception):
     """An image cannot be decoded: it is damaged, truncated, too large or of an unknown format."""
 
 
-def decode(image: bytes | np.ndarray, channels: int) -> np.ndarray:
+def decode(image: bytes | np.ndarray, channels: int, white: float = 0.0) -> np.ndarray:
     """Decodes a stored image to uint8 [H, W, channels].
 
     Encoded images (bytes) have 1 (gray) or 3 (RGB) channels:
     - EXIF orientation is applied; the first frame of animations and multi-page files is used;
     - palette, CMYK, gray and 1-bit images are converted; transparency is composited on white;
-    - 16-bit gray is divided by 257; float, and 32-bit integers beyond 16 bits, are stretched from minimum..maximum;
+    - pixels of more than 8 bits are mapped from 0..`white` to 0..255; `white` 0 stands for 65,535 (16-bit integers) or
+      1 (floats), and wider integers are refused without it, as are values beyond the range;
     - images of more than MAX_PIXELS are refused by their header, before anything is unpacked.
 
     Arrays [H, W] or [H, W, C] may have any C that equals `channels`; gray and RGB are converted into each other.
 
     Raises: DecodeError; UserError if this kind of image cannot give `channels` channels.
     """
-    return _stack(_open(image, channels)[0])
+    return _stack(_open(image, channels, white)[0])
 
 
-def to_canvas(image: bytes | np.ndarray, canvas_size: int, channels: int) -> tuple[np.ndarray, tuple[int, int]]:
+def to_canvas(
+    image: bytes | np.ndarray, canvas_size: int, channels: int, white: float = 0.0
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Squeezes a stored image to a square, uint8 [S, S, channels]; returns it and the original (height, width).
 
     Bicubic with antialiasing. A much larger JPEG is decoded at a half, a quarter or an eighth of its size, but not
     below S, which is several times faster. Raises like `decode`.
     """
-    bands, size = _open(image, channels, at_least=canvas_size)
+    bands, size = _open(image, channels, white, at_least=canvas_size)
     shape = (canvas_size, canvas_size)
     return _stack([band.resize(shape, Image.Resampling.BICUBIC, reducing_gap=3.0) for band in bands]), size
 
 
-def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: int) -> np.ndarray:
+def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: int, white: float = 0.0) -> np.ndarray:
     """Resizes the shorter side to `resize` pixels (bicubic) and crops the center: uint8 [crop, crop, channels].
 
     Rounds like torchvision's Resize and CenterCrop. Raises like `decode`, and UserError if crop > resize.
     """
     if crop > resize:
         raise UserError(f"eval.crop {crop} is larger than eval.resize {resize}: set eval.resize to at least {crop}")
-    bands, (height, width) = _open(image, channels)
+    bands, (height, width) = _open(image, channels, white)
     short = min(height, width)
     new_width, new_height = int(resize * width / short), int(resize * height / short)
     if new_width * new_height > MAX_PIXELS:
@@ -72,15 +78,32 @@ def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: i
     return _stack([band.crop((left, top, left + crop, top + crop)) for band in resized])
 
 
+def levels(image: bytes | np.ndarray, white: float = 0.0) -> tuple[float, float] | None:
+    """Returns (brightest value, level of white) of an image of more than 8 bits that `decode` accepts; else None."""
+    if isinstance(image, bytes):
+        with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
+            if not _is_wide(picture):
+                return None
+            image = np.asarray(picture)
+    if image.dtype in (np.uint8, bool):
+        return None
+    return float(image.max(initial=0)), white or WHITE[image.dtype.newbyteorder("=").name]
+
+
+def _is_wide(picture: Image.Image) -> bool:
+    """Whether the pixels have more than 8 bits."""
+    return picture.mode == "F" or picture.mode.startswith("I")
+
+
 def _open(
-    image: bytes | np.ndarray, channels: int, at_least: int | None = None
+    image: bytes | np.ndarray, channels: int, white: float, at_least: int | None = None
 ) -> tuple[list[Image.Image], tuple[int, int]]:
     """Returns the decoded image as Pillow images, one for gray and RGB, else one per channel; and its (height, width).
 
     With `at_least`, a JPEG may be decoded at a smaller size, but no side is below this number of pixels.
     """
     if isinstance(image, np.ndarray):
-        return _array_bands(image, channels), image.shape[:2]
+        return _array_bands(image, channels, white), image.shape[:2]
     if channels not in (1, 3):
         raise UserError(f"model.in_channels={channels}: encoded images have 1 channel (gray) or 3 (RGB)")
     try:
@@ -92,7 +115,7 @@ def _open(
                 picture.draft("L" if channels == 1 else None, (at_least, at_least))
             picture.load()
             orientation = _orientation(picture)
-            upright = _convert(picture, channels)
+            upright = _convert(picture, channels, white)
     except DecodeError:
         raise
     except UnidentifiedImageError as error:
@@ -113,10 +136,10 @@ def _orientation(picture: Image.Image) -> int:
     return orientation if orientation in UPRIGHT else 1
 
 
-def _convert(picture: Image.Image, channels: int) -> Image.Image:
+def _convert(picture: Image.Image, channels: int, white: float = 0.0) -> Image.Image:
     """Converts to 8-bit gray or RGB. Pillow's own convert would clip 16-bit and float images to white."""
-    if picture.mode == "F" or picture.mode.startswith("I"):
-        picture = Image.fromarray(_to_uint8(np.asarray(picture)))
+    if _is_wide(picture):
+        picture = Image.fromarray(_to_uint8(np.asarray(picture), white))
     elif picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -124,9 +147,9 @@ def _convert(picture: Image.Image, channels: int) -> Image.Image:
     return picture if picture.mode == mode else picture.convert(mode)
 
 
-def _array_bands(image: np.ndarray, channels: int) -> list[Image.Image]:
+def _array_bands(image: np.ndarray, channels: int, white: float) -> list[Image.Image]:
     """Converts an array [H, W] or [H, W, C] to Pillow images."""
-    pixels = np.ascontiguousarray(_to_uint8(image if image.ndim == 3 else image[..., None]))
+    pixels = np.ascontiguousarray(_to_uint8(image if image.ndim == 3 else image[..., None], white))
     depth = pixels.shape[-1]
     if depth in (1, 3) and channels in (1, 3):
         return [_convert(Image.fromarray(pixels[..., 0] if depth == 1 else pixels), channels)]
@@ -135,22 +158,25 @@ def _array_bands(image: np.ndarray, channels: int) -> list[Image.Image]:
     return [Image.fromarray(pixels[..., c]) for c in range(depth)]
 
 
-def _to_uint8(values: np.ndarray) -> np.ndarray:
-    """Scales any numbers to 0..255: 16-bit by the full range, wider integers and floats by minimum and maximum."""
+def _to_uint8(values: np.ndarray, white: float) -> np.ndarray:
+    """Maps 0..white to 0..255. The range follows from the dtype and `white` only, so it is the same for all images."""
     if values.dtype == np.uint8:
         return values
     if values.dtype == bool:
         return values.astype(np.uint8) * 255
-    if values.dtype.kind in "iu":
-        if values.min() >= 0 and values.max() <= 65535:
-            return np.round(values / 257).astype(np.uint8)
-        values = values.astype(np.float64)
-    finite = np.isfinite(values)
-    low = values.min(initial=np.inf, where=finite)
-    span = values.max(initial=-np.inf, where=finite) - low
-    if not span > 0:
-        return np.zeros(values.shape, np.uint8)
-    return np.round(np.where(finite, (values - low) / span, 0.0) * 255).astype(np.uint8)
+    high = white or WHITE.get(values.dtype.newbyteorder("=").name, 0.0)
+    if not high:
+        raise DecodeError(
+            f"{values.dtype} pixels have no range of their own: state their level of white (--config.data.white, "
+            "preprocess(white=))"
+        )
+    least, most = values.min(initial=0), values.max(initial=0)
+    if not (least >= 0 and most <= high):  # also true for NaN
+        raise DecodeError(
+            f"{values.dtype} pixels from {least:g} to {most:g} do not fit 0..{high:g}: state their level of "
+            "white (--config.data.white, preprocess(white=))"
+        )
+    return np.round(values * (255 / high)).astype(np.uint8)
 
 
 def _stack(bands: list[Image.Image]) -> np.ndarray:

@@ -43,6 +43,7 @@ def train_batches(
     batch_size: int,
     canvas_size: int,
     channels: int,
+    white: float = 0.0,
     seed: int,
     start_step: int = 0,
     workers: int = 0,
@@ -61,6 +62,7 @@ def train_batches(
         batch_size: images in the global batch.
         canvas_size: side S of the canvases in pixels.
         channels: of the canvases.
+        white: level of white of images of more than 8 bits, see `decoding.decode`; 0: by dtype.
         seed: of the order.
         start_step: number of batches to skip, at no cost.
         workers: number of processes that decode; 0 decodes in threads of this process (best for images in memory).
@@ -79,7 +81,9 @@ def train_batches(
     records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process_index::process_count]
     batches = records.batch(batch_size // process_count, drop_remainder=True)
     positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
-    load = partial(_load_train, source=source, positions=positions, canvas_size=canvas_size, channels=channels)
+    load = partial(
+        _load_train, source=source, positions=positions, canvas_size=canvas_size, channels=channels, white=white
+    )
     return iterate(batches.map(load)[start_step:], workers, stall_timeout)
 
 
@@ -90,6 +94,7 @@ def eval_batches(
     resize: int,
     crop: int,
     channels: int,
+    white: float = 0.0,
     workers: int = 0,
     stall_timeout: float = STALL_TIMEOUT,
     process_index: int = 0,
@@ -109,12 +114,12 @@ def eval_batches(
         np.arange(start + process_index, min(start + batch_size, len(source)), process_count)
         for start in range(0, len(source), batch_size)
     ]
-    load = partial(_load_eval, source=source, resize=resize, crop=crop, channels=channels)
+    load = partial(_load_eval, source=source, resize=resize, crop=crop, channels=channels, white=white)
     return iterate(grain.MapDataset.source(shares).map(load), workers, stall_timeout)
 
 
 def _load_train(
-    records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, channels: int
+    records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, channels: int, white: float
 ) -> Batch:
     """Reads, decodes and squeezes the images with these record numbers [b]."""
     b = len(records)
@@ -132,7 +137,7 @@ def _load_train(
         for candidate in (record + stride * np.arange(SUBSTITUTES + 1)) % len(source):
             try:
                 image, label = source[int(candidate)]
-                batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, channels)
+                batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, channels, white)
             except (DecodeError, OSError) as error:
                 batch.bad[row] = record
                 reason = error
@@ -147,13 +152,15 @@ def _load_train(
     return batch
 
 
-def _load_eval(records: np.ndarray, *, source: Source, resize: int, crop: int, channels: int) -> EvalBatch:
+def _load_eval(
+    records: np.ndarray, *, source: Source, resize: int, crop: int, channels: int, white: float
+) -> EvalBatch:
     """Reads, decodes and crops the images with these record numbers [b], skipping those that cannot be decoded."""
     images, labels, index = [], [], []
     for record in records.tolist():
         try:
             image, label = source[record]
-            images.append(eval_image(image, resize=resize, crop=crop, channels=channels))
+            images.append(eval_image(image, resize=resize, crop=crop, channels=channels, white=white))
         except (DecodeError, OSError):
             continue
         labels.append(label)

@@ -83,7 +83,7 @@ def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: P
     patch, channels = patch_size(backbone), backbone.config["in_channels"]
     written: list[str] = []
     for path in image_paths(config.images):
-        image = fit_to_patches(read_image(path, channels, "--config.images"), config.size, patch, path)
+        image = fit_to_patches(read_image(path, channels, "--config.images", backbone.white), config.size, patch, path)
         maps = attention_maps(backbone, normalize_images(backbone, image[None]))[0]
         tiles = sheet_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"

@@ -162,6 +162,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
         kinds=feature_kinds(backbone, config.blocks, config.pooling.split(",")),
         official=official_kind(backbone),
         config=config,
+        white=backbone.white,
         mean=card["mean"],
         std=card["std"],
         num_classes=num_classes,
@@ -300,6 +301,7 @@ def _reading(probe: Probe) -> dict[str, Any]:
     return {
         "batch_size": probe.config.batch_size,
         "channels": len(probe.mean),
+        "white": probe.white,
         "workers": probe.config.workers,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),

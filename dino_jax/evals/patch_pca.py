@@ -56,7 +56,10 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     if config.tile < 1:
         raise UserError(f"tile {config.tile}: set --config.tile to 1 or more pixels")
     paths = image_paths(config.images)
-    images = [fit_to_patches(read_image(path, channels, "--config.images"), config.size, patch, path) for path in paths]
+    images = [
+        fit_to_patches(read_image(path, channels, "--config.images", backbone.white), config.size, patch, path)
+        for path in paths
+    ]
     tokens = [np.asarray(patch_grid(backbone, normalize_images(backbone, image[None])))[0] for image in images]
     sets = [tokens] if config.together else [[one] for one in tokens]
     found = [patch_components(one) for one in sets]

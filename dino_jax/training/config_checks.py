@@ -90,6 +90,7 @@ LIMITS: Limits = {
     "data.workers": (0, 1_024),
     "data.stall_timeout": SECONDS,
     "data.max_bad_fraction": SHARE,
+    "data.white": (0, 2**32),
     "data.mean": (-1_000, 1_000),
     "data.std": Above(0, 1_000),
     "eval.resize": PIXELS,

@@ -116,6 +116,7 @@ def feature_table(
         resize=config.eval.resize,
         crop=config.eval.crop,
         channels=config.model.in_channels,
+        white=config.data.white,
         mean=mean,
         std=std,
         workers=config.data.workers,

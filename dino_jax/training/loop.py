@@ -268,6 +268,7 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
         batch_size=config.batch_size,
         canvas_size=config.data.canvas_size,
         channels=config.model.in_channels,
+        white=config.data.white,
         seed=config.seed,
         start_step=step,
         workers=config.data.workers,

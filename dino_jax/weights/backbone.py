@@ -74,27 +74,43 @@ class Backbone:
         return model.patch_size if self.family.square_patches else None
 
     @property
+    def white(self) -> float:
+        """Level of white of images of more than 8 bits, see `data.decoding.decode`."""
+        return float(self.card["preprocessing"].get("white", 0.0))
+
+    @property
     def num_blocks(self) -> int:
         """The largest n of `last_blocks`: a ViT's depth, 1 for a convnet."""
         model: Any = self.model
         return model.depth if self.family.block_tokens else 1
 
-    def preprocess(self, images: Sequence[Image.Image | np.ndarray | bytes]) -> np.ndarray:
-        """PIL images, uint8 arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
+    def preprocess(
+        self, images: Sequence[Image.Image | np.ndarray | bytes], *, white: float | None = None
+    ) -> np.ndarray:
+        """PIL images, arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
 
-        Resizes, center-crops and normalizes the images as the model card specifies. Raises UserError, with the index
+        Resizes, center-crops and normalizes the images as the model card specifies. Levels are those of the dtype:
+        uint8 up to 255, uint16 up to 65,535, floats up to 1. `white` states another level for pixels of more than 8
+        bits, by default that of the card; integers of more than 16 bits need one. Raises UserError, with the index
         of the image in the list, if an image cannot be decoded.
         """
         trained = self.card["preprocessing"]
-        crops = [self._center_crop(index, image) for index, image in enumerate(images)]
+        crops = [
+            self._center_crop(index, image, self.white if white is None else white)
+            for index, image in enumerate(images)
+        ]
         return normalize(np.stack(crops), trained["mean"], trained["std"])
 
-    def _center_crop(self, index: int, image: Image.Image | np.ndarray | bytes) -> np.ndarray:
+    def _center_crop(self, index: int, image: Image.Image | np.ndarray | bytes, white: float) -> np.ndarray:
         trained = self.card["preprocessing"]
         try:
             stored = _encode(image) if isinstance(image, Image.Image) else image
             return eval_image(
-                stored, resize=trained["resize"], crop=trained["crop"], channels=self.config["in_channels"]
+                stored,
+                resize=trained["resize"],
+                crop=trained["crop"],
+                channels=self.config["in_channels"],
+                white=white,
             )
         except (DecodeError, OSError) as error:
             raise UserError(f"image {index} cannot be decoded ({error}): remove it from the list") from error

@@ -118,21 +118,52 @@ def test_transparency_is_composited_on_white():
     assert out[1, 1].tolist() == [200, 0, 0]
 
 
-def test_deep_images_are_scaled_not_clipped():
+def test_deep_images_are_scaled_by_the_range_of_their_type():
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     expected = np.round(ramp / 257).astype(np.uint8)[..., None]
     for format in ("PNG", "TIFF"):
         np.testing.assert_array_equal(decode(encoded(Image.fromarray(ramp), format), 1), expected)
-    floats = np.linspace(-3, 5, 64, dtype=np.float32).reshape(8, 8)
-    floats[0, 1] = np.nan
-    out = decode(encoded(Image.fromarray(floats), "TIFF"), 1)[..., 0]
-    assert (out[0, 0], out[-1, -1], out[0, 1]) == (0, 255, 0)
-    assert abs(int(out[4, 0]) - 130) <= 1
-    assert np.all(decode(np.full((4, 4), 7.0), 1) == 0)
-    wide = np.arange(-32, 32, dtype=np.int32).reshape(8, 8) * 10_000_000
-    for image in (wide, encoded(Image.fromarray(wide), "TIFF")):
-        np.testing.assert_allclose(decode(image, 1)[..., 0], np.round(np.arange(64) / 63 * 255).reshape(8, 8), atol=1)
     np.testing.assert_array_equal(decode(ramp, 3), np.repeat(expected, 3, -1))
+    for floats in (ramp / np.float32(65535), ramp.astype(np.float64) / 65535):
+        np.testing.assert_allclose(decode(floats, 1), expected, atol=1)
+    half = np.full((4, 4), 0.5, np.float32)  # of one picture alone nobody could tell that this is gray
+    for image in (half, encoded(Image.fromarray(half), "TIFF")):
+        assert np.all(decode(image, 1) == 128)
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64, np.uint16])
+def test_with_a_stated_white_all_types_show_the_same_picture(dtype):
+    picture = photo(16, 24)
+    np.testing.assert_array_equal(decode(picture.astype(dtype), 3, white=255.0), picture)
+    np.testing.assert_array_equal(decode(picture, 3, white=4095.0), picture)  # 8 bits are always 0..255
+
+
+def test_twelve_bits_in_sixteen_use_all_levels_with_a_stated_white():
+    scan = np.arange(4096, dtype=np.uint16).reshape(64, 64)
+    file = encoded(Image.fromarray(scan), "TIFF")
+    assert len(np.unique(decode(file, 1))) == 17
+    assert len(np.unique(decode(file, 1, white=4095.0))) == 256
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((4, 4), np.int32), "int32 pixels have no range of their own: state their level of white"),
+        (np.zeros((4, 4), np.int64), "int64 pixels have no range of their own"),
+        (
+            np.full((4, 4), 200.0, np.float32),
+            "float32 pixels from 0 to 200 do not fit 0..1: state their level of white",
+        ),
+        (np.full((4, 4), -0.5), "float64 pixels from -0.5 to 0 do not fit 0..1"),
+        (np.full((4, 4), np.nan), "float64 pixels from nan to nan do not fit 0..1"),
+        (np.full((4, 4), np.inf, np.float16), "float16 pixels from 0 to inf do not fit 0..1"),
+    ],
+)
+def test_values_without_a_known_range_are_refused_by_their_type(image, message):
+    with pytest.raises(DecodeError, match=message):
+        decode(image, 1)
+    with pytest.raises(DecodeError, match=message):
+        eval_image(image, resize=4, crop=4, channels=1)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])

@@ -177,6 +177,8 @@ def test_preprocess_reads_a_pil_image_as_the_pipeline_reads_its_file(rgb_backbon
         picture = Image.fromarray((ramp * 257).astype(np.uint16))
     else:
         picture = Image.fromarray(ramp.astype(np.uint8)).convert("RGB" if mode == "CMYK" else "L").convert(mode)
+    if mode == "F":
+        picture = Image.fromarray((ramp / 255).astype(np.float32))
     assert picture.mode == mode
     file = io.BytesIO()
     picture.save(file, "TIFF")
@@ -193,6 +195,17 @@ def test_preprocess_turns_an_image_as_its_exif_says(rgb_backbone):
     picture.save(file, "PNG", exif=exif)
     turned = rgb_backbone.preprocess([Image.open(io.BytesIO(file.getvalue()))])[0]
     assert turned[0].mean() > turned[-1].mean()
+
+
+def test_preprocess_of_one_picture_in_any_type_is_the_same(rgb_backbone):
+    picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
+    expected = rgb_backbone.preprocess([picture])
+    for dtype in (np.int32, np.int64, np.uint16, np.float32):
+        same = rgb_backbone.preprocess([picture.astype(dtype)], white=255)
+        np.testing.assert_array_equal(same, expected)
+    np.testing.assert_array_equal(rgb_backbone.preprocess([picture / np.float32(255)]), expected)
+    with pytest.raises(UserError, match=r"image 0 .*int32 pixels have no range"):
+        rgb_backbone.preprocess([picture.astype(np.int32)])
 
 
 def test_preprocess_names_the_image_that_cannot_be_decoded(rgb_backbone):

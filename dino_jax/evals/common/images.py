@@ -51,10 +51,10 @@ def resize(
     return np.stack([np.asarray(channel) for channel in channels], -1)
 
 
-def read_image(path: Path, channels: int, knob: str) -> np.ndarray:
+def read_image(path: Path, channels: int, knob: str, white: float = 0.0) -> np.ndarray:
     """Reads an image file as uint8 [H, W, channels], see `decode`. Raises UserError with the knob if it can't."""
     try:
-        return decode(path.read_bytes(), channels)
+        return decode(path.read_bytes(), channels, white)
     except (OSError, DecodeError) as error:
         raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
 

@@ -41,6 +41,7 @@ class Probe(NamedTuple):
     kinds: tuple[Kind, ...]
     official: Kind  # what the reference's commands read, see `official_kind`
     config: ConfigDict  # with all sizes set
+    white: float
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
