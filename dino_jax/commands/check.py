@@ -23,7 +23,7 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.data.decoding import FORMATS, DecodeError, levels, to_canvas
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources import Source, open_source, read_example
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
 from dino_jax.progress import progress
@@ -47,7 +47,7 @@ class Finding(NamedTuple):
 def examine(source: Source, record: int, canvas_size: int, channels: int, white: float = 0.0) -> Finding:
     """Reads and decodes one image exactly as `train_batches` does. Raises UserError like `to_canvas`."""
     try:
-        image, _ = source[record]
+        image, _ = read_example(source, record)
         _, size = to_canvas(image, canvas_size, channels, white)
     except (DecodeError, OSError) as error:
         return Finding(record, getattr(error, "strerror", None) or str(error))

@@ -23,7 +23,7 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.data.decoding import DecodeError, decode
-from dino_jax.data.sources import Example, Source, names_digest, open_source
+from dino_jax.data.sources import Example, Source, names_digest, open_source, read_example
 from dino_jax.data.sources.array_record import write_examples
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
@@ -171,7 +171,7 @@ def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channel
     def examples() -> Iterator[Example]:
         for record in range(shard.first, shard.last):
             try:
-                image, label = source[record]
+                image, label = read_example(source, record)
                 image = smaller(image, canvas_size, channels, white) if canvas_size else image
             except (DecodeError, OSError) as error:
                 left_out[source.name(record)] = getattr(error, "strerror", None) or str(error)

@@ -11,6 +11,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")  # none that runs a prog
 
 MAX_PIXELS = 100_000_000  # larger images are refused by their header: a few KB of PNG can unpack to gigabytes
 
+MAX_MEMORY = 600 * 2**20  # bytes that decoding one image may take: 100 megapixels in color, 35 with transparency
+
 # Level of white by dtype. Wider integers have none: their full range says nothing about the picture.
 WHITE = {"uint16": 65_535.0, "float16": 1.0, "float32": 1.0, "float64": 1.0}
 
@@ -111,6 +113,8 @@ def _open(
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise DecodeError(f"{width} x {height} pixels are more than the limit of {MAX_PIXELS}")
+            if (needed := _memory(picture, channels)) > MAX_MEMORY:
+                raise DecodeError(f"decoding {width} x {height} pixels of {picture.mode} takes {needed >> 20:,} MiB")
             if at_least:
                 picture.draft("L" if channels == 1 else None, (at_least, at_least))
             picture.load()
@@ -125,6 +129,18 @@ def _open(
     if orientation in UPRIGHT:
         upright = upright.transpose(UPRIGHT[orientation])
     return [upright], ((width, height) if orientation >= 5 else (height, width))
+
+
+def _memory(picture: Image.Image, channels: int) -> int:
+    """Returns the most bytes that decoding takes at a time: Pillow's pixels, and what `_convert` makes of them."""
+    own = {"1": 1, "L": 1, "P": 1}.get(picture.mode, 2 if picture.mode.startswith("I;") else 4)
+    if _is_wide(picture):
+        converted = 17  # in float64, rounded, and in 8 bits
+    elif picture.has_transparency_data:
+        converted = 16  # with alpha, the background, the composite, without alpha
+    else:
+        converted = 0 if picture.mode == ("L" if channels == 1 else "RGB") else channels + 1
+    return picture.width * picture.height * (own + converted)
 
 
 def _orientation(picture: Image.Image) -> int:

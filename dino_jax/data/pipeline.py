@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image, to_canvas
-from dino_jax.data.sources import Source
+from dino_jax.data.sources import Source, read_example
 from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
 from dino_jax.errors import UserError
 
@@ -136,7 +136,7 @@ def _load_train(
     for row, record in enumerate(records):
         for candidate in (record + stride * np.arange(SUBSTITUTES + 1)) % len(source):
             try:
-                image, label = source[int(candidate)]
+                image, label = read_example(source, int(candidate))
                 batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, channels, white)
             except (DecodeError, OSError) as error:
                 batch.bad[row] = record
@@ -159,7 +159,7 @@ def _load_eval(
     images, labels, index = [], [], []
     for record in records.tolist():
         try:
-            image, label = source[record]
+            image, label = read_example(source, record)
             images.append(eval_image(image, resize=resize, crop=crop, channels=channels, white=white))
         except (DecodeError, OSError):
             continue

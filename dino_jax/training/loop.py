@@ -204,7 +204,8 @@ class Run:
                 # Every process prints, because each one only knows its own share of the images.
                 print(f"cannot decode {name}: using another image instead ({len(self._bad)} so far)", flush=True)
         limit = self._config.data.max_bad_fraction
-        if len(self._bad) > limit * len(self._source):
+        # Each process only meets its own share of the images.
+        if len(self._bad) > limit * len(self._source) / jax.process_count():
             names = ", ".join(self._source.name(record) for record in sorted(self._bad)[:20])
             raise UserError(
                 f"{len(self._bad)} of {len(self._source):,} images cannot be decoded, more than data.max_bad_fraction="

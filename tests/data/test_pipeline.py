@@ -1,4 +1,5 @@
 import io
+import os
 import re
 import struct
 import zlib
@@ -11,6 +12,7 @@ from dino_jax.data import decoding
 from dino_jax.data.decoding import DecodeError, decode, eval_image, to_canvas
 from dino_jax.data.pipeline import eval_batches, train_batches
 from dino_jax.data.sources import Example, open_source
+from dino_jax.data.sources.array_record import write_array_record
 from dino_jax.errors import UserError
 
 
@@ -218,6 +220,14 @@ def test_bombs_are_refused_before_anything_is_unpacked(monkeypatch):
         decode(bomb, 3)
 
 
+def test_memory_that_decoding_takes_is_bounded():
+    transparent = io.BytesIO()
+    Image.new("P", (9_000, 9_000)).save(transparent, "PNG", transparency=0)
+    assert len(transparent.getvalue()) < 20_000
+    with pytest.raises(DecodeError, match="decoding 9000 x 9000 pixels of P takes"):
+        decode(transparent.getvalue(), 3)
+
+
 def test_what_cannot_be_decoded_says_so():
     jpeg = encoded(Image.fromarray(photo()), "JPEG")
     png = encoded(Image.fromarray(photo()))
@@ -323,6 +333,53 @@ def test_a_file_that_vanished_is_replaced_too(tmp_path):
     (tmp_path / "2.png").unlink()
     bad = np.concatenate([batch.bad for batch in take(source, 3)])
     assert sorted(bad.tolist()) == [-1] * 10 + [2, 2]
+
+
+@pytest.mark.parametrize("harm", ["pipe", "device", "sparse", "folder"])
+def test_a_file_that_became_something_else_is_replaced(tmp_path, harm):
+    """Nothing waits for a writer of the pipe, and nothing is read of a device or of an enormous file."""
+    for i in range(6):
+        Image.new("L", (4, 4), i).save(tmp_path / f"{i}.png")
+    source = open_source(f"folder:{tmp_path}")
+    path = tmp_path / "2.png"
+    path.unlink()
+    if harm == "pipe":
+        os.mkfifo(path)
+    elif harm == "device":
+        path.symlink_to("/dev/zero")
+    elif harm == "folder":
+        path.mkdir()
+    else:
+        path.touch()
+        os.truncate(path, 3 * 2**30)
+    bad = np.concatenate([batch.bad for batch in take(source, 3)])
+    assert sorted(bad.tolist()) == [-1] * 10 + [2, 2]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("bad crc"), MemoryError(), EOFError(), KeyError("image")])
+def test_whatever_a_source_raises_for_an_image_replaces_it(error):
+    class Failing(Memory):
+        def __getitem__(self, i):
+            if i == 2:
+                raise error
+            return super().__getitem__(i)
+
+    source = Failing(numbered(6).images)
+    bad = np.concatenate([batch.bad for batch in take(source, 3)])
+    assert sorted(bad.tolist()) == [-1] * 10 + [2, 2]
+
+
+def test_a_flipped_byte_in_an_array_record_replaces_that_image(tmp_path):
+    write_array_record(numbered(50), str(tmp_path / "part"))
+    data = bytearray((tmp_path / "part").read_bytes())
+    used = np.flatnonzero(np.frombuffer(data, np.uint8))
+    data[used[len(used) // 2]] ^= 1
+    (tmp_path / "part").write_bytes(data)
+    source = open_source(f"array_record:{tmp_path}/part")
+    bad = np.concatenate([batch.bad for batch in take(source, 13)])
+    assert len(set(bad[bad >= 0].tolist())) == 1
+    with eval_batches(source, batch_size=10, resize=4, crop=4, channels=1) as batches:
+        assert sum(len(batch.index) for batch in batches) == 49
 
 
 def test_nothing_decodable_is_an_error_with_a_name():

@@ -10,6 +10,7 @@ from dino_jax.data import demo_images
 from dino_jax.data.sources import SCHEMES, Example, Source, open_source
 from dino_jax.data.sources.array_record import write_array_record
 from dino_jax.errors import UserError
+from dino_jax.evals.common import images, ranking
 
 
 def image_bytes(value, format="PNG"):
@@ -44,6 +45,41 @@ def test_class_folders_at_any_depth(tmp_path):
     assert source.class_names == ["ant", "cat", "dog"]
     assert source[2].image == image_bytes(0)
     assert pickle.loads(pickle.dumps(source))[3] == source[3]
+
+
+def test_one_rule_says_what_is_an_image(tmp_path, capsys):
+    for path in ("dog/a.jfif", "dog/b.jpe", "cat/c.DIB", "@eaDir/d.jpg", "lost+found/e.jpg", "dog/._f.png", ".g/h.png"):
+        put(tmp_path / path)
+    for path in ("dog/c.heic", "dog/d.heic", "notes.txt", "cat/README"):
+        (tmp_path / path).write_bytes(b"")
+    source = open_source(f"folder:{tmp_path}")
+    assert names(source) == ["cat/c.DIB", "dog/a.jfif", "dog/b.jpe"]
+    assert source.class_names == ["cat", "dog"]
+    assert "passed over 4 files that are no images (2 x .heic, 1 x .txt, 1 x no extension)" in capsys.readouterr().err
+    assert [path.name for path in images.image_paths(str(tmp_path / "dog"))] == ["a.jfif", "b.jpe"]
+    assert "passed over 2 files" in capsys.readouterr().err
+    assert [path.name for path in ranking.image_files(tmp_path, "--config.data")] == ["c.DIB", "a.jfif", "b.jpe"]
+
+
+def test_pictures_on_the_command_line_may_have_a_comma_in_their_name(tmp_path):
+    put(tmp_path / "Paris, 2020.png")
+    put(tmp_path / "b.png")
+    assert images.image_paths(str(tmp_path / "Paris, 2020.png")) == [tmp_path / "Paris, 2020.png"]
+    both = f"{tmp_path}/b.png, {tmp_path}/b.png"
+    assert images.image_paths(both) == [tmp_path / "b.png"] * 2
+
+
+def test_a_folder_of_digits_is_not_a_number_of_images(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / "2024/a/x.png")
+    put(tmp_path / "2024/a/y.png")
+    assert len(open_source("folder:2024")) == 2
+    assert len(open_source("folder:2024:1")) == 1
+
+
+def test_a_folder_of_array_records_says_what_to_write(tmp_path):
+    with pytest.raises(UserError, match=rf"is a folder: write array_record:{tmp_path}/\*"):
+        open_source(f"array_record:{tmp_path}")
 
 
 def test_an_image_beside_the_folders_means_no_labels(tmp_path):

@@ -23,10 +23,10 @@ def source(tmp_path_factory):
     root = tmp_path_factory.mktemp("zoo")
     put_in_folder(root)
 
-    def opened(path, *args):
+    def opened(path, *args, **options):
         if os.path.basename(path) == NO_ACCESS:
             raise PermissionError(13, "Permission denied", path)
-        return builtins.open(path, *args)
+        return builtins.open(path, *args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
         if os.access(root / NO_ACCESS, os.R_OK):  # who runs as root may read anything: simulate the refusal

@@ -164,7 +164,7 @@ def test_mistakes_are_named(backbone, tmp_path):
     for images, message in (
         ("", "config.images is empty"),
         (str(tmp_path / "none.jpg"), "no such picture"),
-        (str(tmp_path / "empty"), "no pictures"),
+        (str(tmp_path / "empty"), "no images"),
         (str(broken), "broken.jpg"),
         (str(small), "smaller than a patch"),
     ):

@@ -131,13 +131,13 @@ def test_mistakes_are_named(backbone, root, tmp_path):
 
     (tmp_path / "empty").mkdir()
     refused("config.data is empty", data="")
-    refused("config.data: no folder .*original", data=str(tmp_path))
-    refused("config.queries: no folder .*crops/99", queries="crops/99")
+    refused("config.data=.*original: no such folder", data=str(tmp_path))
+    refused("config.queries=.*crops/99: no such folder", queries="crops/99")
     refused("config.queries=.* set it to folders", queries=",")
     refused("config.queries=.* set it to folders", queries="strong,original")
-    refused("config.whitening: no folder", whitening=str(tmp_path / "nowhere"))
-    refused("config.whitening: no pictures", whitening=str(tmp_path / "empty"))
-    refused("config.distractors: no pictures", distractors=str(tmp_path / "empty"))
+    refused("config.whitening=.*: no such folder", whitening=str(tmp_path / "nowhere"))
+    refused("config.whitening=.*: no images", whitening=str(tmp_path / "empty"))
+    refused("config.distractors=.*: no images", distractors=str(tmp_path / "empty"))
     refused("config.imsize to 8 or more", imsize=7)
     refused("config.workers", workers=0)
     for folder, name in (("original", "200000.jpg"), ("strong", "210001.jpg")):

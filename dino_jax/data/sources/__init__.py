@@ -10,13 +10,13 @@ import re
 import numpy as np
 
 from dino_jax.data.sources.array_record import ArrayRecordSource
-from dino_jax.data.sources.base import KNOB, Example, Source, SourceType
+from dino_jax.data.sources.base import KNOB, Example, Source, SourceType, read_example
 from dino_jax.data.sources.demo import DemoSource
 from dino_jax.data.sources.folder import FolderSource
 from dino_jax.data.sources.tfds import TfdsSource
 from dino_jax.errors import UserError
 
-__all__ = ["SCHEMES", "Example", "Source", "Subset", "few_labels", "names_digest", "open_source"]
+__all__ = ["SCHEMES", "Example", "Source", "Subset", "few_labels", "names_digest", "open_source", "read_example"]
 
 SCHEMES: dict[str, SourceType] = {
     "folder": FolderSource,
@@ -39,7 +39,7 @@ def open_source(spec: str) -> Source:
 
     Raises: UserError if there is no such source; the message says what was found instead.
     """
-    if limited := re.fullmatch(r"(.+):(\d+)", spec):
+    if limited := re.fullmatch(r"(\w+:.+|demo):([0-9]+)", spec):
         return few_labels(open_source(limited[1]), int(limited[2]))
     scheme, _, rest = spec.partition(":")
     source = SCHEMES[scheme].from_spec(rest) if scheme in SCHEMES else None

@@ -33,6 +33,11 @@ class ArrayRecordSource(Source):
     def __init__(self, pattern: str):
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+        if os.path.isdir(pattern):
+            raise UserError(
+                f"{KNOB}=array_record:{pattern} is a folder: write array_record:{os.path.join(pattern, '*')}, or a "
+                "narrower pattern in quotes"
+            )
         paths = sorted(glob.glob(pattern))
         if not paths:
             raise UserError(f"{KNOB}=array_record:{pattern}: no such files")
@@ -69,6 +74,8 @@ def _split_record(record: bytes) -> tuple[int, int, bytes]:
     """Splits a record into label, number of classes and encoded image."""
     if not record.startswith(MAGIC):
         return -1, 0, record
+    if len(record) < HEADER.size:
+        raise OSError(f"a record of {len(record)} bytes is cut off")
     _, label, num_classes = HEADER.unpack_from(record)
     return label, num_classes, record[HEADER.size :]
 

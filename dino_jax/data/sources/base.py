@@ -5,6 +5,8 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from dino_jax.errors import UserError
+
 KNOB = "data.source (or evals.knn.train, evals.knn.test)"  # settings that hold a specification, for error messages
 
 
@@ -44,6 +46,17 @@ class Source(Protocol):
         The feature cache uses it as a key. The default is the name.
         """
         return self.name(i)
+
+
+def read_example(source: Source, i: int) -> Example:
+    """Returns `source[i]`. Raises OSError, whatever a reader raises: a bare RuntimeError in C++, MemoryError, ..."""
+    try:
+        return source[i]
+    except (OSError, UserError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise OSError(f"{type(error).__name__}: {reason}") from error
 
 
 class SourceType(Protocol):

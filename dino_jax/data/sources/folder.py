@@ -2,6 +2,8 @@
 
 import os
 import re
+import stat
+import sys
 from collections import Counter, deque
 
 import numpy as np
@@ -9,7 +11,9 @@ import numpy as np
 from dino_jax.data.sources.base import KNOB, Example, Source
 from dino_jax.errors import UserError
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
+SYSTEM_FOLDERS = ("@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "#recycle")
+MAX_FILE = 512 * 2**20  # bytes; larger files are replaced like damaged ones, so that one cannot fill the memory
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line ends, bytes that are not UTF-8
 
 
@@ -18,15 +22,15 @@ class FolderSource(Source):
 
     If every image is in some subfolder, the first-level folders are the classes, numbered in sorted order
     (`class_names`); otherwise there are no labels. Links are followed, but each real folder is visited once; a broken
-    link stays in the list as an image that cannot be read. Names that start with a dot are ignored (macOS and editors
-    create such files, which only look like images), and so is everything that is neither a file nor a folder.
+    link stays in the list as an image that cannot be read. `is_image` and `is_ignored` say which names count; a line on
+    stderr tells how many files were passed over.
     """
 
     syntax = "folder:PATH"
 
     def __init__(self, root: str):
         self.root = root
-        self.paths = _image_paths(root)
+        self.paths = image_paths(root, f"{KNOB}=folder:{root}")
         folders = [path.partition(os.sep)[0] if os.sep in path else "" for path in self.paths]
         self.class_names = sorted(set(folders)) if all(folders) else []
         self.num_classes = len(self.class_names)
@@ -42,8 +46,7 @@ class FolderSource(Source):
         return len(self.paths)
 
     def __getitem__(self, i: int) -> Example:
-        with open(os.path.join(self.root, self.paths[i]), "rb") as file:
-            return Example(file.read(), self.label(i))
+        return Example(read_file(os.path.join(self.root, self.paths[i])), self.label(i))
 
     def label(self, i: int) -> int:
         """The number of the image's class folder, or -1."""
@@ -62,10 +65,41 @@ class FolderSource(Source):
         return f"{self.name(i)} {self.label(i)} {status.st_size} {status.st_mtime_ns}"
 
 
-def _image_paths(root: str) -> list[str]:
-    """Paths of all images under root, relative to it, sorted."""
+def is_image(name: str) -> bool:
+    """Whether a file's name says that it is an image that Pillow can read without running other programs."""
+    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder is left out without a word: hidden ones, and those that systems create on their own.
+
+    macOS and editors create hidden files that only look like images, such as `._a.png`.
+    """
+    return name.startswith(".") or name in SYSTEM_FOLDERS
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+    """Returns the content of a file. Raises OSError if it is no regular file, or larger than `MAX_FILE`.
+
+    Opening a named pipe would wait for a writer, and a device such as /dev/zero never ends.
+    """
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a regular file")
+        if status.st_size > MAX_FILE:
+            raise OSError(f"{status.st_size:,} bytes are more than the limit of {MAX_FILE:,} for an image file")
+        return file.read(MAX_FILE)
+
+
+def image_paths(root: str | os.PathLike[str], what: str, nested: bool = True) -> list[str]:
+    """Returns the paths of all images under a folder, relative to it, sorted; without `nested`, of those right in it.
+
+    Prints how many other files were passed over. Raises UserError, which begins with `what`, if there are none.
+    """
+    root = os.fspath(root)
     if not os.path.isdir(root):
-        raise UserError(f"{KNOB}=folder:{root}: {'a file, not a folder' if os.path.exists(root) else 'no such folder'}")
+        raise UserError(f"{what}: {'a file, not a folder' if os.path.exists(root) else 'no such folder'}")
     paths: list[str] = []
     others: Counter[str] = Counter()
     seen = set()
@@ -81,20 +115,22 @@ def _image_paths(root: str) -> list[str]:
             with os.scandir(os.path.join(root, folder)) as found:
                 entries = sorted(found, key=lambda entry: (entry.is_symlink(), entry.name))
         except OSError as error:
-            raise UserError(f"{KNOB}=folder:{root}: cannot read {folder or root}: {error.strerror}") from error
+            raise UserError(f"{what}: cannot read {folder or root}: {error.strerror}") from error
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_ignored(entry.name):
                 continue
-            extension = os.path.splitext(entry.name)[1].lower()
             if _is_folder(entry):
-                pending.append(os.path.join(folder, entry.name))
-            elif extension not in IMAGE_EXTENSIONS:
-                others[extension or "no extension"] += 1
+                if nested:
+                    pending.append(os.path.join(folder, entry.name))
+            elif not is_image(entry.name):
+                others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
             elif _is_file(entry):
                 paths.append(os.path.join(folder, entry.name))
+    listing = ", ".join(f"{count:,} x {extension}" for extension, count in others.most_common(4))
     if not paths:
-        listing = ", ".join(f"{count} x {extension}" for extension, count in others.most_common(4)) or "nothing"
-        raise UserError(f"{KNOB}=folder:{root}: no images ({' '.join(IMAGE_EXTENSIONS)}) there, found {listing}")
+        raise UserError(f"{what}: no images ({' '.join(IMAGE_EXTENSIONS)}) there, found {listing or 'nothing'}")
+    if others:
+        print(f"{root}: passed over {others.total():,} files that are no images ({listing})", file=sys.stderr)
     return sorted(paths)
 
 

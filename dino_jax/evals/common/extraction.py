@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax.data.pipeline import EvalBatch, eval_batches
-from dino_jax.data.sources import Source, Subset
+from dino_jax.data.sources import Source, Subset, read_example
 from dino_jax.distributed.sharding import replicate, shard_batch
 from dino_jax.errors import UserError
 from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint, report_cached
@@ -47,9 +47,9 @@ def extract_source(
     resize: int,
     crop: int,
     channels: int,
-    white: float,
     mean: Sequence[float],
     std: Sequence[float],
+    white: float = 0.0,
     workers: int = 0,
     cache: FeatureCache | None = None,
 ) -> FeatureTable:
@@ -161,7 +161,7 @@ def identities(source: Source, records: np.ndarray) -> list[str]:
 
 def _content_hash(source: Source, i: int) -> str:
     try:
-        image = source[i].image
+        image = read_example(source, i).image
     except OSError as error:
         return str(error)
     return hashlib.sha256(image if isinstance(image, bytes) else np.ascontiguousarray(image).tobytes()).hexdigest()

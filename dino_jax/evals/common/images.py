@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax.data.decoding import DecodeError, decode
-from dino_jax.data.sources.folder import IMAGE_EXTENSIONS
+from dino_jax.data.sources import folder
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
 from dino_jax.weights.backbone import Backbone, normalize
@@ -54,7 +54,7 @@ def resize(
 def read_image(path: Path, channels: int, knob: str, white: float = 0.0) -> np.ndarray:
     """Reads an image file as uint8 [H, W, channels], see `decode`. Raises UserError with the knob if it can't."""
     try:
-        return decode(path.read_bytes(), channels, white)
+        return decode(folder.read_file(path), channels, white)
     except (OSError, DecodeError) as error:
         raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
 
@@ -70,12 +70,12 @@ def fit_to_patches(image: np.ndarray, size: int, patch: int, path: Path) -> np.n
 
 def image_paths(images: str) -> list[Path]:
     """Returns the files of a protocol's knob `images`: names separated by commas, or a folder. Raises UserError."""
-    paths = [Path(name.strip()) for name in images.split(",") if name.strip()]
-    if len(paths) == 1 and paths[0].is_dir():
-        folder = paths[0]
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-        if not paths:
-            raise UserError(f"--config.images: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
+    whole = Path(images.strip()).expanduser()
+    if images.strip() and whole.is_dir():
+        return [whole / path for path in folder.image_paths(whole, f"--config.images={images}", nested=False)]
+    # A file's own name may have a comma.
+    names = [images] if whole.is_file() else images.split(",")
+    paths = [Path(name.strip()).expanduser() for name in names if name.strip()]
     if not paths:
         raise UserError("--config.images is empty: set it to a picture, several separated by commas, or a folder")
     for path in paths:

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from dino_jax.data.pipeline import EvalBatch
-from dino_jax.data.sources.folder import IMAGE_EXTENSIONS
+from dino_jax.data.sources.folder import image_paths
 from dino_jax.data.workers import Batches
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
@@ -111,12 +111,7 @@ def rate(*extractions: Extraction) -> float | None:
 
 def image_files(folder: Path, knob: str) -> list[Path]:
     """Returns the image files in a folder, at any depth, sorted. Raises UserError with the knob if there are none."""
-    if not folder.is_dir():
-        raise UserError(f"{knob}: no folder {folder}")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-    if not paths:
-        raise UserError(f"{knob}: no pictures ({', '.join(IMAGE_EXTENSIONS)}) in {folder}")
-    return paths
+    return [folder / path for path in image_paths(folder, f"{knob}={folder}")]
 
 
 def check_at_least_one(config: ml_collections.ConfigDict, *knobs: str) -> None:
