@@ -4,12 +4,14 @@ New content is written beside the target and renamed when complete. A process th
 leaves the old content in place.
 """
 
+import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from dino_jax.errors import UserError
 
@@ -50,6 +52,17 @@ def file(path: str | Path, way_out: str = WAY_OUT) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes indented JSON to `path`. Raises UserError like `disk_errors`."""
+    with file(path) as unfinished:
+        unfinished.write_text(to_json(value), encoding="utf-8")
+
+
+def to_json(value: Any) -> str:
+    """Returns the text that `write_json` writes."""
+    return json.dumps(value, indent=2) + "\n"
 
 
 @contextmanager

@@ -16,6 +16,7 @@ FLOORS = (
     "provenance",
     "limits",
     "atomic",
+    "ownership",
     "models",
     "data",
     "checkpoints",

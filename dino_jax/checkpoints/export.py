@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dino_jax import atomic
-from dino_jax.checkpoints.integrity import write_json, write_manifest
+from dino_jax.checkpoints.integrity import write_manifest
 from dino_jax.models.registry import architecture_card, given_sizes
 from dino_jax.provenance import plain, versions
 
@@ -59,7 +59,7 @@ def write_export(folder: str | Path, trees: Mapping[str, Any], card: Mapping[str
             for name, tree in trees.items():
                 checkpointer.save(unfinished / name, tree)
         if jax.process_index() == 0:
-            write_json(unfinished / "card.json", card)
+            atomic.write_json(unfinished / "card.json", card)
             write_manifest(unfinished)
             atomic.finish_folder(final)
         multihost_utils.sync_global_devices("export_end")

@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from dino_jax import atomic
 
@@ -13,7 +12,7 @@ MANIFEST = "manifest.json"
 def write_manifest(folder: Path) -> None:
     """Writes `folder/manifest.json`: relative path -> SHA-256 of the card and of each file in folder's subfolders."""
     files = sorted(path for pattern in ("card.json", "*/**/*") for path in folder.glob(pattern) if path.is_file())
-    write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
+    atomic.write_json(folder / MANIFEST, {path.relative_to(folder).as_posix(): _sha256(path) for path in files})
 
 
 def damage(folder: Path) -> str | None:
@@ -26,7 +25,7 @@ def damage(folder: Path) -> str | None:
     try:
         text = (folder / MANIFEST).read_text(encoding="utf-8")
         manifest = json.loads(text)
-        if not manifest or text != _json(manifest):  # differs from what we write, for example truncated
+        if not manifest or text != atomic.to_json(manifest):  # differs from what we write, for example truncated
             return f"{MANIFEST} has changed"
         for name, expected in manifest.items():
             path = folder / name
@@ -49,13 +48,3 @@ def damage(folder: Path) -> str | None:
 def _sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Atomically writes indented JSON to `path`."""
-    with atomic.file(path) as unfinished:
-        unfinished.write_text(_json(value), encoding="utf-8")
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2) + "\n"

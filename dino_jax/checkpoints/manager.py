@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from dino_jax import atomic
-from dino_jax.checkpoints.integrity import damage, write_json, write_manifest
+from dino_jax.checkpoints.integrity import damage, write_manifest
 from dino_jax.errors import UserError, listed
 from dino_jax.provenance import plain, versions
 
@@ -164,7 +164,13 @@ def newest_intact(directory: str | Path) -> int | None:
 def write_config(workdir: str | Path, config: Any) -> None:
     """Writes `workdir/config.json`. Call it after `restore`, which rejects the config of another run."""
     if jax.process_index() == 0:
-        write_json(Path(workdir) / "config.json", plain(config))
+        atomic.write_json(Path(workdir) / "config.json", plain(config))
+
+
+def require_workdir(workdir: str | Path) -> None:
+    """Raises UserError if the workdir was deleted or moved since `write_config`."""
+    if jax.process_index() == 0 and not (Path(workdir) / "config.json").is_file():
+        raise UserError(f"{workdir} was deleted or moved during the run: start again in another --workdir")
 
 
 @contextmanager

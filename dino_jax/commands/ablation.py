@@ -19,6 +19,7 @@ import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
 
+from dino_jax import atomic
 from dino_jax.commands import cli, demo
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import NotFiniteError, UserError
@@ -89,7 +90,7 @@ def main(arguments: Sequence[str]) -> None:
         }
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     report["versions"] = versions()
-    (workdir / "ablation.json").write_text(json.dumps(report, indent=2) + "\n")
+    atomic.write_json(workdir / "ablation.json", report)
     draw_curves({name: read_curve(workdir / name) for name in names}, report["ln_k"]).savefig(workdir / "ablation.png")
     print(f"\n{table(report)}\nwritten: {workdir / 'ablation.json'}, {workdir / 'ablation.png'}")
 
@@ -121,7 +122,7 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     else:
         accuracy = demo.knn_top1(config, load_backbone(workdir))._asdict()
     figures = final(read_curve(workdir)) | accuracy | {"stopped": stopped}
-    path.write_text(json.dumps({"config": plain(config), "figures": figures}, indent=2) + "\n")
+    atomic.write_json(path, {"config": plain(config), "figures": figures})
     return figures
 
 

@@ -20,6 +20,7 @@ from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dino_jax import atomic
 from dino_jax.checkpoints import model_card
 from dino_jax.commands import cli
 from dino_jax.data import demo_images
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     report["images_per_second"] = training_rate(workdir / "metrics.jsonl")
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     report["versions"] = versions()
-    (workdir / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    atomic.write_json(workdir / "report.json", report)
     print(table(report, config))
     print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
 

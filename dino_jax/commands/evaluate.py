@@ -16,18 +16,19 @@
 to OUT/results.json.
 """
 
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
+from dino_jax import atomic
 from dino_jax.commands import cli
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import UserError
 from dino_jax.evals import PROTOCOLS
 from dino_jax.limits import check_numbers
+from dino_jax.ownership import owned
 from dino_jax.weights.backbone import load_backbone
 
 USAGE = "PROTOCOL --checkpoint=PATH [--out=FOLDER] [--config.KEY=VALUE ...]"
@@ -62,17 +63,14 @@ def main(arguments: Sequence[str]) -> None:
     # The results of a weights file are written next to it, to a folder with its name.
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
     out = Path(flags.FLAGS.out or folder / "eval" / protocol)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"can't write to {out} ({error.strerror}): set --out to another folder") from error
-    results = PROTOCOLS[protocol].run(backbone, flags.FLAGS.config, out)
-    record = {
-        "protocol": protocol,
-        "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "checkpoint": checkpoint,
-        **results,
-        "model": backbone.card,
-    }
-    (out / "results.json").write_text(json.dumps(record, indent=2) + "\n")
+    with owned(out, "--out"):
+        results = PROTOCOLS[protocol].run(backbone, flags.FLAGS.config, out)
+        record = {
+            "protocol": protocol,
+            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "checkpoint": checkpoint,
+            **results,
+            "model": backbone.card,
+        }
+        atomic.write_json(out / "results.json", record)
     print(f"written to {out}")

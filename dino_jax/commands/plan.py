@@ -8,12 +8,10 @@ and a model of step time and scaling. Memory and collectives are reported by the
 compute at `--utilization` of their peak, and communication uses the full link bandwidth, without overlap.
 """
 
-import json
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dino_jax import atomic
 from dino_jax.commands import cli
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import UserError
@@ -81,7 +80,7 @@ def main(arguments: Sequence[str]) -> None:
     plan = make_plan(config, mesh, chip, values.slices, values.utilization)
     print(table(plan))
     if values.output:
-        Path(values.output).write_text(json.dumps(plan, indent=2) + "\n")
+        atomic.write_json(values.output, plan)
 
 
 def topology_mesh(name: str, slices: int, fsdp: int) -> tuple[Mesh, Chip]:

@@ -27,6 +27,7 @@ from dino_jax.data.sources import Example, Source, names_digest, open_source, re
 from dino_jax.data.sources.array_record import write_examples
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
+from dino_jax.ownership import owned
 from dino_jax.progress import progress
 
 USAGE = "SOURCE OUT [--canvas_size=256]"
@@ -135,15 +136,16 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec, out] = flags.FLAGS, arguments
-    done = prepare(
-        spec,
-        out,
-        canvas_size=values.canvas_size,
-        channels=values.channels,
-        white=values.white,
-        shard_images=values.shard_images,
-        workers=values.workers,
-    )
+    with owned(out, "OUT"):
+        done = prepare(
+            spec,
+            out,
+            canvas_size=values.canvas_size,
+            channels=values.channels,
+            white=values.white,
+            shard_images=values.shard_images,
+            workers=values.workers,
+        )
     print(describe(out, done))
 
 

@@ -12,6 +12,7 @@ from dino_jax.distributed.watchdog import deadline
 from dino_jax.errors import UserError
 
 T = TypeVar("T")
+REASON = 1_000  # bytes of an error that other processes are told
 
 
 def set_cpu_device_count(batch_size: int, parts: int = 1) -> None:
@@ -66,23 +67,36 @@ def initialize(distributed: Any) -> None:
 
 
 def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
-    """Calls make() on each process. A UserError on one ends all, and so does a result whose size differs.
+    """Calls make() on each process. An error on one ends all, and so does a result whose size differs.
 
-    Without it, the other processes would wait forever for the one that gave up.
+    Without it, the other processes would wait forever for the one that gave up. They raise a UserError that tells its
+    error.
     """
     problem = result = None
     try:
         result = make()
-    except UserError as error:
+    except Exception as error:
         problem = error
     if jax.process_count() == 1:
         sizes = np.array([0])
     else:
         sizes = multihost_utils.process_allgather(np.int64(-1 if result is None else size(result)))
+    reasons = _reasons(problem) if (sizes < 0).any() else []
     if problem is not None:
         raise problem
     if (sizes < 0).any():
-        raise UserError(f"process {int(sizes.argmin())} could not go on: its own message says why")
+        raise UserError(f"process {int(sizes.argmin())} could not go on: {reasons[int(sizes.argmin())]}")
     if sizes.min() != sizes.max():
         raise UserError(f"the processes do not see the same data: {sizes.tolist()}, in the order of processes")
     return cast(T, result)
+
+
+def _reasons(problem: Exception | None) -> list[str]:
+    """Returns each process's error, on one line; "" where there is none. All processes must call it."""
+    text = "" if problem is None else " ".join(f"{problem}".split()) or type(problem).__name__
+    if not isinstance(problem, UserError | None):
+        text = f"{type(problem).__name__}: {text}"
+    if jax.process_count() == 1:
+        return [text]
+    encoded = np.frombuffer(text.encode()[:REASON].ljust(REASON), np.uint8)
+    return [bytes(row).decode(errors="ignore").strip() for row in multihost_utils.process_allgather(encoded)]

@@ -28,6 +28,7 @@ from ml_collections.config_dict import placeholder
 
 from dino_jax import atomic
 from dino_jax.data.sources import Source, open_source
+from dino_jax.data.sources.array_record import as_os_error
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
@@ -86,6 +87,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     start = time.monotonic()
     rows, left_out, rate = extract_set(backbone, config, out)
     write = write_npy if config.format == "npy" else write_array_record
+    (out / "images.csv").unlink(missing_ok=True)  # never beside the features of another set
     files = [write(rows.features, out / f"features.{config.format}"), write_list(rows, out / "images.csv")]
     number, dim = rows.features.shape
     print(f"{number:,} images, {dim:,} numbers each, {len(left_out):,} undecodable")
@@ -173,16 +175,20 @@ def write_array_record(features: np.ndarray, path: Path) -> Path:
     """Writes a record per row: D float32 numbers, little-endian."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    writer = ArrayRecordWriter(str(path), "group_size:1")  # random access costs no more
-    for row in features.astype("<f4"):
-        writer.write(row.tobytes())
-    writer.close()
+    with atomic.file(path, WAY_OUT) as unfinished, as_os_error():
+        writer = ArrayRecordWriter(str(unfinished), "group_size:1")  # random access costs no more
+        for row in features.astype("<f4"):
+            writer.write(row.tobytes())
+        writer.close()
     return path
 
 
 def write_list(rows: FeatureSet, path: Path) -> Path:
     """Writes the list of images beside the features."""
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomic.file(path, WAY_OUT) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(("record", "name", "label", "class"))
         writer.writerows(zip(rows.records.tolist(), rows.names, rows.labels.tolist(), rows.classes, strict=True))

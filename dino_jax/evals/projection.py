@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import ml_collections
 import numpy as np
 
+from dino_jax import atomic
 from dino_jax.errors import UserError, missing_extras
 from dino_jax.evals.common.extraction import image_size, l2_normalize
 from dino_jax.evals.common.pca import principal_components
@@ -185,7 +186,10 @@ def _class_names(rows: FeatureSet) -> dict[int, str]:
 
 
 def _write_points(rows: FeatureSet, points: np.ndarray, path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with (
+        atomic.file(path) as unfinished,
+        unfinished.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         writer = csv.writer(file)
         writer.writerow(("record", "name", "label", "class", "x", "y"))
         for record, name, label, known, (x, y) in zip(

@@ -61,7 +61,7 @@ LIMITS: Limits = {
     "dino.teacher_momentum": SHARE,
     "dino.teacher_momentum_end": SHARE,
     "dino.center_momentum": SHARE,
-    "optim.lr": Above(0, 1e9),
+    "optim.lr": Above(0, 1e38),  # what float32 holds
     "optim.min_lr": FACTOR,
     "optim.weight_decay": FACTOR,
     "optim.weight_decay_end": FACTOR,

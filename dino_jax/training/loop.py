@@ -18,6 +18,7 @@ from dino_jax.distributed import consistency, fsdp, processes, sharding
 from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
+from dino_jax.ownership import owned
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
@@ -48,8 +49,21 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         Stopped: a signal asked the run to stop; the run saved a checkpoint first.
     """
     processes.initialize(config.distributed)
-    consistency.require_same(lambda: consistency.settings(config))
-    check_config(config, jax.device_count())
+    with Watchdog(config.watchdog, config.distributed.heartbeat) as watchdog, ExitStack() as context:
+        consistency.require_same(lambda: consistency.settings(config))
+        check_config(config, jax.device_count())
+
+        def own() -> bool:
+            if jax.process_index() == 0:
+                context.enter_context(owned(workdir, "--workdir"))
+            return True
+
+        processes.on_every_process(own, size=int)
+        return train_watched(config, workdir, watchdog)
+
+
+def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -> State:
+    """Runs `train` in a workdir that this run owns."""
     source = processes.on_every_process(lambda: open_source(config.data.source), size=len)
     consistency.require_same(lambda: consistency.data(source))
     steps_per_epoch = steps_in_epoch(source, config)
@@ -60,7 +74,6 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
     fsdp.check_divides(shapes, config.fsdp)
 
     with (
-        Watchdog(config.watchdog, config.distributed.heartbeat) as watchdog,
         checkpoints.open_manager(workdir, config.checkpoint) as manager,
         StopSignal(config.checkpoint.stop_within) as stop,
         ExitStack() as context,
@@ -76,6 +89,9 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
 
         def save() -> None:
             run.settle()  # raises if the state is not finite, so that such a state is never saved
+            if done == total_steps:
+                guard.finish(done)
+            checkpoints.require_workdir(workdir)
             watchdog.beat("checkpoint", done)
             checkpoints.save(manager, done, state, config)
             guard.last_saved = done
@@ -98,12 +114,12 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
                 if start == 0:
                     evaluate()
                 while done < total_steps:
+                    if stop.requested(done):
+                        raise Interrupted
                     watchdog.beat("data", done + 1)
                     with run.rate.waiting(run.busy), stop.interruptible():
                         batch = next(batches)
                     state, done = run.step(state, batch, done + 1), done + 1
-                    if stop.requested(done % config.log_every == 0):
-                        raise Interrupted
                     if done == total_steps or done % config.checkpoint.every_steps == 0:
                         save()
                     evaluate()

@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dino_jax import provenance
+from dino_jax import atomic, provenance
 from dino_jax.data.sources import Source
 from dino_jax.errors import NotFiniteError, UserError
 
@@ -67,6 +67,14 @@ class StepGuard:
         quantile = {"grad_norm_q99": float(np.quantile(self._norms, 0.99))} if self._norms else {}
         return {"skipped_steps": float(len(self._skipped))} | quantile
 
+    def finish(self, step: int) -> None:
+        """Raises NotFiniteError if the last steps were all skipped: the run would pass for a trained model."""
+        if self._in_a_row > 1:
+            raise NotFiniteError(
+                f"the last {self._in_a_row} of {step:,} steps were all skipped, so the run is not finished: the last "
+                "checkpoint is kept; try a lower --config.optim.lr or --config.dtype=float32"
+            )
+
     def max_grad_norm(self) -> np.float32:
         """Returns the gradient norm above which the next step is skipped: config.optim.skip_above times the quantile.
 
@@ -79,7 +87,11 @@ class StepGuard:
 
     def _give_up(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
         before = [other for other in self._skipped if self.last_saved < other < step]
-        file = write_replay_file(self._workdir, self._config, self._source, step, self.last_saved, before, index)
+        try:
+            file = write_replay_file(self._workdir, self._config, self._source, step, self.last_saved, before, index)
+            replay = f"find the cause with: dino-jax replay {file}"
+        except UserError as error:
+            replay = f"the file for dino-jax replay is missing ({error})"
         names = ", ".join(self._source.name(int(record)) for record in index[:NAMED])
         what = next(
             (name for name in ("loss", "grad_norm", "param_norm") if not math.isfinite(values[name])), "grad_norm"
@@ -88,7 +100,7 @@ class StepGuard:
         raise NotFiniteError(
             f"{what} is {values[what]} at step {step:,} (loss {values['loss']:.4g}, gradient norm "
             f"{values['grad_norm']:.3g}){row}: the last checkpoint is kept; try a lower --config.optim.lr or "
-            f"--config.dtype=float32, or find the cause with: dino-jax replay {file}; its images: {names}"
+            f"--config.dtype=float32; {replay}; its images: {names}"
             f"{', ...' if len(index) > NAMED else ''}"
         )
 
@@ -126,7 +138,7 @@ def write_replay_file(
         "config": provenance.plain(config),
     }
     if jax.process_index() == 0:
-        path.write_text(json.dumps(contents, indent=1) + "\n", encoding="utf-8")
+        atomic.write_json(path, contents)
     return path
 
 

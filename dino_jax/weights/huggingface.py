@@ -100,8 +100,8 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Ma
     processor = _processor(card["preprocessing"], architecture["in_channels"])
     with atomic.folder(folder) as unfinished:
         tensor_files.write(unfinished / "model.safetensors", from_official(tensors))
-        _write_json(unfinished / "config.json", _config(architecture))
-        _write_json(unfinished / "preprocessor_config.json", processor)
+        atomic.write_json(unfinished / "config.json", _config(architecture))
+        atomic.write_json(unfinished / "preprocessor_config.json", processor)
 
 
 def read_folder_settings(folder: str | Path) -> dict[str, Any]:
@@ -213,7 +213,3 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): copy it again") from error
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

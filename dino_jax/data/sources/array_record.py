@@ -96,15 +96,15 @@ def write_examples(examples: Iterable[Example], num_classes: int, path: str) -> 
     from array_record.python.array_record_module import ArrayRecordWriter
 
     written = 0
-    with _as_os_error():
+    with as_os_error():
         writer = ArrayRecordWriter(path, "group_size:1")  # one record a group: random access costs no more
     for image, label in examples:
         if isinstance(image, np.ndarray):
             image = _png(image)
-        with _as_os_error():
+        with as_os_error():
             writer.write(HEADER.pack(MAGIC, label, num_classes) + image)
         written += 1
-    with _as_os_error():
+    with as_os_error():
         writer.close()
     return written
 
@@ -119,7 +119,8 @@ def _png(image: np.ndarray) -> bytes:
 
 
 @contextmanager
-def _as_os_error() -> Iterator[None]:
+def as_os_error() -> Iterator[None]:
+    """Turns an error of the C++ writer into an OSError."""
     try:
         yield
     except RuntimeError as error:  # the only exception of the C++ writer

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from dino_jax import atomic
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.sources import folder
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
@@ -164,8 +165,8 @@ def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120
         for column, picture in enumerate(row.values()):
             sheet.paste(picture, (GAP + column * (widest + GAP), y))
         y += height + GAP
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    with atomic.file(path) as unfinished:
+        sheet.save(unfinished, path.suffix[1:].upper().replace("JPG", "JPEG"))
 
 
 def _fit(picture: np.ndarray, tile: int) -> Image.Image:
