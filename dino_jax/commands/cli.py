@@ -12,6 +12,7 @@ Worker processes import the script that started the program, and with it this mo
 import hashlib
 import os
 import platform
+import re
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -77,6 +78,12 @@ def run(name: str, arguments: Sequence[str]) -> None:
         _fail(str(error))
     except Stopped:
         _exit_soon(Stopped.exit_code)
+    except MemoryError:
+        _fail("out of host memory: close other programs, raise `ulimit -v`, or set a smaller --config.batch_size")
+    except Exception as error:
+        if reason := _environment_problem(error):
+            _fail(reason)
+        raise
 
 
 def recipe(arguments: Sequence[str], default: str) -> Settings:
@@ -141,12 +148,28 @@ def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[s
             if named and not settings.is_recipe:
                 raise UserError(f"--config={named}: this command has no recipes; its settings are --config.KEY=VALUE")
             config_flags.DEFINE_config_dict("config", settings.config, sys_argv=[name, *arguments])
-        return flags.FLAGS([name, *arguments])[1:]
+        positional = flags.FLAGS([name, *arguments])[1:]
+        if settings:
+            _expand_home(settings.config)
+        for flag in ("workdir", "checkpoint", "out", "output", "report"):
+            if flag in flags.FLAGS and flags.FLAGS[flag].value:
+                flags.FLAGS[flag].value = os.path.expanduser(str(flags.FLAGS[flag].value))
+        return [os.path.expanduser(argument) for argument in positional]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error)
         if isinstance(error, AttributeError) and isinstance(error.args[0], KeyError):  # unknown config key
             text = f"unknown setting {error.args[0].args[0]}"
         raise UserError(" ".join(text.split())) from error
+
+
+def _expand_home(config: "ConfigDict") -> None:
+    """Replaces a leading ~ in string settings: shells leave it in --workdir=~/x. Sources do so after their scheme."""
+    from dino_jax.provenance import flat
+
+    strings = {name: value for name, value in flat(config.to_dict()).items() if isinstance(value, str)}
+    config.update_from_flattened_dict(
+        {name: os.path.expanduser(value) for name, value in strings.items() if value.startswith("~")}
+    )
 
 
 def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
@@ -159,6 +182,23 @@ def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
         else:
             others.append(argument)
     return recipe, others
+
+
+def _environment_problem(error: Exception) -> str:
+    """Returns which environment variable keeps JAX from starting, or "" if the error has another cause."""
+    if found := re.fullmatch(r'Invalid value "(.*)" for JAX flag (\w+)', str(error)):
+        return f"{found[2].upper()}={found[1]} is not a valid value: correct or unset this environment variable"
+    if platforms := os.environ.get("JAX_PLATFORMS"):
+        import jax
+
+        try:
+            jax.devices()
+        except Exception:
+            return (
+                f"JAX_PLATFORMS={platforms}: JAX finds no such device here: unset it, set JAX_PLATFORMS=cpu, or "
+                "install JAX for your hardware"
+            )
+    return ""
 
 
 def _keep_compiled_programs() -> None:
@@ -174,8 +214,14 @@ def _keep_compiled_programs() -> None:
         lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else [platform.processor()]
         features = next((line for line in lines if line.startswith(("flags", "Features"))), lines[0])
         kind = f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(cache / "dino_jax" / kind))
+        try:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dino_jax" / kind
+            cache.mkdir(parents=True, exist_ok=True)
+        except (RuntimeError, OSError) as error:  # no home directory, as in containers, or one that is read-only
+            reason = f"no cache of compiled programs ({error}): JAX_COMPILATION_CACHE_DIR sets its folder"
+            print(reason, file=sys.stderr)
+        else:
+            jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
 def _overview() -> str:

@@ -1,11 +1,13 @@
 """`dino-jax`: the list of commands, how flags and mistakes are reported, and what runs from anywhere."""
 
 import importlib
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from tiny import tiny_flags
 
 import dino_jax
 from dino_jax.commands import cli
@@ -109,3 +111,42 @@ def test_an_import_of_the_package_names_the_extra_too():
 def test_other_failed_imports_are_not_blamed_on_the_user():
     with pytest.raises(ModuleNotFoundError), missing_extras():
         raise ModuleNotFoundError(name="dino_jax.nowhere")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_PLATFORMS": "cuda"}, "JAX_PLATFORMS=cuda: JAX finds no such device here: unset it"),
+        ({"JAX_PLATFORMS": "abacus"}, "JAX_PLATFORMS=abacus: JAX finds no such device here"),
+        ({"JAX_NUM_CPU_DEVICES": "some"}, "JAX_NUM_CPU_DEVICES=some is not a valid value"),
+    ],
+)
+def test_environment_variables_that_keep_jax_from_starting_are_named(tmp_path, variables, message):
+    done = command(tmp_path, *tiny_flags(), "--workdir=run", **variables)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_quoted_tilde_is_the_home_directory_and_without_a_home_there_is_no_cache(tmp_path):
+    home = tmp_path / "home"
+    home.mkdir()
+    images = "--config.data.source=demo:train:1"  # too few: the run ends as soon as it owns its workdir
+    done = command(tmp_path, *tiny_flags(), images, "--workdir=~/run", HOME=str(home))
+    assert "fewer than a batch" in done.stderr
+    assert (home / "run").is_dir()
+    assert not (tmp_path / "~").exists()
+    (tmp_path / "file").touch()
+    done = command(tmp_path, *tiny_flags(), images, "--workdir=run", XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert done.stderr.count("no cache of compiled programs") == 1
+    assert "fewer than a batch" in done.stderr
+
+
+def command(folder, *arguments, **variables):
+    """`dino-jax train` in a folder, with these environment variables."""
+    env = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    env |= {"PYTHONPATH": str(ROOT), **variables}
+    run = [sys.executable, "-m", "dino_jax", "train", f"--config={ROOT}/configs/demo.py", *arguments[1:]]
+    return subprocess.run(run, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
