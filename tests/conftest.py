@@ -24,7 +24,13 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(items):
-    """Files with slow tests come first, so that no worker is left with one when the others are done."""
+    """Files with slow tests come first, so that no worker is left with one when the others are done.
+
+    Tests that use the reference's arrays are marked `golden`: `pytest -m golden --goldens=DIR` runs them on others.
+    """
+    for item in items:
+        if {"goldens_dir", "golden", "rule_weights"} & set(item.fixturenames):
+            item.add_marker("golden")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 

@@ -195,7 +195,8 @@ class ViT(nn.Module):
         B, rows, columns, D = patches.shape
         cls_token = jnp.broadcast_to(self.cls_token, (B, 1, D)).astype(self.dtype)
         tokens = jnp.concatenate([cls_token, patches.reshape(B, rows * columns, D)], axis=1)
-        return tokens + resize_pos_embed(self.pos_embed, rows, columns).astype(self.dtype)
+        square = images.shape[1] == images.shape[2]
+        return tokens + resize_pos_embed(self.pos_embed, rows, columns, square).astype(self.dtype)
 
     def __call__(self, images: jax.Array, train: bool = False, drop_path: jax.Array | None = None) -> Tokens:
         """[B, H, W, C] -> tokens of the last block after the final norm.
@@ -243,14 +244,17 @@ def drop_path_factors(keys: jax.Array, rate: float, depth: int, views: int) -> j
     return (uniform < keep) / keep
 
 
-def resize_pos_embed(pos_embed: jax.Array, rows: int, columns: int) -> jax.Array:
+def resize_pos_embed(pos_embed: jax.Array, rows: int, columns: int, square: bool) -> jax.Array:
     """Interpolates position embeddings of a square grid: [1, 1+n, D] -> [1, 1+rows*columns, D].
+
+    As in the reference, they stay as they are only for a `square` image (in pixels, before the rest of a patch is cut
+    off) of n patches. An image of 32 x 36 pixels has the learned grid of 32 x 32, but resized positions.
 
     Uses torch's bicubic interpolation (a = -0.75, no antialiasing) with the reference's scale factor (side + 0.1) /
     sqrt(n), which shifts every sample slightly. Published weights expect that shift (dino `interpolate_pos_encoding`).
     """
     side = int((pos_embed.shape[1] - 1) ** 0.5)
-    if rows == columns == side:
+    if square and rows * columns == side * side:
         return pos_embed
     grid = pos_embed[0, 1:].reshape(side, side, -1)
     down, across = (jnp.asarray(_bicubic(side, n, (n + 0.1) / side)) for n in (rows, columns))

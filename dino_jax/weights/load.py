@@ -299,7 +299,7 @@ def _resized(pretrained: Pretrained, image_size: int) -> Pretrained:
     side = image_size // patch
 
     def resized(params: Any) -> Any:
-        return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side))}
+        return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side, square=True))}
 
     return _map_backbones(resized, pretrained)
 

@@ -87,8 +87,9 @@ def test_crop_is_the_references(golden):
     rows = resize_matrix(image.shape[0], config["out"], top, height)
     columns = resize_matrix(image.shape[1], config["out"], left, width)
     made = jnp.clip(jnp.einsum("oh,hwc,pw->opc", rows, image, columns), 0, 255)
-    # Pillow rounds to whole levels twice, once a direction.
-    assert np.abs(made - arrays["resized_crop_bicubic"]).max() <= 1.0
+    # Pillow rounds to whole levels after each direction: columns first, and the rows amplify that half level.
+    bound = 0.5 * np.abs(rows).sum(1).max() + 0.5
+    assert np.abs(made - arrays["resized_crop_bicubic"]).max() <= bound + 1e-3
 
 
 def test_normalization_is_the_references(golden):

@@ -78,9 +78,9 @@ def test_eval_resize_and_center_crop_match_torchvision(golden):
     np.testing.assert_array_equal(ours, arrays[f"eval_centercrop{crop}"])
     # The whole resized image, through the widest crop that fits inside it.
     expected = arrays[f"eval_resize{resize}"]
-    left = round((expected.shape[1] - resize) / 2)
+    top, left = (round((side - resize) / 2) for side in expected.shape[:2])
     ours = eval_image(image, resize=resize, crop=resize, channels=3)
-    np.testing.assert_array_equal(ours, expected[:, left : left + resize])
+    np.testing.assert_array_equal(ours, expected[top : top + resize, left : left + resize])
 
 
 def test_ordinary_formats_come_out_exactly():

@@ -50,7 +50,7 @@ def test_position_embeddings_of_the_model(reference):
     arrays, meta, module, variables = reference
     for height, width in meta["config"]["sizes"]:
         rows, columns = height // module.patch_size, width // module.patch_size
-        pos = resize_pos_embed(variables["params"]["pos_embed"], rows, columns)
+        pos = resize_pos_embed(variables["params"]["pos_embed"], rows, columns, height == width)
         assert_close(pos, arrays, f"pos_{height}x{width}", meta)
 
 
@@ -59,9 +59,34 @@ def test_position_embeddings_of_real_grids(golden):
     for i, grid in enumerate(meta["config"]):
         for height, width in grid["to"]:
             rows, columns = height // grid["patch_size"], width // grid["patch_size"]
-            pos = resize_pos_embed(jnp.asarray(arrays[f"in/pos{i}"]), rows, columns)
+            pos = resize_pos_embed(jnp.asarray(arrays[f"in/pos{i}"]), rows, columns, height == width)
             key = f"pos{i}_{height}x{width}"
             assert_close(pos, arrays, key, meta)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 33), (32, 36), (36, 32), (16, 64), (40, 24)])
+def test_positions_stay_as_learned_only_for_square_images(size):
+    """The published rule, computed by torch, for 4 x 4 learned positions and patches of 8 pixels."""
+    torch = pytest.importorskip("torch")
+    learned = np.random.default_rng(0).standard_normal((1, 17, 6)).astype(np.float32)
+    (height, width), (rows, columns) = size, (side // 8 for side in size)
+    expected = learned
+    if not (rows * columns == 16 and height == width):
+        grid = torch.from_numpy(learned[:, 1:].reshape(1, 4, 4, 6).transpose(0, 3, 1, 2).copy())
+        factors = (rows + 0.1) / 4, (columns + 0.1) / 4
+        resized = torch.nn.functional.interpolate(grid, scale_factor=factors, mode="bicubic")
+        patches = resized.permute(0, 2, 3, 1).reshape(1, rows * columns, 6).numpy()
+        expected = np.concatenate([learned[:, :1], patches], axis=1)
+    ours = resize_pos_embed(jnp.asarray(learned), rows, columns, height == width)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)  # float32
+    model = ViT(6, 1, 2, patch_size=8, image_size=32)
+    images = jnp.zeros((1, height, width, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    tokens = [
+        model.apply({"params": {**params, "pos_embed": positions}}, images, method="tokens")
+        for positions in (jnp.asarray(learned), jnp.zeros((1, 17, 6)))
+    ]
+    np.testing.assert_allclose(tokens[0] - tokens[1], expected, atol=2e-6)
 
 
 @pytest.mark.parametrize("changes", [{}, {"remat": True}, {"unroll": True}, {"attention": "cudnn"}])
