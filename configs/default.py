@@ -107,7 +107,9 @@ def get_config() -> ConfigDict:
 
     config.data = ConfigDict()  # images and how they are read
     config.data.source = ""  # folder:PATH | tfds:NAME[:SPLIT] | array_record:GLOB | demo
-    config.data.canvas_size = 256  # pixels; images are resized to a square of this side before they are cropped
+    # Pixels. A longer side of an image is squeezed to this before crops are taken, which makes them softer; a shorter
+    # one is kept. 512 holds ImageNet's images (about 500 x 375). Host memory, transfer and crops grow with its square.
+    config.data.canvas_size = 512
     # Processes on each host that read and decode images; 0: threads of the trainer.
     config.data.workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     config.data.stall_timeout = 600.0  # seconds without a batch after which the run exits; 0: no limit

@@ -129,7 +129,7 @@ def define_flags(arguments: Sequence[str]) -> None:
     """Defines the flags for reading the images and writing the report."""
     flags.DEFINE_string("report", None, "JSON file to write all findings to")
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
-    flags.DEFINE_integer("canvas_size", 256, "data.canvas_size of the planned training", lower_bound=1)
+    flags.DEFINE_integer("canvas_size", 512, "data.canvas_size of the planned training", lower_bound=1)
     flags.DEFINE_integer("channels", 3, "model.in_channels of the planned training", lower_bound=1)
     flags.DEFINE_float("white", 0.0, "data.white of the planned training", lower_bound=0)
     flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the planned training")

@@ -53,14 +53,21 @@ def decode(image: bytes | np.ndarray, channels: int, white: float = 0.0) -> np.n
 def to_canvas(
     image: bytes | np.ndarray, canvas_size: int, channels: int, white: float = 0.0
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Squeezes a stored image to a square, uint8 [S, S, channels]; returns it and the original (height, width).
+    """Puts a stored image on a square, uint8 [S, S, channels]; returns it and the original (height, width).
 
-    Bicubic with antialiasing. A much larger JPEG is decoded at a half, a quarter or an eighth of its size, but not
-    below S, which is several times faster. Raises like `decode`.
+    The image is in the upper left corner, and zeros fill the rest. A side that is longer than S is squeezed to S
+    (bicubic with antialiasing); a shorter one keeps its pixels, because every resize makes crops softer. A much larger
+    JPEG is decoded at a half, a quarter or an eighth of its size, but not below S, which is several times faster.
+    Raises like `decode`.
     """
     bands, size = _open(image, channels, white, at_least=canvas_size)
-    shape = (canvas_size, canvas_size)
-    return _stack([band.resize(shape, Image.Resampling.BICUBIC, reducing_gap=3.0) for band in bands]), size
+    height, width = (min(side, canvas_size) for side in size)
+    pixels = _stack([_squeeze(band, width, height) for band in bands])
+    if (height, width) == (canvas_size, canvas_size):
+        return pixels, size
+    canvas = np.zeros((canvas_size, canvas_size, channels), np.uint8)
+    canvas[:height, :width] = pixels
+    return canvas, size
 
 
 def eval_image(image: bytes | np.ndarray, *, resize: int, crop: int, channels: int, white: float = 0.0) -> np.ndarray:
@@ -193,6 +200,12 @@ def _to_uint8(values: np.ndarray, white: float) -> np.ndarray:
             "white (--config.data.white, preprocess(white=))"
         )
     return np.round(values * (255 / high)).astype(np.uint8)
+
+
+def _squeeze(band: Image.Image, width: int, height: int) -> Image.Image:
+    if band.size == (width, height):
+        return band
+    return band.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3.0)
 
 
 def _stack(bands: list[Image.Image]) -> np.ndarray:

@@ -62,7 +62,7 @@ def multicrop(
 
     Args:
       keys: typed PRNG keys `[B]`.
-      canvas: uint8 `[B, S, S, C]`, each image squeezed to a square.
+      canvas: uint8 `[B, S, S, C]`, see `decoding.to_canvas`.
       sizes: `[B, 2]`, the original height and width in pixels; boxes are drawn in these coordinates.
       crops: the section `config.crops`.
       mean: C values, for levels in 0..1.
@@ -144,12 +144,13 @@ def random_box(numbers: jax.Array, size: jax.Array, scale: tuple[float, float]) 
 def crop_and_resize(image: jax.Array, size: jax.Array, box: jax.Array, flip: jax.Array | bool, out: int) -> jax.Array:
     """Crops, resizes (antialiased bicubic as in Pillow) and flips horizontally if `flip`, by two matrix products.
 
-    `image` is `[S, C, S]`, the square canvas of an original of `size` (height, width); `box` is in pixels of the
-    original. Returns float32 `[out, C, out]`. Rows are first: with `vmap` over boxes, all views of an image share this
-    product of one large matrix with the unchanged image.
+    `image` is `[S, C, S]`, the canvas (`decoding.to_canvas`) of an original of `size` (height, width); `box` is in
+    pixels of the original. Returns float32 `[out, C, out]`. Rows are first: with `vmap` over boxes, all views of an
+    image share this product of one large matrix with the unchanged image.
     """
     canvas = image.shape[0]
-    start, extent = box[:2] / size * canvas, box[2:] / size * canvas
+    used = jnp.minimum(size, canvas)  # a longer side is squeezed to the canvas, see `decoding.to_canvas`
+    start, extent = box[:2] / size * used, box[2:] / size * used
     rows = resize_matrix(canvas, out, start[0], extent[0])
     columns = resize_matrix(canvas, out, start[1], extent[1])
     columns = jnp.where(flip, columns[::-1], columns)

@@ -21,7 +21,7 @@ SUBSTITUTES = 8  # number of images to try instead of one that cannot be decoded
 class Batch(NamedTuple):
     """One process's share of a training batch: b images, S canvas side, C channels."""
 
-    canvas: np.ndarray  # uint8 [b, S, S, C], images squeezed to a square
+    canvas: np.ndarray  # uint8 [b, S, S, C], see `decoding.to_canvas`
     size: np.ndarray  # float32 [b, 2], original height and width in pixels, upright
     position: np.ndarray  # int32 [b], index in the global batch: 0 .. batch_size - 1
     index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number of the image in the source
@@ -121,7 +121,7 @@ def eval_batches(
 def _load_train(
     records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, channels: int, white: float
 ) -> Batch:
-    """Reads, decodes and squeezes the images with these record numbers [b]."""
+    """Reads the images with these record numbers [b] and puts them on canvases."""
     b = len(records)
     batch = Batch(
         canvas=np.empty((b, canvas_size, canvas_size, channels), np.uint8),

@@ -83,8 +83,8 @@ def default_config() -> ConfigDict:
             "pooling": "cls,cls_mean",  # CLS alone, or with the mean patch token of the last block
             "scale": (0.08, 1.0),  # of training crops: share of the image's area
             "flip": 0.5,  # probability
-            # Training images are squeezed to a square of this side in pixels, then cropped. Default: 1.5 x resize. A
-            # smaller canvas blurs the crops, a larger one takes more time on the host.
+            # Sides of training images that are longer than this, in pixels, are squeezed to it before crops are taken,
+            # which makes them softer. Default: 2 x resize.
             "canvas_size": placeholder(int),
             "resize": placeholder(int),  # pixels of a test image's shorter side; default: from the checkpoint's card
             "crop": placeholder(int),  # pixels of all crops; default: from the checkpoint's card
@@ -139,7 +139,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
     config = config.copy_and_resolve_references()
     for key in ("resize", "crop"):
         config[key] = config[key] or card[key]
-    config.canvas_size = config.canvas_size or config.resize * 3 // 2
+    config.canvas_size = config.canvas_size or config.resize * 2
     _check_values(config)
     if config.crop > config.resize:
         raise UserError(

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_jax import recipes
+from dino_jax.data.decoding import to_canvas
 from dino_jax.data.multicrop import (
     BOX_NUMBERS,
     JITTER_NUMBERS,
@@ -90,6 +92,48 @@ def test_crop_is_the_references(golden):
     # Pillow rounds to whole levels after each direction: columns first, and the rows amplify that half level.
     bound = 0.5 * np.abs(rows).sum(1).max() + 0.5
     assert np.abs(made - arrays["resized_crop_bicubic"]).max() <= bound + 1e-3
+
+
+def natural_texture(height, width):
+    """An image with the spectrum of photographs, 1 / frequency: uint8 [height, width, 3]."""
+    frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
+    frequency[0, 0] = 1
+    noise = np.fft.fft2(np.random.default_rng(0).standard_normal((3, height, width))) / frequency
+    planes = np.fft.ifft2(noise).real
+    planes = (planes - planes.mean()) / planes.std() * 20 + 128  # Pillow clips between its two passes, we do not
+    return planes.clip(0, 255).round().astype(np.uint8).transpose(1, 2, 0)
+
+
+def sharpness(crop):
+    """Variance of the Laplacian of the gray image."""
+    gray = crop.astype(np.float64).mean(-1)
+    return (4 * gray[1:-1, 1:-1] - gray[:-2, 1:-1] - gray[2:, 1:-1] - gray[1:-1, :-2] - gray[1:-1, 2:]).var()
+
+
+@pytest.mark.parametrize(("kind", "out"), [("global", 224), ("local", 96)])
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (500, 333)])
+def test_crops_of_imagenets_sizes_are_as_sharp_as_torchvisions(kind, out, height, width):
+    """On the canvas of the recipes; RandomResizedCrop resizes the box of the whole image with Pillow."""
+    photo, side = natural_texture(height, width), recipes.get_config("vits16").data.canvas_size
+    size, scale = jnp.array([height, width], jnp.float32), SETTINGS[f"{kind}_scale"]
+    numbers = np.random.default_rng(1).random((40, BOX_NUMBERS)).astype(np.float32)
+    boxes = jax.vmap(lambda draw: random_box(draw, size, scale))(numbers)
+
+    def ours(canvas_size):
+        plane = jnp.asarray(to_canvas(photo, canvas_size, 3)[0], jnp.float32).transpose(0, 2, 1)
+        crops = jax.jit(jax.vmap(lambda box: crop_and_resize(plane, size, box, False, out)))(boxes)
+        return np.asarray(crops).transpose(0, 1, 3, 2)
+
+    def theirs(box):
+        top, left, tall, wide = map(int, box)
+        part = Image.fromarray(photo[top : top + tall, left : left + wide])
+        return np.asarray(part.resize((out, out), Image.Resampling.BICUBIC))
+
+    expected, made = np.stack([theirs(box) for box in np.asarray(boxes)]), ours(side)
+    assert np.abs(made - expected).max() <= 1.5  # Pillow rounds twice, see test_crop_is_the_references
+    reference = np.mean([sharpness(crop) for crop in expected])
+    assert np.mean([sharpness(crop) for crop in made]) == pytest.approx(reference, rel=0.03)
+    assert np.mean([sharpness(crop) for crop in ours(256)]) < 0.85 * reference  # the test can tell
 
 
 def test_normalization_is_the_references(golden):
