@@ -15,6 +15,7 @@ FLOORS = (
     "progress",
     "provenance",
     "limits",
+    "json_files",
     "atomic",
     "ownership",
     "models",

@@ -112,8 +112,15 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
         return None
     folder = Path(manager.directory) / str(step)
     metadata = read_metadata(folder)
-    _require_same_settings(metadata["config"], plain(config), folder)
-    _require_same_arrays(folder, state_target, metadata["versions"])
+    try:
+        _require_same_settings(metadata["config"], plain(config), folder)
+        written_by = dict(metadata["versions"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the config of checkpoint {folder} is not one of this version ({type(error).__name__}: {error}): use "
+            "another --workdir or the version that wrote it"
+        ) from error
+    _require_same_arrays(folder, state_target, written_by)
     _set_aside(manager, [damaged for damaged in manager.all_steps() if damaged > step])
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state_target)))
     return restored["state"], step

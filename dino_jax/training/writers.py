@@ -220,11 +220,11 @@ def _drop_after(path: Path, last_step: int) -> None:
     if not path.exists():
         return
     valid = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             if json.loads(line)["step"] <= last_step:
                 valid.append(line + "\n")
-        except json.JSONDecodeError:
+        except (ValueError, TypeError, KeyError):  # cut off, or not written by a run
             continue
     with atomic.file(path) as rewritten:
         rewritten.write_text("".join(valid), encoding="utf-8")

@@ -11,7 +11,6 @@ For such a folder the model card has shorter side 224 and center crop 224, which
 compare with published numbers, set the resize to 256.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.errors import UserError
+from dino_jax.json_files import NUMBERS, POSITIVES, SIZE, read_object, require
 from dino_jax.models import family_of, from_card
 from dino_jax.models.registry import VIT
 from dino_jax.weights import tensor_files
@@ -112,12 +112,15 @@ def read_folder_settings(folder: str | Path) -> dict[str, Any]:
     damaged or the activation is not the exact GELU.
     """
     config, processor = (_read_json(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
+    source = f"{Path(folder) / 'preprocessor_config.json'}"
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
         raise UserError(f"{folder} holds a ViT with activation {activation!r}: only the exact 'gelu' is supported")
     settings: dict[str, Any] = {}
     if "num_attention_heads" in config:
         settings["num_attention_heads"] = config["num_attention_heads"]
-    if preprocessing := _sizes(processor) | _statistics(processor):
+    if preprocessing := _sizes(processor) | _statistics(processor, config.get("num_channels", 3), source):
+        kinds = {"resize": SIZE, "crop": SIZE, "mean": NUMBERS, "std": POSITIVES}
+        require(preprocessing, {name: kinds[name] for name in preprocessing}, source)
         settings["preprocessing"] = preprocessing
     return settings
 
@@ -194,22 +197,30 @@ def _side(size: Any) -> int | None:
     if isinstance(size, Mapping):
         size = [value for key, value in size.items() if key in ("shortest_edge", "height", "width") and value]
     sides = size if isinstance(size, list) else [size]
-    return min(sides) if sides and None not in sides else None
+    if not all(isinstance(side, int) for side in sides):
+        return next((side for side in sides if side is not None and not isinstance(side, int)), None)
+    return min(sides, default=None)
 
 
-def _statistics(processor: Mapping[str, Any]) -> dict[str, list[float]]:
-    """Returns the card's mean and std."""
+def _statistics(processor: Mapping[str, Any], channels: Any, source: str) -> dict[str, list[float]]:
+    """Returns the card's mean and std, for pixels in 0..1, whatever the processor scales them by."""
+    factor = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    require({"rescale_factor": [factor]}, {"rescale_factor": POSITIVES}, source)
+    scale = 255 * factor
+    given = {"mean": processor.get("image_mean"), "std": processor.get("image_std")}
     if processor.get("do_normalize") is False:
-        return {"mean": [0.0], "std": [1.0]}
-    names = {"mean": "image_mean", "std": "image_std"}
-    return {name: list(processor[key]) for name, key in names.items() if processor.get(key)}
+        given = {"mean": [0.0], "std": [1.0]}
+    statistics = {}
+    for name, value in given.items():
+        if value is not None:
+            values = value if isinstance(value, list) else [value] * (channels if isinstance(channels, int) else 1)
+            require({f"image_{name}": values}, {f"image_{name}": NUMBERS}, source)
+            statistics[name] = values if abs(scale - 1) < 1e-6 else [number / scale for number in values]
+    return statistics
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object; {} if the file does not exist."""
     if not path.is_file():
         return {}
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}): copy it again") from error
+    return read_object(path, {})

@@ -1,6 +1,7 @@
 """Loads trained weights from a run of this package, an export, or a PyTorch file or folder."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 
 from dino_jax import checkpoints, provenance
 from dino_jax.errors import UserError
+from dino_jax.json_files import NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, read_object
 from dino_jax.models import family_of
 from dino_jax.models.registry import num_heads_of
 from dino_jax.models.vit import resize_pos_embed
@@ -17,8 +19,24 @@ from dino_jax.weights import huggingface, official, tensor_files
 
 # Keys in the metadata of a safetensors file, with JSON values: a section of the card, and an int (ViTs only).
 PREPROCESSING, NUM_HEADS = "preprocessing", "num_attention_heads"
-HUGGINGFACE_FILES = ("model.safetensors", "pytorch_model.bin")  # one of them is next to config.json
-WRAPPERS = ("state_dict.", "model.")  # keys under which a whole state_dict is commonly saved
+HUGGINGFACE_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+)  # one of them is next to config.json
+# Keys under which a whole state_dict is saved, and what torch's wrappers put before names, in any order.
+WRAPPERS = re.compile(r"((state_dict|model|module|_orig_mod|network)\.)+")
+CARD = {  # what is read of a model card
+    "architecture.arch": TEXT,
+    "architecture.in_channels": SIZE,
+    "architecture.image_size": SIZE,
+    "preprocessing.resize": SIZE,
+    "preprocessing.crop": SIZE,
+    "preprocessing.mean": NUMBERS,
+    "preprocessing.std": POSITIVES,
+    "provenance": OBJECT,
+}
+EMA = ("model_ema.", "state_dict_ema.", "ema.", "module_ema.")  # a moving average beside the weights
 NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # keys of an official full checkpoint
 HEAD = ("head.mlp.", "head.last_layer.")
 CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # not part of a backbone
@@ -97,12 +115,13 @@ def exported_step(folder: Path) -> int:
 
     Raises UserError if the card cannot be read.
     """
-    try:
-        return json.loads((folder / "card.json").read_text(encoding="utf-8"))["provenance"].get("step", -1)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'card.json'} is damaged: copy it again, or resume the run to export again"
-        ) from error
+    step = read_card(folder)["provenance"].get("step", -1)
+    return step if isinstance(step, int) else -1
+
+
+def read_card(folder: Path) -> dict[str, Any]:
+    """Returns the model card in an export folder. Raises UserError, which names the key, if it is damaged."""
+    return read_object(folder / "card.json", CARD, "copy it again, or resume the run to export again")
 
 
 def _from_run(path: Path, training: bool) -> Pretrained:
@@ -134,8 +153,11 @@ def _from_run(path: Path, training: bool) -> Pretrained:
 def _from_export(folder: Path, training: bool) -> Pretrained:
     if problem := checkpoints.damage(folder):
         raise UserError(f"export {folder} is damaged ({problem}): copy it again, or resume the run to export again")
-    card = json.loads((folder / "card.json").read_text(encoding="utf-8"))
-    like = official.backbone_like(card["architecture"])
+    card = read_card(folder)
+    try:
+        like = official.backbone_like(card["architecture"])
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise UserError(f"{folder / 'card.json'} has an architecture that cannot be built ({error})") from error
     variables = checkpoints.restore_arrays(folder / "variables", like)
     state: dict[str, Any] = {
         "teacher": {"backbone": variables["params"]},
@@ -151,7 +173,7 @@ def _from_export(folder: Path, training: bool) -> Pretrained:
 
 def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
     """Reads the needed parts of a training state; never the optimizer's, which is the largest."""
-    card = checkpoints.model_card(checkpoints.read_metadata(folder)["config"], step=int(folder.name))
+    card = _card_of(folder)
     if training:
         saved = checkpoints.tree_of(folder / "state")
         keys = ("teacher", "teacher_stats", "student", "student_stats", "center")
@@ -160,6 +182,17 @@ def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
         like = official.backbone_like(card["architecture"])
         target = {"teacher": {"backbone": like["params"]}, "teacher_stats": {"backbone": like["batch_stats"]}}
     return _from_state(checkpoints.restore_arrays(folder / "state", target), card)
+
+
+def _card_of(folder: Path) -> dict[str, Any]:
+    """Returns the model card of a checkpoint, from the config that was saved with it."""
+    try:
+        return checkpoints.model_card(checkpoints.read_metadata(folder)["config"], step=int(folder.name))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the config of checkpoint {folder} is not one of this version ({type(error).__name__}: {error}): load it "
+            "with the version that wrote it"
+        ) from error
 
 
 def _from_state(state: Mapping[str, Any], card: dict[str, Any]) -> Pretrained:
@@ -188,7 +221,7 @@ def _from_tensors(
     tensors: Mapping[str, np.ndarray], path: Path, settings: Mapping[str, Any], training: bool, heads: bool
 ) -> Pretrained:
     """Builds the result from named tensors. `settings`: see `_settings`."""
-    tensors = _unwrapped(tensors)
+    tensors = _unwrapped(tensors, path)
     networks = _networks(tensors)
     main = networks.get("teacher") or networks["student"]
     if "teacher" not in networks:
@@ -221,13 +254,21 @@ def _center(tensors: Mapping[str, np.ndarray], teacher: Weights, path: Path) -> 
     return np.array(center, np.float32).reshape(K)
 
 
-def _unwrapped(tensors: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-    """Removes a key that wraps the whole state_dict, and then also the optimizer."""
-    for wrapper in WRAPPERS:
-        rest = {name: x for name, x in tensors.items() if name.split(".")[0] not in NOT_NETWORKS}
-        if rest and all(name.startswith(wrapper) for name in rest):
-            return {name.removeprefix(wrapper): x for name, x in rest.items()}
+def _unwrapped(tensors: Mapping[str, np.ndarray], path: Path) -> Mapping[str, np.ndarray]:
+    """Takes the moving average where a file has one beside the weights, and removes what wraps all names."""
+    for prefix in EMA:
+        if average := {name.removeprefix(prefix): x for name, x in tensors.items() if name.startswith(prefix)}:
+            print(f"{path.name} has weights and their moving average: using {prefix[:-1]}", file=sys.stderr)
+            tensors = average
+            break
+    rest = {name: x for name, x in tensors.items() if name.split(".")[0] not in NOT_NETWORKS}
+    if rest and all(WRAPPERS.match(name) for name in rest):
+        return official.renamed(rest, _without_wrappers)
     return tensors
+
+
+def _without_wrappers(name: str) -> str:
+    return WRAPPERS.sub("", name, count=1) if WRAPPERS.match(name) else name
 
 
 def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
@@ -247,11 +288,11 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str
 
 
 def _parts(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """One network -> tensors of its backbone and head, without the `module.` prefix of torch's data parallel."""
-    tensors = official.renamed(tensors, lambda name: name.removeprefix("module."))
+    """One network -> tensors of its backbone and head, without the prefixes of torch's wrappers."""
+    tensors = official.renamed(tensors, _without_wrappers)
     head = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith(HEAD)}
     rest = {name: x for name, x in tensors.items() if not name.startswith(HEAD)}
-    rest = official.renamed(rest, lambda name: name.removeprefix("backbone."))
+    rest = official.renamed(rest, lambda name: _without_wrappers(name.removeprefix("backbone.")))
     return {"backbone": _without_classifier(rest), "head": head}
 
 

@@ -66,6 +66,19 @@ def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], so
     return variables
 
 
+# Networks that look like ours but compute something else: a tensor's name -> what the file holds.
+FOREIGN = (
+    (r"rope_embed|storage_tokens", "a DINOv3 ViT"),
+    (r"register_tokens|reg_token", "a ViT with registers, such as DINOv2's"),
+    (r"\.ls1\.|\.ls2\.|layer_scale\d?\.|\bgamma_1$", "a ViT with LayerScale, such as DINOv2's"),
+    (r"mlp\.w12\.|mlp\.weights_in\.", "a ViT with SwiGLU, such as DINOv2's ViT-g"),
+    (r"dist_token|distillation_token", "a distilled DeiT"),
+    (r"\.se\.|\.fc1\..*\.se", "a squeeze-and-excitation ResNet"),
+    (r"^conv1\.[03]\.", "a ResNet with a deep stem"),
+    (r"\.aa\.|blur_?pool|downsample\.2\.", "a ResNet with anti-aliasing or another downsampling"),
+)
+
+
 def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict[str, Any]:
     """Infers the "architecture" section of a model card (see `registry.architecture_card`) from the tensors' shapes.
 
@@ -81,6 +94,12 @@ def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_he
     Raises:
         UserError: the tensors belong to another kind of network, or the width is not a multiple of the heads.
     """
+    for pattern, what in FOREIGN:
+        if found := next((name for name in tensors if re.search(pattern, name)), None):
+            raise UserError(
+                f"{source} holds {what} ({_listed([found])}), which is not supported: give a ViT of DINO, DeiT or "
+                "timm's plain vit_*, or a ResNet"
+            )
     if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
         return _vit_architecture(tensors, source, num_heads)
     if "conv1.weight" in tensors:
@@ -189,6 +208,11 @@ def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict
         raise UserError(
             f"{source} is a ResNet with {blocks} blocks of {kernels} convolutions, "
             f"which is none of {', '.join(names_of(RESNET))}: give one of those"
+        )
+    if (width := len(tensors.get("layer1.0.conv1.weight", stem))) != len(stem):
+        raise UserError(
+            f"{source} is a ResNeXt or a wide ResNet ({width} channels in its first block), which is not supported: "
+            f"give one of {', '.join(names_of(RESNET))}"
         )
     return architecture_card(arch, in_channels=stem.shape[1], image_size=224)
 

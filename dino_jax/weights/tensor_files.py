@@ -1,5 +1,6 @@
 """Reads and writes files of named tensors: safetensors, and torch.save (.pth, .pt, .bin)."""
 
+import json
 import mmap
 import os
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,8 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
     Raises UserError if the file is missing, damaged, holds no weights, or would have to execute code.
     """
     path = Path(path)
+    if path.name.endswith(".safetensors.index.json"):
+        return _read_shards(path)
     if not path.is_file():
         raise UserError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}: give {EXPECTED}")
     try:
@@ -64,6 +67,22 @@ def read(path: str | Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} {error}") from error
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    """Reads the files that the index of a sharded Hugging Face model names."""
+    try:
+        where = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        files = sorted({str(file) for file in where.values()})
+        names = set(where)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of sharded weights ({error}): download or copy it again") from error
+    if outside := [file for file in files if Path(file).name != file]:
+        raise UserError(f"{index} names a file elsewhere ({outside[0]}): download or copy it again")
+    tensors = {name: x for file in files for name, x in read(index.with_name(file)).items()}
+    if missing := sorted(names - set(tensors)):
+        raise UserError(f"{index}: the files lack {', '.join(missing[:5])}: download or copy them again")
+    return tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:

@@ -22,12 +22,18 @@ from dino_jax.weights import load, official, tensor_files
 pytestmark = pytest.mark.slow
 
 SIZES = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+SHORT = {
+    "data__source": "demo:train:4",
+    "batch_size": 20,
+    "epochs": 1,
+    "optim__warmup_epochs": 0,
+    "optim__freeze_last_layer_epochs": 0,
+}
 OURS = {"model__arch": "vit", **{f"model__{name}": value for name, value in SIZES.items()}}
 
 
 def config(**changes):
-    short = {"data__source": "demo:train:4", "batch_size": 20, "epochs": 1, "optim__warmup_epochs": 0}
-    return tiny_config(**OURS | short | changes)
+    return tiny_config(**OURS | SHORT | changes)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +149,7 @@ def without_sizes(tree):
 
 
 def test_cards_and_checkpoints_of_earlier_versions_load_and_resume(tmp_path, monkeypatch, capsys):
-    now = tiny_config(data__source="demo:train:4", batch_size=20, epochs=1, optim__warmup_epochs=0)
+    now = tiny_config(**SHORT)
     before = without_sizes(now.to_dict())
     assert set(now.model) - set(before["model"]) == set(SIZES)
     assert model_card(before, 3)["architecture"] == model_card(now, 3)["architecture"]

@@ -123,6 +123,57 @@ def test_what_is_wrapped_or_has_no_teacher_is_found(saved, capsys):
     assert "head" not in load.load_weights(saved(FULL), heads=False).teacher.params
 
 
+@pytest.mark.parametrize(
+    "stack", ["_orig_mod.", "module._orig_mod.", "state_dict.model.", "model.module.backbone.", "backbone._orig_mod."]
+)
+def test_prefixes_of_wrappers_in_any_order_are_removed(saved, stack):
+    assert_is(load.load_weights(saved(prefixed(stack, TEACHER))).teacher, TEACHER)
+
+
+def test_a_moving_average_beside_the_weights_is_taken(saved, capsys):
+    found = load.load_weights(saved({"state_dict": STUDENT, "state_dict_ema": TEACHER, "epoch": np.int64(3)}))
+    assert_is(found.teacher, TEACHER)
+    assert "using state_dict_ema" in capsys.readouterr().err
+
+
+def test_sharded_hugging_face_weights(tmp_path):
+    card = {"architecture": CARD, "preprocessing": {"resize": 60, "crop": 40, "mean": [0.1] * 3, "std": [0.3] * 3}}
+    huggingface.write_folder(tmp_path / "hf", TEACHER, card)
+    whole = tmp_path / "hf" / "model.safetensors"
+    names = list(tensors := {name: np.array(x) for name, x in tensor_files.read(whole).items()})
+    whole.unlink()
+    halves = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    for file, part in halves.items():
+        tensor_files.write(tmp_path / "hf" / file, {name: tensors[name] for name in part})
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {name: file for file, part in halves.items() for name in part}}))
+    assert_is(load.load_weights(tmp_path / "hf").teacher, TEACHER)
+    (tmp_path / "hf" / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002"):
+        load.load_weights(tmp_path / "hf")
+    for text in ("[]", "{}", '{"weight_map": {"a": "../../etc/passwd"}}', '{"weight_map": 3}', "\xff"):
+        index.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match="model.safetensors.index.json"):
+            load.load_weights(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("register_tokens", "a ViT with registers, such as DINOv2's"),
+        ("reg_token", "a ViT with registers"),
+        ("blocks.0.ls1.gamma", "a ViT with LayerScale, such as DINOv2's"),
+        ("blocks.1.mlp.w12.weight", "a ViT with SwiGLU"),
+        ("dist_token", "a distilled DeiT"),
+        ("rope_embed.periods", "a DINOv3 ViT"),
+        ("storage_tokens", "a DINOv3 ViT"),
+    ],
+)
+def test_networks_that_only_look_like_ours_are_named(saved, name, what):
+    with pytest.raises(UserError, match=f"holds {what}"):
+        load.load_weights(saved(TEACHER | {name: np.ones((1, 4, 64), np.float32)}))
+
+
 @pytest.mark.parametrize("options", [{"use_bn": True}, {"layers": 1}, {"layers": 2}])
 def test_heads_of_other_builds_are_read_off_their_tensors(saved, options):
     tensors = head_tensors(6, **options)
