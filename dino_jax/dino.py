@@ -34,6 +34,7 @@ class TrainState(flax.struct.PyTreeNode):
     teacher_stats: Params
     center: jax.Array  # float32 [K]
     opt_state: optax.OptState
+    recent: dict[str, jax.Array]  # of `training.recent`
 
 
 def targets(teacher_logits: jax.Array, center: jax.Array, temp: jax.Array | float) -> jax.Array:
@@ -90,7 +91,7 @@ class DINO:
         student = {"backbone": backbone["params"], "head": head["params"]}
         stats = {"backbone": backbone.get("batch_stats", {}), "head": head.get("batch_stats", {})}
         teacher, teacher_stats = jax.tree.map(jnp.copy, (student, stats))
-        return TrainState(jnp.int32(0), student, teacher, stats, teacher_stats, jnp.zeros(self.head.out_dim), ())
+        return TrainState(jnp.int32(0), student, teacher, stats, teacher_stats, jnp.zeros(self.head.out_dim), (), {})
 
     def losses(
         self, student: Params, state: TrainState, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
@@ -127,7 +128,6 @@ class DINO:
             "kl": losses["dino"] - means["entropy"],
             "mean_target_entropy": entropy(means["targets"]),
             "center_norm": jnp.linalg.norm(state.center),
-            "student_temp": jnp.float32(self.student_temp),
         }
 
     def embed(self, params: Params, stats: Params, groups: list[Any], drop_paths: list[Any]) -> tuple[Any, Params]:

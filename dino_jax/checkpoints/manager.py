@@ -105,7 +105,7 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
     state_target: tree of jax.ShapeDtypeStruct with the desired shardings, on any mesh. Newer damaged checkpoints are
     renamed to `STEP.damaged` and reported on stderr. Raises UserError if `config` and the checkpoint's config differ in
     a setting that determines the state, if the arrays differ although the settings agree, or if every checkpoint is
-    damaged.
+    damaged. `state.recent` is empty if the version that wrote the checkpoint did not save it.
     """
     step = newest_intact(manager.directory)
     if step is None:
@@ -120,7 +120,11 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
             f"the config of checkpoint {folder} is not one of this version ({type(error).__name__}: {error}): use "
             "another --workdir or the version that wrote it"
         ) from error
-    _require_same_arrays(folder, state_target, written_by)
+    saved = _arrays(tree_of(folder / "state"))
+    if not any(name.startswith("recent.") for name in saved):
+        state_target = state_target.replace(recent={})
+    expected = _arrays(ocp.tree.serialize_tree(state_target, keep_empty_nodes=True))
+    _require_same_arrays(folder, saved, expected, written_by)
     _set_aside(manager, [damaged for damaged in manager.all_steps() if damaged > step])
     restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(state_target)))
     return restored["state"], step
@@ -214,12 +218,13 @@ def _require_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any],
         )
 
 
-def _require_same_arrays(folder: Path, target: Any, written_by: Mapping[str, str]) -> None:
-    """Raises UserError if the arrays differ, which code or libraries of another version can cause."""
-    saved, current = _arrays(tree_of(folder / "state")), _arrays(ocp.tree.serialize_tree(target, keep_empty_nodes=True))
+def _require_same_arrays(
+    folder: Path, saved: Mapping[str, str], current: Mapping[str, str], written_by: Mapping[str, str]
+) -> None:
+    """Raises UserError if the arrays (see `_arrays`) differ, which code or libraries of another version can cause."""
     different = [
         f"{name} is {current.get(name, 'missing')}, was {saved.get(name, 'missing')}"
-        for name in sorted(saved | current)
+        for name in sorted({*saved, *current})
         if saved.get(name) != current.get(name)
     ]
     if different:

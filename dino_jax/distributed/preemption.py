@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from dino_jax.distributed.watchdog import end, key_value_store
+from dino_jax.errors import Stopped
 
 CUT_OFF = 76  # exit code: a signal asked the run to stop, and it could not save in time
 POLL = 0.5  # seconds between looks at what other processes have heard
@@ -23,7 +24,7 @@ class StopSignal:
     """Within its block a first SIGTERM or Ctrl-C asks the run to stop; a second one ends the process at once.
 
     If the run has not ended `grace` seconds later (during a compilation, or on a stalled disk) the process exits with
-    code `CUT_OFF`, and its last checkpoint counts.
+    code `CUT_OFF`, and its last checkpoint counts. Once `saved` has been called, it exits with the code of `Stopped`.
 
     Several processes stop after the same step, whichever of them received the signal, see `Agreement`.
     """
@@ -34,7 +35,7 @@ class StopSignal:
         self._grace = grace
 
     def __enter__(self) -> "StopSignal":
-        self._received = self._interruptible = False
+        self._received = self._interruptible = self._saved = False
         self._agreement = Agreement(lambda: self._received) if jax.process_count() > 1 else None
         self._done = threading.Event()
         # Python runs handlers between two lines of the main thread, which may be inside a compiler for minutes; the
@@ -62,6 +63,10 @@ class StopSignal:
         """Whether to stop after `done` steps. Call it before each step; the same answer on all processes."""
         return self._agreement.stops_after(done) if self._agreement else self._received
 
+    def saved(self) -> None:
+        """Notes that the run is on disk, so that a reader which delays the end afterwards costs nothing."""
+        self._saved = True
+
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block in which the signal raises Interrupted: one that waits, or whose work is cheap to repeat.
@@ -87,7 +92,11 @@ class StopSignal:
         while (number := os.read(self._read, 1)) and number[0] not in self.SIGNALS:
             pass
         self._received = bool(number)  # also while the main thread waits for devices, where Python runs no handler
-        if number and not self._done.wait(self._grace):
+        if not number or self._done.wait(self._grace):
+            return
+        if self._saved:
+            end(Stopped.exit_code, f"the readers did not end in {self._grace:g} s: ended without them")
+        else:
             end(
                 CUT_OFF,
                 f"stopped by a signal, cut off after {self._grace:g} s before it could save: the same command resumes "

@@ -19,6 +19,7 @@ from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
 from dino_jax.ownership import owned
+from dino_jax.training import recent
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
@@ -80,6 +81,8 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
     ):
         restored = checkpoints.restore(manager, shapes, config)
         (state, start), origin = (restored, "") if restored else first_state(setup, mesh)
+        if not state.recent:  # an earlier version's checkpoint
+            state = state.replace(recent=sharding.replicate(recent.init(), mesh))
         checkpoints.write_config(workdir, config)
         logger = context.enter_context(Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start)))
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
@@ -128,6 +131,7 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
                 if done:
                     save()
                 manager.wait_until_finished()
+                stop.saved()
                 # Printed before the readers are closed, because a reader that hangs delays closing.
                 logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
         watchdog.beat("export", done)
@@ -174,7 +178,7 @@ class Run:
         self._watchdog.beat("step", done)
         self._note_bad(batch)
         with readable_out_of_memory():
-            state, scalars = self._train_step(state, on_devices(batch, self._mesh), self._guard.max_grad_norm())
+            state, scalars = self._train_step(state, on_devices(batch, self._mesh))
             self.settle()
             self._running = done, scalars, batch.index
             if self._first:

@@ -5,7 +5,6 @@ The step itself leaves the state unchanged (`step.train_step`). This module is t
 
 import json
 import math
-from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,6 @@ from dino_jax import atomic, provenance
 from dino_jax.data.sources import Source
 from dino_jax.errors import NotFiniteError, UserError
 
-WINDOW = 1_000  # last steps whose gradient norms determine the quantile
-FEW = 100  # fewest norms for a meaningful quantile
 NAMED = 8  # images that a message lists
 
 
@@ -34,19 +31,14 @@ class StepGuard:
         self._config, self._workdir, self._source = config, workdir, source
         self._skipped: list[int] = []  # steps
         self._in_a_row = 0
-        self._norms: deque[float] = deque(maxlen=WINDOW)
 
     def check(self, step: int, values: dict[str, float], index: np.ndarray) -> dict[str, float]:
-        """Checks a step and returns further scalars to log: skipped_steps and grad_norm_q99.
+        """Checks a step and returns a further scalar to log: skipped_steps, those since the process started.
 
         Args:
             step: number of the step.
             values: the step's metrics.
             index: int32 [b], this process's records of the step, as in `pipeline.Batch`.
-
-        Returns:
-            skipped_steps: skipped steps since the process started. grad_norm_q99: 0.99 quantile of the gradient norms
-            of the last `WINDOW` steps that were not skipped; missing if there are none.
 
         Raises:
             NotFiniteError: the parameters are not finite, from which a run cannot recover, or more than
@@ -57,15 +49,13 @@ class StepGuard:
             self._in_a_row += 1
         else:
             self._in_a_row = 0
-            self._norms.append(values["grad_norm"])
         if not math.isfinite(values["param_norm"]) or self._in_a_row > self._config.optim.max_skipped:
             self._give_up(step, values, index)
         if values["skipped"] and jax.process_index() == 0:
             reason = f"loss {values['loss']:.4g}, gradient norm {values['grad_norm']:.4g}"
             counts = f"{self._in_a_row} in a row, {len(self._skipped)} in total"
             print(f"step {step:,} is skipped ({reason}): {counts}", flush=True)
-        quantile = {"grad_norm_q99": float(np.quantile(self._norms, 0.99))} if self._norms else {}
-        return {"skipped_steps": float(len(self._skipped))} | quantile
+        return {"skipped_steps": float(len(self._skipped))}
 
     def finish(self, step: int) -> None:
         """Raises NotFiniteError if the last steps were all skipped: the run would pass for a trained model."""
@@ -74,16 +64,6 @@ class StepGuard:
                 f"the last {self._in_a_row} of {step:,} steps were all skipped, so the run is not finished: the last "
                 "checkpoint is kept; try a lower --config.optim.lr or --config.dtype=float32"
             )
-
-    def max_grad_norm(self) -> np.float32:
-        """Returns the gradient norm above which the next step is skipped: config.optim.skip_above times the quantile.
-
-        inf if skip_above is 0 or there are fewer than `FEW` norms.
-        """
-        times = self._config.optim.skip_above
-        if not times or len(self._norms) < FEW:
-            return np.float32(np.inf)
-        return np.float32(times * np.quantile(self._norms, 0.99))
 
     def _give_up(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
         before = [other for other in self._skipped if self.last_saved < other < step]

@@ -14,11 +14,11 @@ from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models import DINOHead, build_backbone
 from dino_jax.models.registry import given_sizes
-from dino_jax.training import chunked_loss, optimizers, schedules
+from dino_jax.training import chunked_loss, optimizers, recent, schedules
 from dino_jax.training.flops import count_flops
 
 Tree = dict[str, Any]
-State = Any  # a method's dataclass of arrays: step, student, teacher, *_stats, opt_state, and more
+State = Any  # a method's dataclass of arrays: step, student, teacher, *_stats, opt_state, recent, and more
 
 
 class Method(Protocol):
@@ -33,7 +33,7 @@ class Method(Protocol):
         """The head's module."""
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> State:
-        """Returns the state before the first step, without the optimizer's part."""
+        """Returns the state before the first step, without opt_state and recent."""
 
     def losses(
         self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
@@ -135,7 +135,8 @@ def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
 
     def init(key: jax.Array) -> State:
         state = setup.method.init(key, shape)
-        return state.replace(opt_state=optimizers.build(config.optim).init(state.student))
+        opt_state = optimizers.build(config.optim).init(state.student)
+        return state.replace(opt_state=opt_state, recent=recent.init())
 
     return jax.jit(init, out_shardings=fsdp.shardings(jax.eval_shape(init, key), mesh))(key)
 

@@ -13,25 +13,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models.vit import drop_path_factors
-from dino_jax.training import optimizers
+from dino_jax.training import optimizers, recent
 from dino_jax.training.setup import Setup, State, Tree, abstract_batch
 
 Metrics = dict[str, jax.Array]
 
 
 def train_step(
-    setup: Setup, mesh: Mesh, state: State, batch: Any, max_grad_norm: float | jax.Array = jnp.inf
+    setup: Setup, mesh: Mesh, state: State, batch: Any, skip: bool | jax.Array = False
 ) -> tuple[State, Metrics]:
     """Runs one step on the global batch: updates the student by gradient, then the rest of the state by `update`.
 
-    If the loss or gradient is not finite, or the gradient norm exceeds `max_grad_norm`, only `step` changes and
-    metrics["skipped"] is 1. Returns the new state and scalar metrics.
+    The step is skipped if the loss or gradient is not finite, if the gradient norm exceeds the limit of config.optim's
+    skip_above, or if `skip` is true. Then only `step` and `recent` change and metrics["skipped"] is 1. Returns the new
+    state and scalar metrics.
     """
     now = setup.schedules.at(state.step)
     grads, losses, means, stats = gradients(setup, mesh, state, batch)
@@ -43,15 +43,18 @@ def train_step(
     new = setup.method.update(new, means, now.teacher_momentum)
 
     loss, grad_norm = total_loss(setup, losses), optax.tree.norm(grads)
-    finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= max_grad_norm)
-    new = jax.tree.map(partial(jnp.where, finite), new, state)
+    limit = recent.max_grad_norm(state.recent, setup.config.optim.skip_above)
+    good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= limit) & ~jnp.asarray(skip)
+    new = jax.tree.map(partial(jnp.where, good), new, state)
+    new = new.replace(step=state.step + 1, recent=recent.add(state.recent, state.step, grad_norm, ~good))
     new = jax.lax.with_sharding_constraint(new, fsdp.shardings(new, mesh))
 
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
     metrics |= setup.method.signals(new, losses, means)
-    metrics |= {"grad_norm": grad_norm, "param_norm": optax.tree.norm(new.student), "skipped": 1.0 - finite}
+    metrics |= {"grad_norm": grad_norm, "grad_norm_q99": recent.quantile(new.recent)}
+    metrics |= {"param_norm": optax.tree.norm(new.student), "skipped": 1.0 - good}
     metrics |= {name: value for name, value in now._asdict().items() if name != "last_layer_frozen"}
-    return new.replace(step=state.step + 1), metrics
+    return new, metrics
 
 
 def total_loss(setup: Setup, losses: dict[str, jax.Array]) -> jax.Array:
@@ -135,7 +138,7 @@ def lower_step(setup: Setup, mesh: Mesh, state: State) -> jax.stages.Lowered:
     state: arrays, or the result of `setup.abstract_state`.
     """
     step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
-    return step.lower(state, abstract_batch(setup.config, mesh), np.float32(np.inf))
+    return step.lower(state, abstract_batch(setup.config, mesh))
 
 
 def compile_lowered(lowered: jax.stages.Lowered) -> jax.stages.Compiled:

@@ -31,7 +31,7 @@ RUNS = {
     "lars": (1, {"optim__name": "lars"}),
     "lars_fsdp": (8, {"optim__name": "lars"}),
 }
-MESHES = {"1x1": (1, 1), "2x2": (2, 2), "4x1": (4, 1), "8x4": (8, 4), "8x8": (8, 8)}  # devices and groups of them
+MESHES = {"1x1": (1, 1), "4x1": (4, 1), "8x4": (8, 4), "8x8": (8, 8)}  # devices and groups of them
 # Halves the time of a compilation. LLVM sees one device's program, in which nothing between devices is left to change.
 FAST = {"xla_backend_optimization_level": 0}
 
@@ -69,7 +69,7 @@ def follow(groups, changes, steps=5):
     parts = [x.addressable_shards[0].data.size / x.size for x in held]
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch, np.float32(np.inf))
+        state, metrics = step(state, batch)
         losses.append([float(metrics[name]) for name in ("loss", "grad_norm", "param_norm", "teacher_entropy")])
     learnt = named(jax.device_get((state.student, state.teacher)))
     sums = {name: float(np.abs(without_keys_bias(name, x)).sum()) for name, x in learnt}
@@ -86,16 +86,16 @@ def without_keys_bias(name, x):
     return np.delete(x.reshape(len(x), 3, -1), 1, axis=1) if name.endswith("['qkv']['bias']") else x
 
 
-def restored(saved, devices, groups, steps=50):
+def restored(saved, devices, groups, steps=10):
     """Whether the state saved by 8 devices in groups of 4 comes back bit for bit on others, and the losses after it."""
     setup, mesh = tiny_setup(groups, devices)
     with checkpoints.open_manager(saved["folder"], setup.config.checkpoint) as manager:
         state, _ = checkpoints.restore(manager, abstract_state(setup, mesh), setup.config)
     same = jax.tree.map(np.array_equal, jax.device_get(state), saved["state"])
-    step, batch = lower_step(setup, mesh, state).compile(), random_batch(setup, mesh)
+    step, batch = lower_step(setup, mesh, state).compile(FAST), random_batch(setup, mesh)
     losses = []
     for _ in range(steps):
-        state, metrics = step(state, batch, np.float32(np.inf))
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return {"same": all(jax.tree.leaves(same)), "losses": losses}
 
@@ -103,9 +103,9 @@ def restored(saved, devices, groups, steps=50):
 def save_on_8(folder):
     """A state after two steps, saved in parts."""
     setup, mesh, state = tiny_run(4)
-    step, batch = lower_step(setup, mesh, state).compile(), random_batch(setup, mesh)
+    step, batch = lower_step(setup, mesh, state).compile(FAST), random_batch(setup, mesh)
     for _ in range(2):
-        state, _ = step(state, batch, np.float32(np.inf))
+        state, _ = step(state, batch)
     with checkpoints.open_manager(folder, setup.config.checkpoint) as manager:
         checkpoints.save(manager, 2, state, setup.config)
     return {"folder": folder, "state": jax.device_get(state)}
@@ -140,7 +140,7 @@ def test_each_device_holds_its_part(followed):
 def test_a_checkpoint_in_parts_restores_on_any_mesh(followed, mesh):
     found = followed["restored"][mesh]
     assert found["same"]
-    # Sums over devices in another order: float32's rounding, in 50 steps.
+    # Sums over devices in another order: float32's rounding, in 10 steps.
     assert found["losses"] == pytest.approx(followed["restored"]["8x4"]["losses"], rel=1e-5)
 
 
