@@ -19,13 +19,13 @@ from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
 from dino_jax.ownership import owned
-from dino_jax.training import recent
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
 from dino_jax.training.init_from import start_from
 from dino_jax.training.nonfinite import StepGuard
 from dino_jax.training.rate import Rate
+from dino_jax.training.resuming import resumed
 from dino_jax.training.schedules import steps_of
 from dino_jax.training.setup import (
     DeviceBatch,
@@ -80,9 +80,7 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
         ExitStack() as context,
     ):
         restored = checkpoints.restore(manager, shapes, config)
-        (state, start), origin = (restored, "") if restored else first_state(setup, mesh)
-        if not state.recent:  # an earlier version's checkpoint
-            state = state.replace(recent=sharding.replicate(recent.init(), mesh))
+        (state, start), origin = resumed(*restored, setup, mesh, workdir) if restored else first_state(setup, mesh)
         checkpoints.write_config(workdir, config)
         logger = context.enter_context(Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start)))
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)

@@ -1,27 +1,37 @@
 """What a run remembers of its last steps.
 
-It is part of the saved state, so that a resumed run decides as the uninterrupted run would. Outliers among the gradient
-norms are found by their quantile.
+It is part of the saved state. A resumed run therefore decides as the uninterrupted run would, and can say what it
+changes. Outliers among the gradient norms are found by their quantile.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from dino_jax.training.schedules import Values
+
 WINDOW = 1_000  # last steps whose gradient norms determine the quantile
 FEW = 100  # fewest norms for a meaningful limit
 
-Recent = dict[str, jax.Array]
+Recent = dict[str, Any]
 
 
 def init() -> Recent:
-    """Returns {"grad_norms": float32 [WINDOW]}, with -1 in place of a norm: no step yet."""
-    return {"grad_norms": jnp.full(WINDOW, -1, jnp.float32)}
+    """Returns the memory of no step.
+
+    "grad_norms" is float32 [WINDOW], where -1 stands for a missing norm; "scheduled" holds the float32 scalars of
+    `schedules.Values` at the last step.
+    """
+    scheduled = {name: jnp.float32(0) for name in Values._fields}
+    return {"grad_norms": jnp.full(WINDOW, -1, jnp.float32), "scheduled": scheduled}
 
 
-def add(recent: Recent, step: jax.Array, grad_norm: jax.Array, skipped: jax.Array) -> Recent:
-    """Replaces the oldest norm by that of `step`, int32 []. A skipped step leaves none: no spike raises the limit."""
-    norm = jnp.where(skipped, -1, grad_norm)
-    return recent | {"grad_norms": recent["grad_norms"].at[step % WINDOW].set(norm)}
+def add(recent: Recent, step: jax.Array, now: Values, grad_norm: jax.Array, skipped: jax.Array) -> Recent:
+    """Remembers a step, int32 []: its norm replaces the oldest. A skipped step leaves none, so spikes do not count."""
+    norms = recent["grad_norms"].at[step % WINDOW].set(jnp.where(skipped, -1, grad_norm))
+    scheduled = {name: jnp.float32(value) for name, value in now._asdict().items()}
+    return {"grad_norms": norms, "scheduled": scheduled}
 
 
 def quantile(recent: Recent) -> jax.Array:

@@ -46,7 +46,7 @@ def train_step(
     limit = recent.max_grad_norm(state.recent, setup.config.optim.skip_above)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= limit) & ~jnp.asarray(skip)
     new = jax.tree.map(partial(jnp.where, good), new, state)
-    new = new.replace(step=state.step + 1, recent=recent.add(state.recent, state.step, grad_norm, ~good))
+    new = new.replace(step=state.step + 1, recent=recent.add(state.recent, state.step, now, grad_norm, ~good))
     new = jax.lax.with_sharding_constraint(new, fsdp.shardings(new, mesh))
 
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
