@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     # On GPU and TPU, float32 products use JAX's default precision (TF32, bfloat16 passes) unless
     # JAX_DEFAULT_MATMUL_PRECISION=highest is set.
     config.dtype = "auto"
-    config.log_every = 50  # steps between logged metrics
+    config.log_every = 50  # steps between logged metrics; the first and the last step are logged as well
     config.writers = "console,jsonl,tensorboard"  # where metrics go: any of console, jsonl, tensorboard, wandb
     # Weights to start from, in any form that dino_jax.load_backbone reads; empty: random. A resumed run ignores it.
     config.init_from = ""

@@ -86,7 +86,7 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
         evaluators = build_evaluators(setup, source, mesh, steps_per_epoch, logger.info)
         guard = StepGuard(config, workdir, source, last_saved=start)
-        run, done, stopped = Run(setup, mesh, source, logger, watchdog, guard), start, False
+        run, done, stopped = Run(setup, mesh, source, logger, watchdog, guard, total_steps), start, False
 
         def save() -> None:
             run.settle()  # raises if the state is not finite, so that such a state is never saved
@@ -151,7 +151,9 @@ class Run:
         logger: Logger,
         watchdog: Watchdog,
         guard: StepGuard,
+        total_steps: int,
     ):
+        self._last = total_steps
         self.rate = Rate()
         self._watchdog, self._guard = watchdog, guard
         self._setup, self._mesh, self._source, self._logger = setup, mesh, source, logger
@@ -200,7 +202,7 @@ class Run:
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
         values |= self._guard.check(done, values, index)
         self.rate.add(self._config.batch_size)
-        if done % self._config.log_every == 0:
+        if done % self._config.log_every == 0 or done in (1, self._last):
             self._logger.log(done, values | ({} if self._first else self._speed()))
         if self._first:
             self._first = False

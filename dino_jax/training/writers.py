@@ -80,7 +80,7 @@ class JsonlWriter:
 
     def __init__(self, run: RunInfo):
         path = run.workdir / "metrics.jsonl"
-        _drop_after(path, run.start_step if run.start_step else -1)  # a fresh run logs step 0 itself
+        _drop_from(path, _first_step(run))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (open as long as the run)
 
     def write(self, step: int, scalars: Scalars) -> None:
@@ -107,8 +107,8 @@ class TensorBoardWriter:
         # Events are written at once: the thread of SummaryWriter would die of a full disk, and its queue then block the
         # run forever.
         self._events = EventsWriter(str(run.workdir / "tensorboard" / "events"))
-        purge_later = SessionLog(status=SessionLog.START)
-        self._events.write_event(Event(wall_time=time.time(), step=run.start_step + 1, session_log=purge_later))
+        purge = SessionLog(status=SessionLog.START)  # of all steps from this one on
+        self._events.write_event(Event(wall_time=time.time(), step=_first_step(run), session_log=purge))
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Writes an event per scalar and flushes them."""
@@ -215,14 +215,19 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _drop_after(path: Path, last_step: int) -> None:
-    """Rewrites the JSON lines without those of later steps and without a half-written line."""
+def _first_step(run: RunInfo) -> int:
+    """Returns the first step that this process logs. A run from the start evaluates before step 1, as step 0."""
+    return run.start_step + 1 if run.start_step else 0
+
+
+def _drop_from(path: Path, step: int) -> None:
+    """Rewrites the JSON lines without those from `step` on and without a half-written line."""
     if not path.exists():
         return
     valid = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
+            if json.loads(line)["step"] < step:
                 valid.append(line + "\n")
         except (ValueError, TypeError, KeyError):  # cut off, or not written by a run
             continue

@@ -172,6 +172,11 @@ def test_variants_train(tmp_path, changes):
     assert bool((state.center == 0).all()) == (not changes.get("dino__centering", True))
 
 
+def test_the_first_and_the_last_step_are_logged(tmp_path):
+    loop.train(tiny_config(log_every=4), tmp_path)
+    assert sorted(losses(tmp_path)) == [1, 4, 8, 10]
+
+
 def test_loss_that_is_not_finite_stops_the_run(tmp_path):
     config = tiny_config(optim__lr=1e38, optim__warmup_epochs=0, optim__clip_grad=0.0, checkpoint__every_steps=1)
     with pytest.raises(UserError, match=r"_norm is (nan|inf) at step \d+.*is kept.*images: .*demo"):

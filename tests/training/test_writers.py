@@ -1,13 +1,16 @@
+import itertools
 import json
 import re
 import resource
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tensorboardX.proto.event_pb2 import Event
 
 from dino_jax.errors import UserError
 from dino_jax.training.writers import Logger, RunInfo, format_duration
@@ -59,6 +62,33 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     logger.log(4, {"loss": 40})
     logger.__exit__()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def shown_by_tensorboard(workdir):
+    """Steps that TensorBoard shows: a START of a session drops the events of its step and later ones."""
+    steps = []
+    for path in sorted((workdir / "tensorboard").iterdir()):
+        data = path.read_bytes()
+        while data:
+            size = int.from_bytes(data[:8], "little")  # of the record, between two checksums
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.HasField("session_log"):
+                steps = [step for step in steps if step < event.step]
+            if event.HasField("summary"):
+                steps.append(event.step)
+    return steps
+
+
+def test_restarts_leave_each_step_once(tmp_path, monkeypatch):
+    """Three starts from 0, which evaluate before step 1, and one that resumes."""
+    monkeypatch.setattr(time, "time", map(float, itertools.count()).__next__)  # names of files have whole seconds
+    for start in (0, 0, 0, 2):
+        logger = open_logger(tmp_path, 10, 5, start_step=start)
+        for step in range(start + 1 if start else 0, 4):
+            logger.log(step, {"loss": step})
+        logger.__exit__()
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1, 2, 3]
+    assert shown_by_tensorboard(tmp_path) == [0, 1, 2, 3]
 
 
 def test_only_process_0_writes(tmp_path, monkeypatch, capsys):
