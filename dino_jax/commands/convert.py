@@ -24,7 +24,7 @@ from dino_jax.commands import cli
 from dino_jax.errors import UserError
 from dino_jax.weights import huggingface, load, official, stablehlo, tensor_files
 from dino_jax.weights.backbone import backbone_of
-from dino_jax.weights.load import Pretrained, Weights
+from dino_jax.weights.pretrained import Pretrained, Weights
 
 USAGE = "SOURCE TARGET --to=FORM"
 

@@ -1,14 +1,10 @@
 """Image retrieval on the revisited Oxford and Paris buildings (Radenovic et al., CVPR 2018): mAP without any training.
 
 Layout, as the data sets are published: DATA/roxford5k/gnd_roxford5k.pkl and DATA/roxford5k/jpg/*.jpg; also rparis6k.
-
-A restricted `pickle.Unpickler` reads the ground truth: the interpreter in `weights/torch_pickle.py` drops the state of
-objects, where NumPy keeps an array's content, and hooks for it would be longer than the class here.
 """
 
 import math
 import os
-import pickle
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +22,7 @@ from PIL import Image
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import cls_features, l2_normalize
 from dino_jax.evals.common.feature_cache import FeatureCache, fingerprint
+from dino_jax.evals.common.ground_truth import read_ground_truth
 from dino_jax.evals.common.ranking import (
     ANSWERS,
     CORRECT,
@@ -146,75 +143,6 @@ def _check(config: ml_collections.ConfigDict) -> tuple[int, tuple[float, ...]]:
         raise UserError(f"scales {scales}: set --config.scales to numbers above 0, at most 1")
     check_at_least_one(config, "batch_size", "workers", "sheet")
     return imsize, tuple(float(scale) for scale in scales)
-
-
-# --- ground truth ----------------------------------------------------------------------------------------------------
-
-
-def read_ground_truth(path: Path) -> dict[str, Any]:
-    """Reads the ground truth: {"imlist": names, "qimlist": names, "gnd": [{"bbx", "easy", "hard", "junk"}, ...]}.
-
-    bbx is left, upper, right, lower in pixels; the others are lists of indices into imlist. No code in the pickle is
-    executed. It may contain lists, dicts, strings, numbers and NumPy arrays; raises UserError for anything else.
-    """
-    try:
-        with path.open("rb") as file:
-            truth = _PlainUnpickler(file).load()
-    except OSError as error:
-        raise UserError(
-            f"--config.data: can't read {path} ({error.strerror}): it belongs beside the folder jpg/"
-        ) from error
-    except UserError:
-        raise
-    except Exception as error:  # a damaged pickle can make the unpickler raise anything
-        raise UserError(f"{path} is damaged ({type(error).__name__}): download it again") from error
-    try:
-        images, queries = len(truth["imlist"]), len(truth["qimlist"])
-        consistent = queries == len(truth["gnd"]) > 0 and all(
-            len(query["bbx"]) == 4 and all(0 <= i < images for level in ("easy", "hard", "junk") for i in query[level])
-            for query in truth["gnd"]
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a ground truth (no {error}): download it again") from error
-    if not consistent:
-        raise UserError(f"{path} is damaged (its queries do not fit its images): download it again")
-    return truth
-
-
-class _Dtype:
-    """Replaces a pickled NumPy dtype: i8, f4, U20."""
-
-    def __init__(self, code: str, *_: object) -> None:
-        self.code = code
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.code = state[1].replace("|", "") + self.code
-
-
-class _Array(list[Any]):
-    """Replaces a pickled NumPy array by a flat list of its values."""
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        _, _, dtype, _, data = state
-        self[:] = np.frombuffer(data, dtype.code).tolist()  # refuses dtypes of objects
-
-
-# NumPy's own functions would read and write arbitrary memory if given hostile arguments.
-_STAND_INS: dict[str, Callable[..., Any]] = {
-    "_reconstruct": lambda *_: _Array(),
-    "scalar": lambda dtype, data: np.frombuffer(data, dtype.code)[0].item(),
-    "ndarray": _Array,
-    "dtype": _Dtype,
-    "encode": lambda text, _: text.encode("latin1"),
-    "bytes": lambda *_: b"",  # of an empty array
-}
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Callable[..., Any]:
-        if module.split(".")[0] in ("numpy", "_codecs", "builtins", "__builtin__") and name in _STAND_INS:
-            return _STAND_INS[name]
-        raise UserError(f"the ground truth's pickle asks for {module}.{name}: refused, download it from its authors")
 
 
 def _photos(truth: dict[str, Any], folder: Path, crop_queries: bool) -> tuple[list[Photo], list[Photo]]:

@@ -15,7 +15,7 @@ from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
 from dino_jax.models.registry import given_sizes, sizes_of, sizes_on_card
 from dino_jax.weights import load
-from dino_jax.weights.load import Pretrained, Weights
+from dino_jax.weights.pretrained import Pretrained, Weights
 
 ADAPTATIONS = ("image_size", "in_channels")  # values that config.init_adapt may list
 

@@ -18,6 +18,7 @@ from dino_jax.errors import UserError
 from dino_jax.models import Family, Tokens, family_of, from_card
 from dino_jax.models.registry import BackboneModule
 from dino_jax.weights import load
+from dino_jax.weights.pretrained import Pretrained
 
 
 @dataclass(frozen=True, eq=False)  # hashed by identity, so that jax.jit(backbone) works
@@ -151,7 +152,7 @@ def load_backbone(
     return backbone_of(pretrained)
 
 
-def backbone_of(pretrained: load.Pretrained) -> Backbone:
+def backbone_of(pretrained: Pretrained) -> Backbone:
     """Returns the teacher's backbone of loaded weights."""
     teacher = pretrained.teacher
     variables = {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}

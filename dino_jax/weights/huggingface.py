@@ -25,7 +25,7 @@ from dino_jax.json_files import NUMBERS, POSITIVES, SIZE, read_object, require
 from dino_jax.models import family_of, from_card
 from dino_jax.models.registry import VIT
 from dino_jax.weights import tensor_files
-from dino_jax.weights.official import renamed
+from dino_jax.weights.official import refuse_antialiased, renamed
 
 # Hugging Face module or parameter -> official name, outside of blocks (STEM) and inside.
 STEM = {
@@ -109,12 +109,13 @@ def read_folder_settings(folder: str | Path) -> dict[str, Any]:
 
     Returns {"num_attention_heads": int, "preprocessing": {"resize": int, "crop": int, "mean": [C], "std": [C]}}, with
     preprocessing as in a model card. Settings that the files do not state are omitted. Raises UserError if a file is
-    damaged or the activation is not the exact GELU.
+    damaged, the activation is not the exact GELU, or the network is an anti-aliased ResNet.
     """
     config, processor = (_read_json(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     source = f"{Path(folder) / 'preprocessor_config.json'}"
     if (activation := config.get("hidden_act", "gelu")) != "gelu":
         raise UserError(f"{folder} holds a ViT with activation {activation!r}: only the exact 'gelu' is supported")
+    refuse_antialiased(str(config.get("architecture", "")), f"{folder}")  # timm's key
     settings: dict[str, Any] = {}
     if "num_attention_heads" in config:
         settings["num_attention_heads"] = config["num_attention_heads"]

@@ -5,17 +5,16 @@ import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dino_jax import checkpoints, provenance
 from dino_jax.errors import UserError
 from dino_jax.json_files import NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, read_object
-from dino_jax.models import family_of
 from dino_jax.models.registry import num_heads_of
-from dino_jax.models.vit import resize_pos_embed
 from dino_jax.weights import huggingface, official, tensor_files
+from dino_jax.weights.pretrained import Pretrained, Weights, per_channel, resized, with_channels
 
 # Keys in the metadata of a safetensors file, with JSON values: a section of the card, and an int (ViTs only).
 PREPROCESSING, NUM_HEADS = "preprocessing", "num_attention_heads"
@@ -41,22 +40,6 @@ NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # key
 HEAD = ("head.mlp.", "head.last_layer.")
 CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # not part of a backbone
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-class Weights(NamedTuple):
-    """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and "head" if it has one."""
-
-    params: dict[str, Any]
-    stats: dict[str, Any]  # running statistics of batch norm; {} for a part without batch norm
-
-
-class Pretrained(NamedTuple):
-    """Loaded weights. The teacher's backbone is always there; heads, student and center are optional, for training."""
-
-    card: dict[str, Any]  # see `checkpoints.model_card`
-    teacher: Weights
-    student: Weights | None = None
-    center: np.ndarray | None = None  # float32 [K]
 
 
 def load_weights(
@@ -95,8 +78,8 @@ def load_weights(
         stated = "has no attention" if there is None else f"states that it has {there} attention heads"
         raise UserError(f"{path} {stated}, but num_heads is {num_heads}: omit num_heads")
     if image_size is not None:
-        pretrained = _resized(pretrained, image_size)
-    return pretrained if in_channels is None else _with_channels(pretrained, in_channels)
+        pretrained = resized(pretrained, image_size)
+    return pretrained if in_channels is None else with_channels(pretrained, in_channels)
 
 
 def require_path(path: str | Path) -> Path:
@@ -323,79 +306,8 @@ def file_metadata(card: Mapping[str, Any]) -> dict[str, str]:
 def _preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:
     """The reference's evaluation: shorter side 256, center crop 224 (others in proportion), ImageNet statistics."""
     crop, channels = architecture["image_size"], architecture["in_channels"]
-    mean, std = (_per_channel(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (per_channel(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return {"resize": round(crop * 256 / 224), "crop": crop, "mean": mean, "std": std, "interpolation": "bicubic"}
-
-
-def _resized(pretrained: Pretrained, image_size: int) -> Pretrained:
-    """Adapts the network to another image size."""
-    architecture, trained = pretrained.card["architecture"], pretrained.card["preprocessing"]
-    patch = architecture["patch_size"]  # None for a convnet, which has no positions either
-    if image_size < 1 or (patch and image_size % patch):
-        raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch or 1}: change image_size")
-    preprocessing = trained | {"resize": round(trained["resize"] * image_size / trained["crop"]), "crop": image_size}
-    pretrained = _described(pretrained, {"image_size": image_size}, preprocessing)
-    if not patch:
-        return pretrained
-    side = image_size // patch
-
-    def resized(params: Any) -> Any:
-        return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side, square=True))}
-
-    return _map_backbones(resized, pretrained)
-
-
-def _with_channels(pretrained: Pretrained, in_channels: int) -> Pretrained:
-    """Adapts the network to another number of input channels."""
-    if in_channels < 1:
-        raise UserError(f"in_channels {in_channels}: set it to 1 or more")
-    architecture, trained = pretrained.card["architecture"], pretrained.card["preprocessing"]
-    statistics = {name: _per_channel(trained[name], in_channels) for name in ("mean", "std")}
-    first = family_of(architecture["arch"]).input_layer
-
-    def changed(params: Any) -> Any:
-        return params | {first: params[first] | {"kernel": _adapt_kernel(params[first]["kernel"], in_channels)}}
-
-    return _map_backbones(changed, _described(pretrained, {"in_channels": in_channels}, trained | statistics))
-
-
-def _adapt_kernel(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """[h, w, C, D] -> [h, w, channels, D], with the same output for an image whose channels are all equal.
-
-    For more channels, the kernel's channels repeat cyclically, each divided by its number of copies. For fewer, each
-    channel has an equal share of the sum over all channels.
-    """
-    old_channels = kernel.shape[2]
-    if channels < old_channels:
-        return np.repeat(kernel.sum(axis=2, keepdims=True) / np.float32(channels), channels, axis=2)
-    source = np.arange(channels) % old_channels
-    return kernel[:, :, source] / np.bincount(source)[source].astype(np.float32)[:, None]
-
-
-def _per_channel(values: list[float], channels: int) -> list[float]:
-    """Statistics for another number of channels: their mean for one channel, else repeated cyclically."""
-    if channels == 1 and len(values) > 1:
-        return [round(sum(values) / len(values), 6)]
-    return [values[i % len(values)] for i in range(channels)]
-
-
-def _described(pretrained: Pretrained, architecture: dict[str, Any], preprocessing: dict[str, Any]) -> Pretrained:
-    card = pretrained.card | {
-        "architecture": pretrained.card["architecture"] | architecture,
-        "preprocessing": preprocessing,
-    }
-    return pretrained._replace(card=card)
-
-
-def _map_backbones(change: Any, pretrained: Pretrained) -> Pretrained:
-    """Applies change(parameters of a backbone) to teacher and student."""
-
-    def changed(weights: Weights) -> Weights:
-        return weights._replace(params=weights.params | {"backbone": change(weights.params["backbone"])})
-
-    return pretrained._replace(
-        teacher=changed(pretrained.teacher), student=pretrained.student and changed(pretrained.student)
-    )
 
 
 def _without_heads(pretrained: Pretrained) -> Pretrained:

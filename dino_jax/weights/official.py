@@ -79,6 +79,15 @@ FOREIGN = (
 )
 
 
+def refuse_antialiased(name: str, source: str) -> None:
+    """Raises UserError if the name of a file or architecture is that of an anti-aliased ResNet.
+
+    timm's resnetblur50 and resnetaa50 filter without parameters, so their tensors are those of a plain ResNet-50.
+    """
+    if re.match(r"resnet(blur|aa)", name):
+        raise UserError(f"{source} holds {name}, a ResNet with anti-aliasing, which is not supported: give a plain one")
+
+
 def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads: Any = None) -> dict[str, Any]:
     """Infers the "architecture" section of a model card (see `registry.architecture_card`) from the tensors' shapes.
 
@@ -200,6 +209,7 @@ def _default_heads(embed_dim: int, depth: int, source: str) -> int:
 
 
 def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+    refuse_antialiased(source, source)
     stem, kernels = tensors["conv1.weight"], 3 if "layer1.0.conv3.weight" in tensors else 2
     stages = [{name.split(".")[1] for name in tensors if name.startswith(f"layer{stage}.")} for stage in (1, 2, 3, 4)]
     blocks = tuple(len(stage) for stage in stages)

@@ -7,10 +7,12 @@ except the strings and integers that are dict keys.
 """
 
 import io
+import math
 import mmap
 import pickletools
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -56,6 +58,7 @@ CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 ZIP_MAGIC = b"PK\x03\x04"
 LEGACY_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # in the first pickle of a file written by torch < 1.6
 MAX_DIMS = 64  # NumPy's limit
+SMALL = 1 << 20  # bytes up to which a tensor may be larger than its data, as one made by torch's expand is
 
 
 class Unreadable(Exception):
@@ -68,6 +71,7 @@ class Storage:
 
     dtype: np.dtype
     data: memoryview = memoryview(b"")
+    crc: int = 0  # CRC-32 of all its bytes; 0 if unknown, as in a file that torch wrote without
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,10 @@ class Tensor:
     strides: Any
 
     def array(self) -> np.ndarray:
-        """Returns a read-only view of the mapped file. Raises Unreadable if the tensor extends beyond its storage."""
+        """Returns a read-only view of the mapped file.
+
+        Raises Unreadable if the tensor extends beyond its storage, repeats it beyond all use, or its bits are damaged.
+        """
         shape, strides, dtype = self.shape, self.strides, self.storage.dtype
         counts = (self.offset, *shape, *strides)
         if len(shape) != len(strides) or len(shape) > MAX_DIMS or not all(type(n) is int and n >= 0 for n in counts):
@@ -89,6 +96,10 @@ class Tensor:
         last = self.offset + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
         if 0 not in shape and (last + 1) * dtype.itemsize > len(self.storage.data):
             raise Unreadable("is damaged: a tensor in it extends beyond its data")
+        if math.prod(shape) * dtype.itemsize > max(len(self.storage.data), SMALL):  # by strides of 0
+            raise Unreadable("is refused: a tensor in it is much larger than its data")
+        if self.storage.crc and zlib.crc32(self.storage.data) != self.storage.crc:
+            raise Unreadable("is damaged: the bytes of a tensor in it do not match their checksum: copy it again")
         try:
             if 0 in shape:
                 return np.empty(shape, dtype)
@@ -155,7 +166,11 @@ def _read_zip(file: BinaryIO, mapped: mmap.mmap) -> Any:
         return memoryview(mapped)[start : start + info.file_size]
 
     def load(storage: Storage, key: str, size: int) -> Storage:
-        return Storage(storage.dtype, entry(f"{folder}data/{key}")[: size * storage.dtype.itemsize])
+        name = f"{folder}data/{key}"
+        data = entry(name)
+        if size * storage.dtype.itemsize < len(data):  # a checksum of all of them says nothing about a part
+            return Storage(storage.dtype, data[: size * storage.dtype.itemsize])
+        return Storage(storage.dtype, data, entries[name].CRC)
 
     if f"{folder}byteorder" in entries and bytes(entry(f"{folder}byteorder")) != b"little":
         raise Unreadable("was saved on a big-endian machine: save it again on another")

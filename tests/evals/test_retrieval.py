@@ -224,6 +224,14 @@ def test_ground_truth_runs_nothing(tmp_path, protocol):
         retrieval.read_ground_truth(path)
 
 
+def test_a_place_in_the_memo_cannot_ask_for_all_memory(tmp_path):
+    """The unpickler allocates 16 bytes for each place up to the highest."""
+    path = tmp_path / "gnd.pkl"
+    path.write_bytes(b"\x80\x04]r" + (100_000_000).to_bytes(4, "little") + b".")
+    with pytest.raises(UserError, match="damaged"):
+        retrieval.read_ground_truth(path)
+
+
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL))
 def test_ground_truth_may_hold_arrays(tmp_path, protocol):
     truth = {

@@ -189,6 +189,19 @@ def test_a_convnet_comes_with_its_statistics_and_without_its_classifier(saved):
     assert_is(found.teacher, tensors)
 
 
+def test_an_antialiased_resnet_is_refused_though_its_tensors_are_a_plain_ones(saved, tmp_path):
+    architecture = {"arch": "resnet18", "patch_size": None, "in_channels": 3, "image_size": 224, "embed_dim": 512}
+    tensors = backbone_tensors(1, architecture)
+    with pytest.raises(UserError, match="anti-aliasing"):
+        load.load_weights(saved(tensors).rename(tmp_path / "resnetblur18-84f4748f.safetensors"))
+    folder = tmp_path / "hub"
+    folder.mkdir()
+    saved(tensors).rename(folder / "model.safetensors")
+    (folder / "config.json").write_text('{"architecture": "resnetaa18", "num_classes": 1000}')
+    with pytest.raises(UserError, match="resnetaa18, a ResNet with anti-aliasing"):
+        load.load_weights(folder)
+
+
 def test_incomplete_and_foreign_files_are_refused(saved, tmp_path):
     rest = {name: x for name, x in TEACHER.items() if name != "blocks.1.norm2.bias"}
     with pytest.raises(UserError, match="1 missing: blocks.1.norm2.bias"):

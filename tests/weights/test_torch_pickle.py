@@ -300,6 +300,33 @@ def test_dicts_without_end_are_refused(tmp_path, monkeypatch):
         tensor_files.read(archive(tmp_path / "x.pth", pickle.dumps(doubled, 2)))
 
 
+@pytest.mark.parametrize("make", [archive, legacy])
+def test_strides_of_0_cannot_ask_for_all_memory(tmp_path, make):
+    """10^8 x 192 copies of one value are 71 GiB; copies of a MiB or less are what torch's expand gives."""
+    with pytest.raises(UserError, match="much larger than its data"):
+        tensor_files.read(make(tmp_path / "x.pth", named(x=tensor((100_000_000, 192), (0, 0)))))
+    assert tensor_files.read(make(tmp_path / "x.pth", named(x=tensor((1000, 192), (0, 0)))))["x"].size == 192_000
+
+
+def test_a_flipped_bit_of_a_tensor_is_found_by_its_checksum(tmp_path):
+    path = archive(tmp_path / "x.pth", named(x=tensor((12,), (1,))))
+    data = path.read_bytes()
+    at = data.index(np.arange(12, dtype=np.float32).tobytes())
+    path.write_bytes(data[: at + 9] + bytes([data[at + 9] ^ 1]) + data[at + 10 :])
+    with pytest.raises(UserError, match="checksum"):
+        tensor_files.read(path)
+
+
+def test_files_that_torch_wrote_without_checksums_are_read(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"x": torch.arange(12.0)}, tmp_path / "x.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    np.testing.assert_array_equal(tensor_files.read(tmp_path / "x.pth")["x"], np.arange(12))
+
+
 def test_two_tensors_of_one_name_are_refused(tmp_path):
     x = tensor((12,), (1,))
     tree = b"\x80\x02}(" + ops("a.b") + x + ops("a") + b"}" + ops("b") + x + b"su."
