@@ -13,6 +13,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image, registered_extensions
+
 from dino_jax.errors import UserError
 
 WAY_OUT = "make room or give another path"
@@ -58,6 +60,12 @@ def write_json(path: str | Path, value: Any) -> None:
     """Writes indented JSON to `path`. Raises UserError like `disk_errors`."""
     with file(path) as unfinished:
         unfinished.write_text(to_json(value), encoding="utf-8")
+
+
+def write_picture(path: str | Path, picture: Image) -> None:
+    """Writes a Pillow image, in the format of the path's suffix. Raises UserError like `disk_errors`."""
+    with file(path) as unfinished:
+        picture.save(unfinished, registered_extensions()[Path(path).suffix.lower()])
 
 
 def to_json(value: Any) -> str:

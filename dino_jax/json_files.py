@@ -41,14 +41,22 @@ def read_object(path: str | Path, required: Mapping[str, Kind], way_out: str = "
     Raises UserError, which names file and key, if the file cannot be read or does not fit.
     """
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is damaged ({reason}): {way_out}") from error
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({getattr(error, 'strerror', None) or error}): {way_out}") from error
+    value = parse(text, str(path), way_out)
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged (it holds no object): {way_out}")
     require(value, required, str(path), way_out)
     return value
+
+
+def parse(text: str, source: str, way_out: str = "copy it again") -> Any:
+    """Returns the JSON value in a text. Raises UserError, which names `source`, if it is not JSON."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source} is damaged ({' '.join(str(error).split())[:200]}): {way_out}") from error
 
 
 def require(

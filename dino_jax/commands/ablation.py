@@ -7,7 +7,6 @@ The command prints a table, and writes ablation.json and ablation.png, which sho
 of the paper).
 """
 
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -24,9 +23,11 @@ from dino_jax.commands import cli, demo
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import NotFiniteError, UserError
 from dino_jax.evals.common.plots import new_figure, require_matplotlib
+from dino_jax.json_files import OBJECT, read_object
 from dino_jax.provenance import plain, versions
 from dino_jax.training import loop
 from dino_jax.training.config_checks import check_config
+from dino_jax.training.writers import read_metrics
 from dino_jax.weights.backbone import load_backbone
 
 if TYPE_CHECKING:
@@ -91,7 +92,9 @@ def main(arguments: Sequence[str]) -> None:
     report["devices"] = f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores"
     report["versions"] = versions()
     atomic.write_json(workdir / "ablation.json", report)
-    draw_curves({name: read_curve(workdir / name) for name in names}, report["ln_k"]).savefig(workdir / "ablation.png")
+    curves = {name: read_curve(workdir / name) for name in names}
+    with atomic.file(workdir / "ablation.png") as unfinished:
+        draw_curves(curves, report["ln_k"]).savefig(unfinished, format="png")
     print(f"\n{table(report)}\nwritten: {workdir / 'ablation.json'}, {workdir / 'ablation.png'}")
 
 
@@ -110,7 +113,8 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     long as the config does not change.
     """
     path = workdir / "report.json"
-    if path.exists() and (report := json.loads(path.read_text()))["config"] == plain(config):
+    report = read_object(path, {"config": OBJECT, "figures": OBJECT}, "delete it") if path.exists() else {}
+    if report.get("config") == plain(config):
         print(f"already finished: {path}")
         return report["figures"]
     accuracy, stopped = {"few": None, "full": None}, None
@@ -128,9 +132,8 @@ def run_cell(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 def read_curve(workdir: Path) -> dict[str, np.ndarray]:
     """Reads what a run logged during training: "step" and each of `SCALARS`, float64 [N]."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "loss" in line]
-    return {name: np.array([line[name] for line in lines], float) for name in ("step", *SCALARS)}
+    rows = [row for row in read_metrics(workdir / "metrics.jsonl") if "loss" in row]
+    return {name: np.array([row.get(name) for row in rows], float) for name in ("step", *SCALARS)}
 
 
 def final(curve: Mapping[str, np.ndarray]) -> dict[str, float | None]:

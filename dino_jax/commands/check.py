@@ -8,7 +8,6 @@ images that cannot be decoded; the report lists all of them. The exit code is 1 
 
 import hashlib
 import io
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -119,8 +118,7 @@ def main(arguments: Sequence[str]) -> None:
     )
     report = summarize(source, findings)
     if values.report:
-        with atomic.file(values.report) as path:
-            path.write_text(json.dumps({"source": spec, **report}, indent=1) + "\n")
+        atomic.write_json(values.report, {"source": spec, **report})
     print(describe(report, values.max_bad_fraction))
     sys.exit(1 if report["bad"] else 0)
 

@@ -7,7 +7,6 @@ Self-supervised learning helps if there are many images but few labels: training
 accuracy with all labels. The command writes report.json and attention.png to the workdir.
 """
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
@@ -35,6 +34,7 @@ from dino_jax.provenance import versions
 from dino_jax.training import loop
 from dino_jax.training.evaluators import feature_table
 from dino_jax.training.setup import backbone_variables, build_setup, init_state
+from dino_jax.training.writers import read_metrics
 from dino_jax.weights.backbone import Backbone, load_backbone
 
 USAGE = "[--workdir=FOLDER] [--config=RECIPE] [--config.KEY=VALUE ...]"
@@ -120,8 +120,8 @@ def attention_report(trained: Backbone, initial: Backbone, workdir: Path) -> dic
 
 def training_rate(metrics: Path) -> float:
     """Returns the median images per second of the run's progress lines, which exclude evaluation and compilation."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines if "images_per_second" in line)
+    rows = read_metrics(metrics)
+    return statistics.median(row["images_per_second"] for row in rows if "images_per_second" in row)
 
 
 def table(report: dict[str, Any], config: ConfigDict) -> str:

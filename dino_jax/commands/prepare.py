@@ -198,7 +198,7 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
             raise UserError(f"{out} holds files of another origin: give another OUT") from None
         _write_manifest(out, plan, {})
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"can't read {out / MANIFEST} ({error}): remove {out} or give another OUT") from error
     if differing := [key for key in plan if manifest.get(key) != plan[key]]:
         was, now = manifest.get(differing[0]), plan[differing[0]]
@@ -215,5 +215,4 @@ def _size(path: Path) -> int | None:
 
 def _write_manifest(out: Path, plan: dict[str, Any], done: dict[str, Written]) -> None:
     shards = [done[name]._asdict() for name in sorted(done)]
-    with atomic.file(out / MANIFEST) as path:
-        path.write_text(json.dumps({**plan, "shards": shards}, indent=1) + "\n")
+    atomic.write_json(out / MANIFEST, {**plan, "shards": shards})

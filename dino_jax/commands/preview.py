@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
+from dino_jax import atomic
 from dino_jax.commands import cli
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.data.pipeline import Batch, train_batches
@@ -94,9 +95,5 @@ def main(arguments: Sequence[str]) -> None:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output={output}: the picture's name must end in .png or .jpg")
     batch, crops = load_crops(config, images)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        picture(batch.canvas, crops, config.data.mean, config.data.std).save(output)
-    except OSError as error:
-        raise UserError(f"--output={output} cannot be written: {error.strerror}") from error
+    atomic.write_picture(output, picture(batch.canvas, crops, config.data.mean, config.data.std))
     print(f"written to {output}")

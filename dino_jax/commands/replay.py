@@ -49,7 +49,10 @@ def replay(file: str | Path) -> Report:
     """
     recorded = nonfinite.read_replay_file(file)
     config, step, start = ConfigDict(recorded["config"]), recorded["step"], recorded["checkpoint"]
-    check_config(config, jax.device_count())
+    try:
+        check_config(config, jax.device_count())
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{file} holds the config of another version ({error}): replay it with that one") from error
     source = open_source(config.data.source)
     setup = build_setup(config, loop.steps_in_epoch(source, config))
     mesh = sharding.make_mesh(fsdp=config.fsdp)

@@ -3,7 +3,6 @@
 The step itself leaves the state unchanged (`step.train_step`). This module is the host's part: it acts on the metrics.
 """
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,14 @@ from ml_collections import ConfigDict
 from dino_jax import atomic, provenance
 from dino_jax.data.sources import Source
 from dino_jax.errors import NotFiniteError, UserError
+from dino_jax.json_files import OBJECT, SIZE, WHOLE, Kind, read_object
 
 NAMED = 8  # images that a message lists
+STEPS = Kind("a list of steps", lambda value: isinstance(value, list) and all(map(WHOLE.fits, value)))
+IMAGES = Kind(
+    "a list of images",
+    lambda value: isinstance(value, list) and all(isinstance(one, dict) and "name" in one for one in value),
+)
 
 
 class StepGuard:
@@ -124,11 +129,5 @@ def write_replay_file(
 
 def read_replay_file(file: str | Path) -> dict[str, Any]:
     """Reads a file of `write_replay_file`. Raises UserError if it is missing or something else."""
-    names = ("step", "seed", "checkpoint", "skipped", "images", "versions", "config")
-    try:
-        contents = json.loads(Path(file).read_text(encoding="utf-8"))
-        return {name: contents[name] for name in names}
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(
-            f"{file} is not a replay file ({type(error).__name__}): give WORKDIR/replay-STEP.json"
-        ) from error
+    kinds = {"step": SIZE, "seed": WHOLE, "checkpoint": WHOLE, "skipped": STEPS, "images": IMAGES, "config": OBJECT}
+    return read_object(file, kinds, "give WORKDIR/replay-STEP.json")

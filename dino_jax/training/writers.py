@@ -9,6 +9,7 @@ import os
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -222,14 +223,18 @@ def _first_step(run: RunInfo) -> int:
 
 def _drop_from(path: Path, step: int) -> None:
     """Rewrites the JSON lines without those from `step` on and without a half-written line."""
-    if not path.exists():
-        return
-    valid = []
+    if path.exists():
+        kept = [json.dumps(row) + "\n" for row in read_metrics(path) if row["step"] < step]
+        with atomic.file(path) as rewritten:
+            rewritten.write_text("".join(kept), encoding="utf-8")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Returns the objects of a metrics.jsonl that have a step. Other lines are cut off or not a run's: left out."""
+    rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            if json.loads(line)["step"] < step:
-                valid.append(line + "\n")
-        except (ValueError, TypeError, KeyError):  # cut off, or not written by a run
-            continue
-    with atomic.file(path) as rewritten:
-        rewritten.write_text("".join(valid), encoding="utf-8")
+        with suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int | float):
+                rows.append(row)
+    return rows

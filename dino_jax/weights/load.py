@@ -11,7 +11,7 @@ import numpy as np
 
 from dino_jax import checkpoints, provenance
 from dino_jax.errors import UserError
-from dino_jax.json_files import NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, read_object
+from dino_jax.json_files import NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, parse, read_object, require
 from dino_jax.models.registry import num_heads_of
 from dino_jax.weights import huggingface, official, tensor_files
 from dino_jax.weights.pretrained import Pretrained, Weights, per_channel, resized, with_channels
@@ -25,14 +25,12 @@ HUGGINGFACE_FILES = (
 )  # one of them is next to config.json
 # Keys under which a whole state_dict is saved, and what torch's wrappers put before names, in any order.
 WRAPPERS = re.compile(r"((state_dict|model|module|_orig_mod|network)\.)+")
+PREPROCESSING_KINDS = {"resize": SIZE, "crop": SIZE, "mean": NUMBERS, "std": POSITIVES}
 CARD = {  # what is read of a model card
     "architecture.arch": TEXT,
     "architecture.in_channels": SIZE,
     "architecture.image_size": SIZE,
-    "preprocessing.resize": SIZE,
-    "preprocessing.crop": SIZE,
-    "preprocessing.mean": NUMBERS,
-    "preprocessing.std": POSITIVES,
+    **{f"preprocessing.{name}": kind for name, kind in PREPROCESSING_KINDS.items()},
     "provenance": OBJECT,
 }
 EMA = ("model_ema.", "state_dict_ema.", "ema.", "module_ema.")  # a moving average beside the weights
@@ -195,8 +193,12 @@ def _huggingface_file(folder: Path) -> Path | None:
 def _settings(weights: Path) -> dict[str, Any]:
     """Returns settings stated beside the tensors: in the metadata of our files, in the folder of Hugging Face's."""
     metadata = tensor_files.read_metadata(weights)
-    if ours := {key: json.loads(metadata[key]) for key in (PREPROCESSING, NUM_HEADS) if key in metadata}:
-        return ours
+    if ours := [key for key in (PREPROCESSING, NUM_HEADS) if key in metadata]:
+        source = f"the metadata of {weights}"
+        stated = {key: parse(metadata[key], source) for key in ours}
+        kinds = {f"{PREPROCESSING}.{name}": kind for name, kind in PREPROCESSING_KINDS.items()} | {NUM_HEADS: SIZE}
+        require(stated, {name: kind for name, kind in kinds.items() if name.split(".")[0] in ours}, source)
+        return stated
     return huggingface.read_folder_settings(weights.parent) if weights.name in HUGGINGFACE_FILES else {}
 
 

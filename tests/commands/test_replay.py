@@ -65,13 +65,24 @@ def test_a_run_that_overflows_is_replayed(tmp_path, capsys, monkeypatch):
 @pytest.mark.slow
 def test_mistakes_are_one_line(finished, tmp_path):
     workdir, file = finished
-    with pytest.raises(UserError, match="not a replay file"):
+    with pytest.raises(UserError, match="give WORKDIR/replay-STEP.json"):
         replay.replay(workdir / "config.json")
     with pytest.raises(UserError, match=r"usage: dino-jax replay WORKDIR/replay-STEP\.json"):
         replay.main([])
     alone = shutil.copy(file, tmp_path)
     with pytest.raises(UserError, match="checkpoints/4, where the replay starts, is missing"):
         replay.replay(alone)
+
+
+@pytest.mark.slow
+def test_an_edited_file_is_one_line(finished, tmp_path):
+    told = json.loads(finished[1].read_text())
+    for name in ("step", "seed", "checkpoint", "skipped", "images", "config"):
+        for odd in (None, "a", -1, [], ["a"], {}, {"model": 3}):
+            (tmp_path / "replay-7.json").write_text(json.dumps({**told, name: odd}))
+            with pytest.raises(UserError) as caught:
+                replay.replay(tmp_path / "replay-7.json")
+            assert "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from tensorboardX.proto.event_pb2 import Event
 
 from dino_jax.errors import UserError
-from dino_jax.training.writers import Logger, RunInfo, format_duration
+from dino_jax.training.writers import Logger, RunInfo, format_duration, read_metrics
 
 
 def open_logger(workdir, total_steps, steps_per_epoch, start_step=0, writers="console,jsonl,tensorboard"):
@@ -62,6 +62,14 @@ def test_resuming_drops_later_steps_and_a_torn_line(tmp_path):
     logger.log(4, {"loss": 40})
     logger.__exit__()
     assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(1, 1), (2, 2), (3, 3), (4, 40)]
+
+
+def test_lines_that_are_not_of_a_run_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[]\n3\nnull\n{"loss": 1}\n{"step": "2"}\n\xff\xfe\n{"step": 3, "loss": null}\n{"st')
+    assert read_metrics(path) == [{"step": 1}, {"step": 3, "loss": None}]
+    open_logger(tmp_path, 10, 5, start_step=2).__exit__()
+    assert path.read_text() == '{"step": 1}\n'
 
 
 def shown_by_tensorboard(workdir):
@@ -128,6 +136,7 @@ def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for start in (0, 2):  # a run, and its continuation
+        time.sleep(1.1)  # wandb names the folders of a run and of its continuation by the second
         logger = open_logger(tmp_path, 10, 5, start_step=start, writers="wandb")
         logger.log(start + 1, {"loss": 1.5, "lr": 0.1})
         logger.__exit__()

@@ -93,7 +93,8 @@ def test_edited_cards(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_edited_hugging_face_settings(tmp_path, file):
+def test_edited_hugging_face_settings(tmp_path, file, monkeypatch):
+    monkeypatch.setattr(tensor_files, "read", lambda path: TEACHER)  # the same tensors each time
     whole = tmp_path / "whole"
     huggingface.write_folder(whole, TEACHER, {"architecture": CARD, "preprocessing": PREPROCESSING})
     folder = shutil.copytree(whole, tmp_path / "hf")
@@ -103,6 +104,13 @@ def test_edited_hugging_face_settings(tmp_path, file):
     for text in ("", "[]", "\xff"):
         (folder / file).write_text(text, encoding="latin-1")
         assert f"{file} is damaged" in outcome(lambda: load.load_weights(folder, training=False))
+
+
+def test_edited_metadata(tmp_path):
+    odd = [json.dumps(one) for one in [*ODD, *edits(PREPROCESSING)]] + ["", "{", "\x00"]
+    for name, text in [(name, text) for name in (load.PREPROCESSING, load.NUM_HEADS) for text in odd]:
+        tensor_files.write(tmp_path / "x.safetensors", TEACHER, {name: text})
+        outcome(lambda: load.load_weights(tmp_path / "x.safetensors", training=False))
 
 
 @pytest.mark.parametrize(

@@ -165,8 +165,7 @@ def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120
         for column, picture in enumerate(row.values()):
             sheet.paste(picture, (GAP + column * (widest + GAP), y))
         y += height + GAP
-    with atomic.file(path) as unfinished:
-        sheet.save(unfinished, path.suffix[1:].upper().replace("JPG", "JPEG"))
+    atomic.write_picture(path, sheet)
 
 
 def _fit(picture: np.ndarray, tile: int) -> Image.Image:

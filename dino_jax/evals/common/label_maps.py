@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from dino_jax import atomic
 from dino_jax.errors import UserError
 
 MOST_OBJECTS = 20  # in a user's mask: more colors are those of a photo, or of a mask saved as JPEG
@@ -60,7 +61,7 @@ def write_labels(path: Path, labels: np.ndarray) -> None:
     """Writes uint8 [H, W] as a PNG in DAVIS's palette."""
     picture = Image.fromarray(labels)
     picture.putpalette(PALETTE.ravel().tolist())
-    picture.save(path)
+    atomic.write_picture(path, picture)
 
 
 def tint_objects(image: np.ndarray, labels: np.ndarray) -> np.ndarray:

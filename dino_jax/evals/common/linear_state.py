@@ -60,12 +60,12 @@ def load_state(file: Path, settings: dict[str, Any]) -> tuple[dict[str, Any], li
     try:
         with np.load(file) as stored:
             arrays = dict(stored)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        theirs, saved = json.loads(str(arrays.pop("settings"))), unflatten_dict(arrays, sep="/")
+        columns = saved.pop("history", dict.fromkeys(Record._fields, ()))
+        rows = zip(*(columns[key] for key in Record._fields), strict=True)
+        history = [Record(int(epoch), int(images), *measured) for epoch, images, *measured in rows]
+    except (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile) as error:
         raise UserError(f"{file} is damaged ({error}): delete it to start over") from error
-    theirs, saved = json.loads(str(arrays.pop("settings"))), unflatten_dict(arrays, sep="/")
-    columns = saved.pop("history", dict.fromkeys(Record._fields, ()))
-    rows = zip(*(columns[key] for key in Record._fields), strict=True)
-    history = [Record(int(epoch), int(images), *measured) for epoch, images, *measured in rows]
     other = [key for key in settings if theirs.get(key) != settings[key]]
     if not other:
         return saved, history
