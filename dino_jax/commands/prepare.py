@@ -1,6 +1,6 @@
 """Writes a data set to ArrayRecord files, in parallel: a few large files instead of a million small ones.
 
-    dino-jax prepare folder:photos prepared --canvas_size=256
+    dino-jax prepare folder:photos prepared --canvas_size=512
 
 SOURCE has the form of --config.data.source. OUT is a folder; train from it with
 --config.data.source=array_record:OUT/*.array_record, which has the same images in the same order, so training sees the
@@ -30,7 +30,7 @@ from dino_jax.errors import UserError
 from dino_jax.ownership import owned
 from dino_jax.progress import progress
 
-USAGE = "SOURCE OUT [--canvas_size=256]"
+USAGE = "SOURCE OUT [--canvas_size=512]"
 MANIFEST = "manifest.json"
 PATTERN = "*.array_record"
 JPEG = {"quality": 95, "subsampling": 0}  # keeps the full chroma resolution, which is visible at the canvas's size

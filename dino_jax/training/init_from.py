@@ -55,7 +55,7 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
         student=merged(fresh.student, student.params),
         student_stats=merged(fresh.student_stats, student.stats),
     )
-    if heads and pretrained.center is not None:
+    if heads and pretrained.center is not None and config.dino.centering:  # without it the center stays at 0
         state = state.replace(center=replicate(pretrained.center, mesh))
     return state, _describe(pretrained, config, heads)
 
