@@ -46,7 +46,7 @@ class Settings(NamedTuple):
     """The settings that --config.KEY=VALUE changes."""
 
     config: "ConfigDict"
-    defined_in: Callable[[], "ConfigDict"]  # the comments in its source describe each setting
+    defined_in: Sequence[Callable[[], "ConfigDict"]]  # the comments in their sources describe each setting
     about: str  # where the values come from
     is_recipe: bool = False  # whether --config=RECIPE chooses them
 
@@ -93,7 +93,7 @@ def recipe(arguments: Sequence[str], default: str) -> Settings:
     name = _split_recipe(arguments)[0] or default
     module = recipes.load(name)
     meanings = recipes.load("default").get_config
-    return Settings(recipes.config_of(module), meanings, f"{name}: {module.__doc__ or ''}", is_recipe=True)
+    return Settings(recipes.config_of(module), [meanings], f"{name}: {module.__doc__ or ''}", is_recipe=True)
 
 
 def wants_help(arguments: Sequence[str]) -> bool:

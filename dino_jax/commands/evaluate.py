@@ -13,25 +13,35 @@
     dino-jax evaluate patch_pca --checkpoint=runs/a --config.images=photo.jpg
 
 `dino-jax evaluate PROTOCOL --help` shows the settings of a protocol. Results, settings and the model card are written
-to OUT/results.json.
+to OUT/results.json. Started on several hosts with --config.distributed.*, as for training, it is one evaluation: the
+hosts share the images, and process 0 writes the results.
 """
 
+import os
+import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 
+import jax
 from absl import flags
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
 
-from dino_jax import atomic
+from dino_jax import atomic, recipes
 from dino_jax.commands import cli
-from dino_jax.distributed.processes import set_cpu_device_count
+from dino_jax.distributed import consistency, processes
+from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import UserError
-from dino_jax.evals import PROTOCOLS
+from dino_jax.evals import DIVIDED, PROTOCOLS
 from dino_jax.limits import check_numbers
 from dino_jax.ownership import owned
+from dino_jax.training import config_checks
 from dino_jax.weights.backbone import load_backbone
 
 USAGE = "PROTOCOL --checkpoint=PATH [--out=FOLDER] [--config.KEY=VALUE ...]"
+NO_LIMITS = ConfigDict({"seconds": 0.0, "slow_seconds": 0.0})  # of the watchdog: a protocol may take hours
 
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
@@ -45,8 +55,11 @@ def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
         if argument in PROTOCOLS and (not before.startswith("-") or "=" in before)  # not the value of a flag
     ]
     if named:
-        protocol = PROTOCOLS[named[0]]
-        return cli.Settings(protocol.default_config(), protocol.default_config, f"{named[0]}: {protocol.__doc__}")
+        protocol, training = PROTOCOLS[named[0]], recipes.load("default").get_config
+        config = protocol.default_config()
+        with config.unlocked():
+            config.distributed = training().distributed
+        return cli.Settings(config, [protocol.default_config, training], f"{named[0]}: {protocol.__doc__}")
     if cli.wants_help(arguments):
         return None
     raise UserError(f"usage: dino-jax evaluate {USAGE}, with PROTOCOL one of {', '.join(PROTOCOLS)}")
@@ -56,21 +69,46 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the protocol and writes results.json."""
     if len(arguments) != 1:
         raise UserError(f"give one protocol, not {' '.join(arguments)}: change settings with --config.KEY=VALUE")
-    check_numbers(flags.FLAGS.config, PROTOCOLS[arguments[0]].LIMITS)
-    [protocol], checkpoint = arguments, cli.required("checkpoint", flags.FLAGS.checkpoint)
-    set_cpu_device_count(flags.FLAGS.config.get("batch_size", 0))
-    backbone = load_backbone(checkpoint, num_heads=flags.FLAGS.num_heads)
+    [protocol], config, checkpoint = arguments, flags.FLAGS.config, cli.required("checkpoint", flags.FLAGS.checkpoint)
+    joining = {name: limit for name, limit in config_checks.LIMITS.items() if name.startswith("distributed.")}
+    check_numbers(config, PROTOCOLS[protocol].LIMITS | joining)
+    distributed = config.distributed
+    with config.unlocked():
+        del config.distributed  # results do not depend on it
+    processes.set_cpu_device_count(config.get("batch_size", 0), distributed.num_processes)
+    processes.initialize(distributed)
     # The results of a weights file are written next to it, to a folder with its name.
     folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
     out = Path(flags.FLAGS.out or folder / "eval" / protocol)
-    with owned(out, "--out"):
-        results = PROTOCOLS[protocol].run(backbone, flags.FLAGS.config, out)
-        record = {
-            "protocol": protocol,
-            "time": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "checkpoint": checkpoint,
-            **results,
-            "model": backbone.card,
-        }
-        atomic.write_json(out / "results.json", record)
-    print(f"written to {out}")
+    with Watchdog(NO_LIMITS, distributed.heartbeat):
+        consistency.require_same(lambda: {"protocol": protocol} | consistency.settings(config))
+        evaluate(protocol, checkpoint, config, out, flags.FLAGS.num_heads)
+
+
+def evaluate(protocol: str, checkpoint: str, config: ConfigDict, out: Path, num_heads: int | None = None) -> None:
+    """Evaluates on all processes. Process 0 prints and writes to `out`; the others to a folder that does not last."""
+    first = jax.process_index() == 0
+    with ExitStack() as context:
+
+        def own() -> bool:
+            context.enter_context(owned(out, "--out"))
+            return True
+
+        if not first:
+            context.enter_context(redirect_stdout(context.enter_context(open(os.devnull, "w"))))
+            out = Path(context.enter_context(tempfile.TemporaryDirectory()))
+        processes.on_every_process(own, size=int)
+        backbone = load_backbone(checkpoint, num_heads=num_heads)
+        if first or protocol in DIVIDED:
+            results = PROTOCOLS[protocol].run(backbone, config, out)
+            record = {
+                "protocol": protocol,
+                "time": time.strftime("%Y-%m-%d %H:%M:%S"),
+                "checkpoint": checkpoint,
+                **results,
+                "model": backbone.card,
+            }
+            atomic.write_json(out / "results.json", record)
+            print(f"written to {out}")
+        if jax.process_count() > 1:  # process 0 stays until all are done, because JAX ends the others with it
+            multihost_utils.sync_global_devices("evaluated")

@@ -112,7 +112,10 @@ def _called(tree: ast.Module) -> Iterator[str]:
 
 def _groups(settings: Settings) -> Iterator[str]:
     """Yields a table for each group of settings (config.optim, ...), starting with the ungrouped ones."""
-    meaning = meanings(settings.defined_in)
+    meaning: dict[str, str] = {}
+    for function in settings.defined_in:  # the first one that defines a setting counts
+        for name, text in meanings(function).items():
+            meaning.setdefault(name, text)
     values = flat(settings.config.to_dict())
     groups: dict[str, list[tuple[str, str]]] = {"": []}
     for name in sorted(values, key=[*meaning, *values].index):  # in the order of the source code

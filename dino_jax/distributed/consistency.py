@@ -26,7 +26,10 @@ from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import NAMED, UserError, listed
 
 # Settings that may differ between hosts, and paths. The contents of a path are compared when they are read.
-PER_HOST = ("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test")
+PER_HOST = (
+    *("distributed.", "data.workers", "data.source", "init_from", "evals.knn.train", "evals.knn.test"),
+    *("workers", "train", "test", "source"),  # of the evaluation protocols
+)
 
 
 def require_same(describe: Callable[[], Mapping[str, Any]]) -> None:

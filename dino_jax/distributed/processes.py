@@ -1,6 +1,7 @@
 """Processes: joining them, CPU devices, and calls that succeed or fail on all of them."""
 
 import os
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -89,6 +90,16 @@ def on_every_process(make: Callable[[], T], size: Callable[[T], int]) -> T:
     if sizes.min() != sizes.max():
         raise UserError(f"the processes do not see the same data: {sizes.tolist()}, in the order of processes")
     return cast(T, result)
+
+
+def on_first(make: Callable[[], T]) -> T:
+    """Calls make() on process 0 and returns its result on every process. An error there is raised on all of them."""
+    if jax.process_count() == 1:
+        return make()
+    sent = on_every_process(lambda: pickle.dumps(make()) if jax.process_index() == 0 else b"", size=lambda _: 0)
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
+    data = np.frombuffer(sent.ljust(length), np.uint8)
+    return cast(T, pickle.loads(np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes()))
 
 
 def _reasons(problem: Exception | None) -> list[str]:

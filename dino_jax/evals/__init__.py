@@ -13,6 +13,9 @@ from dino_jax.evals import (
     video_segmentation,
 )
 
+# These divide their images among all processes. Process 0 runs the others alone.
+DIVIDED = {"knn", "linear", "retrieval", "copy_detection", "features", "projection"}
+
 PROTOCOLS = {
     "knn": knn,
     "linear": linear,

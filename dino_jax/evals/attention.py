@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from dino_jax import atomic
 from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
 from dino_jax.evals.common.images import (
@@ -87,9 +88,9 @@ def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: P
         maps = attention_maps(backbone, normalize_images(backbone, image[None]))[0]
         tiles = sheet_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"
-        folder.mkdir(parents=True, exist_ok=True)
         for title, tile in tiles.items():
-            Image.fromarray(np.ascontiguousarray(tile)).save(folder / f"{title.replace(' ', '')}.png")
+            picture = Image.fromarray(np.ascontiguousarray(tile))
+            atomic.write_picture(folder / f"{title.replace(' ', '')}.png", picture)
         target = out / f"{folder.name}.png"  # not with_suffix, because a name may contain dots
         contact_sheet([tiles], target, tile=240)
         print(f"{path} -> {target}")

@@ -29,6 +29,7 @@ from ml_collections.config_dict import placeholder
 from dino_jax import atomic
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.sources.array_record import as_os_error
+from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
@@ -115,7 +116,7 @@ def extract_set(
         raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
     if config.batch_size < 1:
         raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
-    source = open_source(config.source)
+    source = on_every_process(lambda: open_source(config.source), size=len)
     kind = _check_kind(backbone, config.pooling, config.blocks)
     feature_cache, start = cache_for(out, backbone, config, *kind), time.monotonic()
     apply_fn = reader(backbone.model, kind)

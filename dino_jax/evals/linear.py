@@ -24,7 +24,7 @@ from ml_collections.config_dict import placeholder
 
 from dino_jax.data.pipeline import Batch, eval_batches, train_batches
 from dino_jax.data.sources import Source
-from dino_jax.distributed.processes import on_every_process
+from dino_jax.distributed.processes import on_first
 from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import images_in
@@ -228,9 +228,7 @@ def fit(
     """
     config, steps = probe.config, probe.steps_per_epoch
     settings = fingerprint(probe, variables, train, test)
-    saved, history = on_every_process(
-        lambda: load_state(file, settings), size=lambda found: int(found[0].get("step", 0))
-    )
+    saved, history = on_first(lambda: load_state(file, settings))
     if not saved:
         heads = init_heads(probe, variables)
         saved = {"step": np.int32(0), "heads": heads, "momentum": jax.tree.map(np.zeros_like, heads)}

@@ -8,6 +8,7 @@ import ml_collections
 import numpy as np
 from PIL import Image
 
+from dino_jax import atomic
 from dino_jax.errors import UserError
 from dino_jax.evals.common.images import (
     contact_sheet,
@@ -73,7 +74,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         single = {f"component {i + 1}": heatmap(one) for i, one in enumerate(enlarged)}
         rows.append({"image": to_rgb(image), "components 1-3": colors} | single)
         target = out / f"{len(written):03d}_{path.stem}.png"
-        Image.fromarray(colors).save(target)
+        atomic.write_picture(target, Image.fromarray(colors))
         written.append(str(target))
     sheet = out / "patch_pca.png"
     contact_sheet(rows, sheet, tile=config.tile)

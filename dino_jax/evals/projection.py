@@ -88,7 +88,9 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         points = umap.UMAP(**settings, n_jobs=1, metric="cosine").fit_transform(unit)
         figures, about = {}, f"UMAP of {config.neighbors} neighbors"
     picture, listed = out / f"{config.method}.png", out / f"{config.method}.csv"
-    draw(points, rows.labels, _class_names(rows), f"{len(points):,} images, {about}").savefig(picture)
+    figure = draw(points, rows.labels, _class_names(rows), f"{len(points):,} images, {about}")
+    with atomic.file(picture) as unfinished:
+        figure.savefig(unfinished, format="png")
     _write_points(rows, points, listed)
     print(
         f"{'images':>8} {'classes':>8}  {about}\n{len(points):>8,} {len(_class_names(rows)):>8,}  {picture}, {listed}"

@@ -8,7 +8,6 @@ third standard deviation), and frames are resized with antialiasing.
 """
 
 import itertools
-import json
 import shutil
 import sys
 import time
@@ -22,6 +21,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from dino_jax import atomic
 from dino_jax.data.decoding import decode
 from dino_jax.errors import UserError
 from dino_jax.evals.common.davis_metrics import score_objects, statistics
@@ -257,13 +257,12 @@ def _davis_labels(path: Path) -> np.ndarray:
 
 def _claim(masks: Path, settings: dict[str, Any]) -> None:
     """Records settings and model beside the masks. Raises UserError if there are masks of others."""
-    note, text = masks / "settings.json", json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    if note.exists() and note.read_text() != text:
+    note, text = masks / "settings.json", atomic.to_json(settings)
+    if note.exists() and note.read_text(errors="replace") != text:
         raise UserError(
             f"{masks} holds masks of another model or other settings: set --out to another folder, or delete it"
         )
-    masks.mkdir(parents=True, exist_ok=True)
-    note.write_text(text)
+    atomic.write_json(note, settings)
 
 
 def _check_settings(config: ml_collections.ConfigDict, patch: int) -> None:

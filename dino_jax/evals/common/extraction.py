@@ -168,14 +168,9 @@ def _content_hash(source: Source, i: int) -> str:
 
 
 def _cached_table(source: Source, records: np.ndarray, cache: FeatureCache | None) -> FeatureTable | None:
-    """Returns the cached features of these records if every process finds them."""
-    if cache is None:
-        return None
-    arrays = cache.load(identities(source, records))
-    found = np.array(arrays is not None)
-    if jax.process_count() > 1:
-        found = multihost_utils.process_allgather(found)
-    return FeatureTable(**arrays) if arrays is not None and found.all() else None
+    """Returns the cached features of these records, or None."""
+    arrays = cache.load(identities(source, records)) if cache else None
+    return None if arrays is None else FeatureTable(**arrays)
 
 
 @cache  # one function per model, so that a second call compiles nothing

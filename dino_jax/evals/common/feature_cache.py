@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from dino_jax import atomic
+from dino_jax.distributed.processes import on_first
 from dino_jax.weights.backbone import Backbone
 
 WAY_OUT = "make room, or set --out to another folder"
@@ -37,8 +38,13 @@ class FeatureCache:
         return self.folder / f"{digest}.npz"
 
     def load(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
-        """Returns the arrays of a part, or None if it is missing or (with a line on stderr) damaged."""
-        path = self.path(names)
+        """Returns the arrays of a part, or None if it is missing or (with a line on stderr) damaged.
+
+        Process 0 reads them, and sends them to the others.
+        """
+        return on_first(lambda: self._read(self.path(names)))
+
+    def _read(self, path: Path) -> dict[str, np.ndarray] | None:
         if not path.is_file():
             return None
         try:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import grain
+import jax
 import ml_collections
 import numpy as np
 from PIL import Image, ImageOps
@@ -78,13 +79,17 @@ def extract_files(
         return EvalBatch(load(numbers), np.full(len(numbers), -1, np.int32), np.asarray(numbers, np.int32))
 
     def compute(part: Sequence[np.ndarray], total: int, title: str) -> np.ndarray:
+        # Every process takes its share of the batches. One without a share repeats the first, because all take part in
+        # the exchange of features.
+        share = part[jax.process_index() :: jax.process_count()] or part[:1]
         # Decoding releases the GIL, so threads are enough.
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=workers)
-        with Batches[EvalBatch](iter(grain.MapDataset.source(part).map(read).to_iter_dataset(options))) as loaded:
+        with Batches[EvalBatch](iter(grain.MapDataset.source(share).map(read).to_iter_dataset(options))) as loaded:
             reported = progress(loaded, total, title, size=images_in)
-            return extract_batches(
+            table = extract_batches(
                 apply_fn, backbone.variables, reported, mesh, preprocessing["mean"], preprocessing["std"]
-            ).features
+            )
+        return table.features[np.unique(table.records, return_index=True)[1]]
 
     for number, part in enumerate(parts):
         records = np.sort(np.concatenate(part))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_jax import atomic
 from dino_jax.errors import UserError
 
 
@@ -68,13 +69,14 @@ def _decode(av: Any, container: Any, path: Path) -> Iterator[np.ndarray]:
 def write_video(path: Path, rate: Fraction) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields a function that appends a frame, uint8 [H, W, 3], all of one size. H.264, or MPEG-4 if PyAV lacks it.
 
+    The file appears when the block ends.
+
     Raises:
-        UserError: PyAV is missing.
+        UserError: PyAV is missing, or the disk refuses.
     """
     av = _pyav()
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with av.open(str(path), "w") as container:
+    with atomic.file(path) as unfinished, av.open(str(unfinished), "w", format=path.suffix[1:]) as container:
         stream: Any = container.add_stream(codec, rate=rate.limit_denominator(1001))
         stream.pix_fmt = "yuv420p"
         stream.options = {"crf": "18"} if codec == "libx264" else {"qscale": "3"}
