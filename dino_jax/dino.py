@@ -18,6 +18,7 @@ import optax
 from flax import linen as nn
 
 from dino_jax.data.multicrop import Crops
+from dino_jax.health import signals
 from dino_jax.models.layers import apply_in_training
 
 Params = dict[str, Any]  # {"backbone": ..., "head": ...}; `*_stats` below are the running statistics of batch norm
@@ -68,11 +69,6 @@ def update_center(center: jax.Array, batch_mean: jax.Array, momentum: float) -> 
     return momentum * center + (1 - momentum) * batch_mean
 
 
-def entropy(p: jax.Array) -> jax.Array:
-    """Entropy in nats over the last axis; 0 log 0 counts as 0."""
-    return -jax.scipy.special.xlogy(p, p).sum(-1)
-
-
 @dataclass(frozen=True)
 class DINO:
     """The method. `training.step` runs `losses` on each device's share of a batch, then `update` once."""
@@ -113,7 +109,8 @@ class DINO:
         # 4. Each of its views is to match the targets of the other global crops.
         value = self.loss_from_head(q, z, self.prototypes, student["head"]["last_layer"], self.student_temp)
 
-        means = {"logits": teacher_logits.mean((0, 1)), "targets": q.mean((0, 1)), "entropy": entropy(q).mean()}
+        means = {"logits": teacher_logits.mean((0, 1))}
+        means |= signals.batch_means(crops.groups[0], teacher_logits, q, z, teacher_z)
         return {"dino": value}, means, {"student_stats": student_stats, "teacher_stats": teacher_stats}
 
     def update(self, state: TrainState, means: Params, teacher_momentum: jax.Array) -> TrainState:
@@ -123,12 +120,7 @@ class DINO:
 
     def signals(self, state: TrainState, losses: Params, means: Params) -> Params:
         """Scalars that tell learning from collapse, which the loss alone does not (paper, section 5.3)."""
-        return {
-            "teacher_entropy": means["entropy"],
-            "kl": losses["dino"] - means["entropy"],
-            "mean_target_entropy": entropy(means["targets"]),
-            "center_norm": jnp.linalg.norm(state.center),
-        }
+        return signals.scalars(means, state.center, losses["dino"])
 
     def embed(self, params: Params, stats: Params, groups: list[Any], drop_paths: list[Any]) -> tuple[Any, Params]:
         """Groups of equally large crops [B, V_i, H, W, C] -> unit vectors float32 [B, V, D], new statistics.

@@ -23,6 +23,7 @@ FLOORS = (
     "checkpoints",
     "weights",
     "distributed",
+    "health",
     "dino",
     "evals",
     "training",

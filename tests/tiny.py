@@ -18,6 +18,7 @@ TINY = {
     "crops.local_number": 2,
     "data.source": "demo:train:8",  # 80 images: 5 steps an epoch
     "evals.knn.every_epochs": 0,
+    "evals.probe.every_epochs": 0,
     "evals.knn.train": "",
     "evals.knn.test": "",
     "checkpoint.every_steps": 4,

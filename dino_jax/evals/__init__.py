@@ -8,13 +8,14 @@ from dino_jax.evals import (
     knn,
     linear,
     patch_pca,
+    probe,
     projection,
     retrieval,
     video_segmentation,
 )
 
 # These divide their images among all processes. Process 0 runs the others alone.
-DIVIDED = {"knn", "linear", "retrieval", "copy_detection", "features", "projection"}
+DIVIDED = {"knn", "linear", "retrieval", "copy_detection", "features", "projection", "probe"}
 
 PROTOCOLS = {
     "knn": knn,
@@ -24,6 +25,7 @@ PROTOCOLS = {
     "video_segmentation": video_segmentation,
     "retrieval": retrieval,
     "copy_detection": copy_detection,
+    "probe": probe,
     "features": features,
     "projection": projection,
     "patch_pca": patch_pca,

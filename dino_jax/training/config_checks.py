@@ -109,6 +109,9 @@ LIMITS: Limits = {
     "loss_weights.dino": (0, 1e6),
     "evals.knn.every_epochs": COUNT_OR_NONE,
     "evals.knn.k": COUNT,
+    "evals.probe.every_epochs": COUNT_OR_NONE,
+    "evals.probe.images": (2, 1_000_000),
+    "evals.probe.pairs": (1, 32),
 }
 OPTIONAL = "evals."  # sections that a recipe may leave out
 # Pairs in config.crops: a smaller and a larger number, and one probability for each global crop.

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed import fsdp
 from dino_jax.distributed.processes import on_every_process
-from dino_jax.evals import knn
+from dino_jax.evals import knn, probe
+from dino_jax.evals.common import label_free
 from dino_jax.evals.common.extraction import FeatureTable, extract_source
 from dino_jax.training.setup import Setup, State, backbone_variables
 
@@ -92,7 +93,38 @@ def knn_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh
     return evaluate
 
 
-EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Unavailable]] = {"knn": knn_evaluator}
+def probe_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh) -> Evaluate | Unavailable:
+    """Measures of the teacher without labels, on fixed crops of fixed images of `source`: see `evals.probe`."""
+    config = setup.config
+    if len(source) < 2:
+        return Unavailable("data.source has a single image")
+    augment = probe.global_crops(config.crops, config.data.mean, config.data.std)
+    reading = probe.Reading(
+        images=settings.images,
+        pairs=settings.pairs,
+        seed=config.seed,
+        canvas_size=config.data.canvas_size,
+        channels=config.model.in_channels,
+        white=config.data.white,
+        batch_size=config.eval.batch_size,
+        workers=config.data.workers,
+    )
+
+    def evaluate(state: State) -> dict[str, float]:
+        teacher = fsdp.unshard({"teacher": backbone_variables(state, "teacher")}, mesh)["teacher"]
+        last_layer = fsdp.unshard(state.teacher["head"]["last_layer"], mesh)
+        features = probe.crop_features(setup.method.backbone.apply, teacher, augment, source, mesh, reading)
+        found = probe.measures(features)
+        found["distinct_prototypes"] = float(label_free.distinct_prototypes(np.asarray(last_layer["weight_v"])))
+        return {f"probe_{name}": value for name, value in found.items()}
+
+    return evaluate
+
+
+EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Unavailable]] = {
+    "knn": knn_evaluator,
+    "probe": probe_evaluator,
+}
 
 
 def feature_table(

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dino_jax.health import signals
 from dino_jax.training.schedules import Values
 
 WINDOW = 1_000  # last steps whose gradient norms determine the quantile
@@ -17,21 +18,26 @@ FEW = 100  # fewest norms for a meaningful limit
 Recent = dict[str, Any]
 
 
-def init() -> Recent:
+def init(prototypes: int) -> Recent:
     """Returns the memory of no step.
 
     "grad_norms" is float32 [WINDOW], where -1 stands for a missing norm; "scheduled" holds the float32 scalars of
-    `schedules.Values` at the last step.
+    `schedules.Values` at the last step; "winners" is float32 [prototypes], see `signals.remember_winners`.
     """
     scheduled = {name: jnp.float32(0) for name in Values._fields}
-    return {"grad_norms": jnp.full(WINDOW, -1, jnp.float32), "scheduled": scheduled}
+    norms, winners = jnp.full(WINDOW, -1, jnp.float32), jnp.zeros(prototypes, jnp.float32)
+    return {"grad_norms": norms, "scheduled": scheduled, "winners": winners}
 
 
-def add(recent: Recent, step: jax.Array, now: Values, grad_norm: jax.Array, skipped: jax.Array) -> Recent:
+def add(
+    recent: Recent, step: jax.Array, now: Values, grad_norm: jax.Array, skipped: jax.Array, winners: jax.Array
+) -> Recent:
     """Remembers a step, int32 []: its norm replaces the oldest. A skipped step leaves none, so spikes do not count."""
     norms = recent["grad_norms"].at[step % WINDOW].set(jnp.where(skipped, -1, grad_norm))
     scheduled = {name: jnp.float32(value) for name, value in now._asdict().items()}
-    return {"grad_norms": norms, "scheduled": scheduled}
+    before = recent["winners"]
+    lately = jnp.where(skipped, before, signals.remember_winners(before, winners))
+    return {"grad_norms": norms, "scheduled": scheduled, "winners": lately}
 
 
 def quantile(recent: Recent) -> jax.Array:

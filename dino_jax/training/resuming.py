@@ -27,7 +27,7 @@ def resumed(state: State, step: int, setup: Setup, mesh: Mesh, workdir: str | Pa
     before = jax.device_get(state.recent.get("scheduled", {}))
     text = changes(checkpoints.read_metadata(folder)["config"], setup.config, step, before, setup.schedules)
     if not state.recent:
-        state = state.replace(recent=replicate(recent.init(), mesh))
+        state = state.replace(recent=replicate(recent.init(setup.config.head.out_dim), mesh))
     return (state, step), text
 
 

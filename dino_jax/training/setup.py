@@ -38,7 +38,7 @@ class Method(Protocol):
     def losses(
         self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
-        """Returns losses by name, means over the batch, and new batch norm statistics."""
+        """Returns losses by name, means over the batch (`winners` [K] among them), and new batch norm statistics."""
 
     def embed(self, params: Tree, stats: Tree, groups: list[Any], drop_paths: list[Any]) -> tuple[jax.Array, Tree]:
         """Groups of crops -> unit vectors [B, V, bottleneck], new batch norm statistics."""
@@ -136,7 +136,7 @@ def init_state(setup: Setup, mesh: jax.sharding.Mesh) -> State:
     def init(key: jax.Array) -> State:
         state = setup.method.init(key, shape)
         opt_state = optimizers.build(config.optim).init(state.student)
-        return state.replace(opt_state=opt_state, recent=recent.init())
+        return state.replace(opt_state=opt_state, recent=recent.init(config.head.out_dim))
 
     return jax.jit(init, out_shardings=fsdp.shardings(jax.eval_shape(init, key), mesh))(key)
 

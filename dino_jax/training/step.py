@@ -17,6 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from dino_jax.distributed import fsdp, sharding
+from dino_jax.health import signals
 from dino_jax.models.vit import drop_path_factors
 from dino_jax.training import optimizers, recent
 from dino_jax.training.setup import Setup, State, Tree, abstract_batch
@@ -46,12 +47,15 @@ def train_step(
     limit = recent.max_grad_norm(state.recent, setup.config.optim.skip_above)
     good = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & (grad_norm <= limit) & ~jnp.asarray(skip)
     new = jax.tree.map(partial(jnp.where, good), new, state)
-    new = new.replace(step=state.step + 1, recent=recent.add(state.recent, state.step, now, grad_norm, ~good))
+    lately = recent.add(state.recent, state.step, now, grad_norm, ~good, means["winners"])
+    new = new.replace(step=state.step + 1, recent=lately)
     new = jax.lax.with_sharding_constraint(new, fsdp.shardings(new, mesh))
 
     metrics = {"loss": loss} | {f"loss_{name}": value for name, value in losses.items()}
     metrics |= setup.method.signals(new, losses, means)
-    metrics |= {"grad_norm": grad_norm, "grad_norm_q99": recent.quantile(new.recent)}
+    metrics |= signals.motion(state.student, new.student, new.teacher)
+    metrics |= {"prototypes_used": signals.prototypes_used(lately["winners"])}
+    metrics |= {"grad_norm": grad_norm, "grad_norm_q99": recent.quantile(lately)}
     metrics |= {"param_norm": optax.tree.norm(new.student), "skipped": 1.0 - good}
     metrics |= {name: value for name, value in now._asdict().items() if name != "last_layer_frozen"}
     return new, metrics

@@ -15,9 +15,9 @@ NOW = schedules.Values(*[jnp.float32(0)] * 5)
 def after(norms, skipped=()):
     """What a run remembers after steps of these gradient norms; steps are numbered from 0."""
     add = jax.jit(recent.add)
-    memory = recent.init()
+    memory = recent.init(4)
     for step, norm in enumerate(norms):
-        memory = add(memory, jnp.int32(step), NOW, jnp.float32(norm), jnp.bool_(step in skipped))
+        memory = add(memory, jnp.int32(step), NOW, jnp.float32(norm), jnp.bool_(step in skipped), jnp.ones(4) / 4)
     return memory
 
 
@@ -36,7 +36,7 @@ def test_the_quantile_is_that_of_the_last_steps():
     norms = np.random.default_rng(0).gamma(2.0, size=recent.WINDOW + 500).astype(np.float32)
     # NumPy interpolates in float64, the step in float32.
     np.testing.assert_allclose(recent.quantile(after(norms)), np.quantile(norms[500:], 0.99), rtol=1e-6)
-    assert np.isnan(recent.quantile(recent.init()))
+    assert np.isnan(recent.quantile(recent.init(4)))
 
 
 @pytest.mark.slow

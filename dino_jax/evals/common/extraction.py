@@ -228,7 +228,7 @@ def extract_batches(
         if len(running) > 1:
             features.append(_fetch(*running.pop(0)))
     features += [_fetch(*last) for last in running]
-    return _gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
+    return gather(FeatureTable(np.concatenate(features), np.concatenate(labels), np.concatenate(index)))
 
 
 def l2_normalize(features: np.ndarray) -> np.ndarray:
@@ -253,7 +253,7 @@ def _fetch(output: jax.Array, n: int) -> np.ndarray:
     return np.asarray(output)[:n]
 
 
-def _gather(share: FeatureTable) -> FeatureTable:
+def gather(share: FeatureTable) -> FeatureTable:
     """Returns the rows of all processes, sorted by record number."""
     if jax.process_count() > 1:
         # The shares differ by a few records, but the exchange needs equal sizes: pad with rows of zeros, and count
