@@ -14,7 +14,7 @@ from dino_jax.data.multicrop import Crops
 from dino_jax.distributed import sharding
 from dino_jax.models import DINOHead
 from dino_jax.models.vit import ViT
-from dino_jax.training import chunked_loss, optimizers, schedules
+from dino_jax.training import chunked_loss, optimizers, recent, schedules
 from dino_jax.training import step as training_step
 from dino_jax.training.setup import Setup, build_dino
 from dino_jax.training.step import gradients, train_step
@@ -122,6 +122,7 @@ def load_run(golden, rule_weights, kind, **changes):
                 "weight_decay": c["wd"],
                 "weight_decay_end": c["wd_end"],
                 "clip_grad": meta["clip_grad"],
+                "skip_above": 0.0,
                 "freeze_last_layer_epochs": meta["freeze_last_layer"],
             },
         }
@@ -131,7 +132,8 @@ def load_run(golden, rule_weights, kind, **changes):
     setup = Setup(config, method, schedules.from_config(config, c["niter"]), lambda keys, batch: batch.crops)
     shapes = jax.eval_shape(partial(method.init, image_shape=(v["img_size"], v["img_size"], 3)), jax.random.key(0))
     state = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
-    state = state.replace(opt_state=jax.jit(optimizers.build(config.optim).init)(state.student))
+    opt_state = jax.jit(optimizers.build(config.optim).init)(state.student)
+    state = state.replace(opt_state=opt_state, recent=recent.init(head.out_dim))
     weights = rule_weights(meta["shapes"], meta["weights_seed"], override=meta["override"])
     if meta["norm_last_layer"]:
         np.testing.assert_array_equal(weights.pop("head.last_layer.weight_g"), 1)  # no parameter of ours then

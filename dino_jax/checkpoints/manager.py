@@ -121,7 +121,7 @@ def restore(manager: Manager, state_target: Any, config: Any) -> tuple[Any, int]
             "another --workdir or the version that wrote it"
         ) from error
     saved = _arrays(tree_of(folder / "state"))
-    if not any(name.startswith("recent.") for name in saved):
+    if hasattr(state_target, "recent") and not any(name.startswith("recent.") for name in saved):
         state_target = state_target.replace(recent={})
     expected = _arrays(ocp.tree.serialize_tree(state_target, keep_empty_nodes=True))
     _require_same_arrays(folder, saved, expected, written_by)

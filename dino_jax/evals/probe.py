@@ -73,12 +73,12 @@ class CropFeatures(NamedTuple):
 
 
 def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dict[str, Any]:
-    """Computes the measures of `measures` and prints them.
+    """Computes `measures` of the backbone and of an untrained one of the same architecture, and prints a table.
 
     Crops are the global crops of the default recipe, at the size of the checkpoint's card.
 
     Returns:
-        The content of results.json: {"figures", "settings", "images", "seconds"}.
+        The content of results.json: {"figures", "untrained" (both by name), "settings", "seconds"}.
 
     Raises:
         UserError: the source is missing or has fewer than two images.
@@ -100,13 +100,18 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    features = crop_features(backbone.model.apply, backbone.variables, augment, source, make_mesh(), reading)
-    figures = measures(features)
-    print("\n".join(f"{name:>16} {value:>10.3f}" for name, value in figures.items()))
+    image = jnp.zeros((1, trained["crop"], trained["crop"], reading.channels))
+    untrained = jax.jit(backbone.model.init)(jax.random.key(config.seed), image)
+    figures, before = (
+        measures(crop_features(backbone.model.apply, variables, augment, source, make_mesh(), reading))
+        for variables in (backbone.variables, untrained)
+    )
+    print(f"{'':<16} {'checkpoint':>12} {'untrained':>12}")
+    print("\n".join(f"{name:<16} {value:>12.3f} {before[name]:>12.3f}" for name, value in figures.items()))
     return {
         "figures": figures,
+        "untrained": before,
         "settings": config.to_dict(),
-        "images": len(features.cls),
         "seconds": round(time.monotonic() - start, 1),
     }
 

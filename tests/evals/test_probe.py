@@ -59,12 +59,12 @@ def test_a_source_smaller_than_a_batch_is_used_once(backbone):
 
 def test_protocol_writes_figures(backbone, tmp_path, capsys):
     found = probe.run(backbone, settings(), tmp_path)
-    assert found["images"] == 48
     assert 0 <= found["figures"]["crop_retrieval"] <= 100
     assert 1 <= found["figures"]["rankme"] <= 48
     assert set(found["figures"]) == {
         *("crop_retrieval", "rankme", "rankme_patch", "lidar", "alpha_req", "uniformity", "alignment")
     }
+    assert set(found["untrained"]) == set(found["figures"])
     assert "crop_retrieval" in capsys.readouterr().out
     with pytest.raises(UserError, match="--config.source is empty"):
         probe.run(backbone, settings(source=""), tmp_path)

@@ -43,16 +43,17 @@ def lidar(crops: np.ndarray, delta: float = 1e-4) -> float:
 def alpha_req(features: np.ndarray) -> float:
     """alpha-ReQ (Agrawal et al., NeurIPS 2022): the exponent of the power law of the covariance's eigenvalues.
 
-    The slope of -log(eigenvalue) over log(rank), by least squares over all eigenvalues above 1e-10 of the largest. 0:
-    all directions have the same variance. Large: few directions have most of it. That paper finds about 1 best.
+    The slope of -log(eigenvalue) over log(rank), by least squares with weights 1 / rank, over the eigenvalues above 1e-10
+    of the largest. 0: all directions have the same variance. Large: few directions have most of it. That paper finds
+    about 1 best.
     """
     mean, second = _moments(features)
     values = _eigenvalues(second - np.outer(mean, mean))
     values = values[values > 1e-10 * values[0]]
     if len(values) < 2:
         return float("inf")
-    rank = np.log(np.arange(1, len(values) + 1))
-    return float(-np.polyfit(rank, np.log(values), 1)[0])
+    rank = np.arange(1, len(values) + 1)
+    return float(-np.polyfit(np.log(rank), np.log(values), 1, w=1 / np.sqrt(rank))[0])
 
 
 def uniformity(features: np.ndarray) -> float:
