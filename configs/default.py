@@ -136,6 +136,9 @@ def get_config() -> ConfigDict:
     config.evals.probe.images = 2_048  # images of data.source, spread evenly
     config.evals.probe.pairs = 2  # pairs of augmented global crops of each image
 
+    config.health = ConfigDict()
+    config.health.stop = "never"  # collapse: a run whose outputs are the same for all images ends with exit code 77
+
     config.checkpoint = ConfigDict()
     config.checkpoint.every_steps = 1_000  # steps between checkpoints
     config.checkpoint.keep_last = 2  # newest checkpoints to keep

@@ -24,8 +24,10 @@ NAMED = 5  # differences that a message lists
 class UserError(Exception):
     """A mistake that the user can fix. The message is one line that names the setting and how to fix it.
 
-    The command line prints it and exits with code 2.
+    The command line prints it and exits with `exit_code`.
     """
+
+    exit_code = 2
 
 
 class Stopped(Exception):
@@ -36,6 +38,12 @@ class Stopped(Exception):
 
 class NotFiniteError(UserError):
     """The loss, gradient or parameters of a step are not finite. This run cannot continue; later runs still can."""
+
+
+class Collapsed(UserError):
+    """The outputs are the same for all images, and config.health.stop ends such a run."""
+
+    exit_code = 77
 
 
 def listed(differences: list[str]) -> str:

@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": "convert weights between this package, the official code, timm and Hugging Face",
     "demo": "pretrain on the bundled images and show the result, in minutes on a CPU",
     "ablation": "train the demo with one part of the method removed at a time",
+    "diagnose": "say from the log of a run whether it learns, and if not, why",
     "preview": "draw the crops that a recipe makes of your images",
     "check": "read every image of a data set and report damaged and duplicate ones",
     "prepare": "write a data set to ArrayRecord files, in parallel",
@@ -75,7 +76,7 @@ def run(name: str, arguments: Sequence[str]) -> None:
         with missing_extras():
             _start(name, list(arguments))
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error.exit_code)
     except Stopped:
         _exit_soon(Stopped.exit_code)
     except MemoryError:
@@ -260,6 +261,6 @@ def _exit_soon(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = UserError.exit_code) -> NoReturn:
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

@@ -1,26 +1,20 @@
-"""What can go wrong with a run, how it shows, why, and what to change: a table of small functions.
+"""What can go wrong with a run, and how it shows: a table.
 
-An *effect* is something that the signals show, such as collapsed outputs. Its *causes* are tried in order, and the first
-that fits settings and signals is reported with the knob to turn. Thresholds were chosen on short runs with planted faults
-beside healthy ones (benchmarks/planted.py).
+An effect is something that the signals show, such as collapsed outputs. Its possible causes are tried in order, and the
+first that fits settings and signals is reported. Thresholds were chosen on short runs with planted faults beside
+healthy ones (`python -m benchmarks.planted`).
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from dino_jax.health.history import History
+from dino_jax.health import causes
+from dino_jax.health.causes import Cause
+from dino_jax.health.history import LATELY, History
 
-UNIFORM = 0.98  # share of ln K above which the teacher's entropy is that of uniform outputs
-SAME = 0.02  # share of ln K below which an entropy, a divergence or the information of targets counts as 0
-
-
-class Cause(NamedTuple):
-    """Why, and the way out."""
-
-    cause: str  # a sentence
-    knob: str  # dotted setting
-    try_: str  # a value, or what to do
+UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uniform outputs
+NOTHING = 0.02  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
 class Finding(NamedTuple):
@@ -30,133 +24,198 @@ class Finding(NamedTuple):
     what: str  # a sentence
     evidence: str  # the numbers
     cause: Cause
+    collapse: bool  # the outputs are the same for all images
+
+    def as_json(self) -> dict[str, Any]:
+        """The finding as plain values, in the terms of WORKDIR/health.json."""
+        cause, knob, advice = self.cause
+        return {
+            "name": self.name,
+            "evidence": f"{self.what}: {self.evidence}",
+            "cause": cause,
+            "knob": knob,
+            "try": advice,
+        }
 
 
-Effect = Callable[[History], str | None]  # the evidence, if it shows
-Guess = Callable[[History], Cause | None]
-
-
-class Entry(NamedTuple):
+class Effect(NamedTuple):
     """A row of the table."""
 
     name: str
     what: str
-    shows: Effect
-    causes: tuple[Guess, ...]
-    collapse: bool = False  # the outputs are the same for all images: the run cannot recover by itself
+    evidence: Callable[[History], str | None]  # the numbers, if it shows
+    causes: tuple[Callable[[History], Cause | None], ...]
+    collapse: bool = False
     start: float = 0.0  # share of the run before which it is normal
 
 
 def findings(history: History) -> list[Finding]:
-    """Returns what is wrong with the run at its last logged steps, the worst first."""
+    """Returns what is wrong with the run at its last logged steps."""
     found = []
-    for entry in TABLE:
-        if history.progress >= entry.start and (evidence := entry.shows(history)):
-            cause = next((cause for guess in entry.causes if (cause := guess(history))), UNKNOWN)
-            found.append(Finding(entry.name, entry.what, evidence, cause))
+    for effect in EFFECTS:
+        if history.progress >= effect.start and (evidence := effect.evidence(history)):
+            cause = next((cause for guess in effect.causes if (cause := guess(history))), causes.UNKNOWN)
+            found.append(Finding(effect.name, effect.what, evidence, cause, effect.collapse))
     return found
 
 
-# --- effects ---------------------------------------------------------------------------------------------------------
-
-
 def nonfinite_steps(h: History) -> str | None:
-    """Steps are skipped now, several of the last ones logged or ever more of them."""
+    """Three or more steps were skipped between the last logged ones."""
     counts = h.lately("skipped_steps")
-    if len(counts) > 1 and counts[-1] - counts[0] >= 3:
-        return f"{counts[-1]:.0f} steps were skipped, {counts[-1] - counts[0]:.0f} of them lately"
-    return None
+    lately = counts[-1] - counts[0] if len(counts) == LATELY else 0
+    if lately >= 3:
+        return f"{lately:.0f} of the last steps, {counts[-1]:.0f} in all"
+    lost = len(h.rows) >= LATELY and all(map(math.isnan, h.lately("loss")))
+    return "the loss is not a finite number" if lost else None
 
 
-def uniform(h: History) -> str | None:
-    """The teacher's outputs are uniform and the student's equal them."""
-    if h.always("teacher_entropy", low=UNIFORM * h.ln_k) and h.always("kl", high=SAME * h.ln_k):
-        return f"teacher entropy {h.last('teacher_entropy'):.3f} of ln K = {h.ln_k:.3f}, KL {h.last('kl'):.4f}"
+def uniform_collapse(h: History) -> str | None:
+    """The targets of all images are uniform."""
+    if h.always("teacher_entropy", low=UNIFORM * h.ln_k) and _same_targets(h):
+        return f"entropy {h.last('teacher_entropy'):.3f} of ln K = {h.ln_k:.3f}, KL {h.last('kl'):.3f}"
+    if math.isnan(h.last("teacher_entropy")) and h.always("loss", 0.998 * h.ln_k, 1.002 * h.ln_k):
+        return f"the loss stays at {h.last('loss'):.3f}, ln K for {h.setting('head.out_dim'):,} prototypes"
     return None
 
 
 def single_prototype(h: History) -> str | None:
-    """All targets have their mass on one prototype, the same for all images."""
-    if h.always("teacher_entropy", high=SAME * h.ln_k) and h.always("mean_target_entropy", high=5 * SAME * h.ln_k):
-        return (
-            f"teacher entropy {h.last('teacher_entropy'):.3f} and entropy of the mean target "
-            f"{h.last('mean_target_entropy'):.3f}, both near 0"
-        )
+    """The targets of all images are one prototype."""
+    if h.always("mean_target_entropy", high=2 * NOTHING * h.ln_k):
+        return f"the entropy of the mean target is {h.last('mean_target_entropy'):.3f}, of ln K = {h.ln_k:.3f}"
     return None
 
 
-def same_targets(h: History) -> str | None:
-    """The targets of all images are the same."""
-    information = [mean - each for mean, each in zip(h.lately("mean_target_entropy"), h.lately("teacher_entropy"))]
-    if len(information) == 3 and max(information) < SAME * h.ln_k:
-        return f"a target tells {information[-1]:.3f} nats about its image, of at most {h.ln_k:.2f}"
-    return None
-
-
-def few_prototypes(h: History) -> str | None:
-    """Only a handful of prototypes win."""
-    prototypes = h.setting("head.out_dim")
-    if h.always("prototypes_used", high=max(2.5, 0.01 * prototypes)):
+def partial_collapse(h: History) -> str | None:
+    """The targets of all images are the same in another way, or a handful of prototypes wins always."""
+    if uniform_collapse(h) or single_prototype(h):
+        return None
+    if _same_targets(h):
+        return f"a target tells {_information(h)[-1]:.3f} nats about its image, of ln K = {h.ln_k:.3f}"
+    prototypes = h.setting("head.out_dim", 0)
+    if h.progress > 0.2 and h.always("prototypes_used", high=max(2.5, 0.01 * prototypes)):
         return f"{h.last('prototypes_used'):.1f} of {prototypes:,} prototypes are in use"
     return None
 
 
 def constant_features(h: History) -> str | None:
-    """The features of all images are nearly the same vector."""
+    """The teacher's features are nearly one vector."""
     if h.always("teacher_spread", high=0.05):
-        return f"the teacher's features have {h.last('teacher_spread'):.4f} of the spread of different vectors"
+        return f"they have {h.last('teacher_spread'):.1%} of the spread of features in all directions"
     return None
 
 
 def not_moving(h: History) -> str | None:
-    """The student's updates are too small to change it within the run."""
-    if h.always("update_ratio", high=1e-6) or (h.progress > 0 and h.always("teacher_distance", high=1e-7)):
-        return f"an update changes the parameters by {h.last('update_ratio'):.1e} of their norm"
-    return None
-
-
-def teacher_stands_still(h: History) -> str | None:
-    """The teacher has not moved since the start."""
-    if h.always("teacher_momentum", low=0.999999) and h.setting("dino.teacher_update") != "epoch":
-        return f"the teacher keeps {h.last('teacher_momentum'):.6f} of itself at each step"
+    """The student's updates change nothing, or the teacher does not follow."""
+    if h.always("update_ratio", high=1e-6):
+        return f"an update changes the student by {h.last('update_ratio'):.1e} of its norm"
+    if h.always("teacher_momentum", low=0.999999) and h.setting("dino.teacher_update", "ema") == "ema":
+        return "the teacher keeps all of itself at each step"
     return None
 
 
 def diverging(h: History) -> str | None:
-    """The loss rises far above its best, or the gradients explode."""
-    losses = [row["loss"] for row in h.rows if isinstance(row.get("loss"), int | float)]
-    norms = [row["param_norm"] for row in h.rows if isinstance(row.get("param_norm"), int | float)]
-    if len(norms) >= 3 and norms[-1] > 5 * norms[0]:
-        return f"the parameters' norm has grown from {norms[0]:.3g} to {norms[-1]:.3g}"
-    if len(losses) >= 4 and min(losses[-3:]) > 1.5 * h.ln_k:
-        return f"the loss is {losses[-1]:.2f}, above ln K = {h.ln_k:.2f} for uniform outputs"
+    """Parameters grow without bound, or the loss is above that of uniform outputs."""
+    norms, losses = [row["param_norm"] for row in h.rows if row.get("param_norm")], h.lately("loss")
+    if len(norms) >= LATELY and min(norms[-LATELY:]) > 4 * norms[0]:
+        return f"the norm of the parameters has grown from {norms[0]:.3g} to {norms[-1]:.3g}"
+    if h.always("loss", low=1.3 * h.ln_k):
+        return f"the loss is {losses[-1]:.2f}, and ln K = {h.ln_k:.2f}"
+    return None
+
+
+def shrinking(h: History) -> str | None:
+    """Parameters shrink towards 0."""
+    norms = [row["param_norm"] for row in h.rows if row.get("param_norm")]
+    if len(norms) >= LATELY and max(norms[-LATELY:]) < 0.5 * norms[0]:
+        return f"their norm has fallen from {norms[0]:.3g} to {norms[-1]:.3g}"
     return None
 
 
 def constant_input(h: History) -> str | None:
-    """The network sees nothing."""
+    """Crops without contrast."""
     if h.always("crop_pixel_spread", high=0.02):
-        return f"normalized pixels of a crop deviate by {h.last('crop_pixel_spread'):.4f}"
+        return f"the normalized pixels of a crop deviate by {h.last('crop_pixel_spread'):.4f}"
     return None
 
 
-def repeated_images(h: History) -> str | None:
-    """The same pictures occur many times in a batch."""
+def overfitting_few_images(h: History) -> str | None:
+    """Few different images, each seen thousands of times."""
     if h.always("repeated_images", low=0.2):
         return f"{h.last('repeated_images'):.0%} of the images of a batch are copies of others in it"
-    return None
-
-
-def few_images(h: History) -> str | None:
-    """The images are so few that each is seen thousands of times."""
     epochs = h.setting("epochs", 0)
-    if 0 < h.images < 1_000 and epochs * h.images > 0 and epochs > 1_000:
+    if 0 < h.images < 1_000 and epochs > 1_000:
         return f"{h.images:,} images, each seen {epochs:,.0f} times"
     return None
 
 
 def crops_alike(h: History) -> str | None:
-    """The two global crops of an image hardly differ."""
-    if h.always("crop_difference", high=0.2):
-        return f"two crops of an image differ by {h.last('crop_difference'):.3f} of what unrelated pixels do"
+    """Global crops that are nearly the same picture."""
+    if h.always("crop_difference", high=0.3):
+        return f"they differ by {h.last('crop_difference'):.1%} of what unrelated pixels do"
     return None
+
+
+def too_many_prototypes(h: History) -> str | None:
+    """More prototypes than images."""
+    prototypes = h.setting("head.out_dim", 0)
+    if 0 < h.images < prototypes and h.rows:
+        return f"{prototypes:,} prototypes, {h.images:,} images, {h.last('prototypes_used'):.0f} in use"
+    return None
+
+
+def no_progress(h: History) -> str | None:
+    """No evaluation is better than that of the network before training."""
+    gains = {name: (values[0], max(values[-2:])) for name in PROGRESS if len(values := h.measured(name)) > 2}
+    if gains and all(best <= first for first, best in gains.values()):
+        return ", ".join(f"{name} {first:.1f}, now {best:.1f}" for name, (first, best) in gains.items())
+    return None
+
+
+def _information(h: History) -> list[float]:
+    """Returns what a target tells about its image in each of the last rows, nats: 0 if all targets are the same."""
+    return [a - b for a, b in zip(h.lately("mean_target_entropy"), h.lately("teacher_entropy"), strict=True)]
+
+
+def _same_targets(h: History) -> bool:
+    information = _information(h)
+    return len(information) == LATELY and max(information) < NOTHING * h.ln_k
+
+
+ADVICE = {"overfitting_few_images", "too_many_prototypes"}  # a run may learn nevertheless
+PROGRESS = ("probe_crop_retrieval", "knn_top1_teacher")  # higher is better
+INPUT = (causes.no_input, causes.copies)
+CENTER = (causes.no_centering,)
+COLLAPSE = (causes.no_sharpening, causes.no_average, causes.no_centering, causes.high_rate, causes.strong_decay)
+EFFECTS = (
+    Effect("nonfinite_steps", "steps are not finite and skipped", nonfinite_steps, (causes.high_rate,)),
+    Effect("constant_input", "the network sees no contrast", constant_input, (causes.no_input,)),
+    Effect(
+        "uniform_collapse", "the outputs are uniform", uniform_collapse, INPUT + COLLAPSE, collapse=True, start=0.01
+    ),
+    Effect(
+        "single_prototype",
+        "one prototype always wins",
+        single_prototype,
+        INPUT + CENTER + COLLAPSE,
+        collapse=True,
+        start=0.01,
+    ),
+    Effect(
+        "partial_collapse",
+        "outputs tell nothing about images",
+        partial_collapse,
+        INPUT + COLLAPSE,
+        collapse=True,
+        start=0.01,
+    ),
+    Effect(
+        "constant_features", "all images have the same features", constant_features, INPUT + COLLAPSE, collapse=True
+    ),
+    Effect("not_moving", "the networks do not move", not_moving, (causes.fixed_teacher, causes.low_rate)),
+    Effect("diverging", "the run diverges", diverging, (causes.high_rate,)),
+    Effect("shrinking_weights", "the parameters shrink", shrinking, (causes.strong_decay,)),
+    Effect("overfitting_few_images", "different images are few", overfitting_few_images, (causes.copies, causes.few)),
+    Effect("crops_too_alike", "the crops of an image are alike", crops_alike, (causes.no_input, causes.weak_crops)),
+    Effect("too_many_prototypes", "prototypes are too many", too_many_prototypes, (causes.many_prototypes,)),
+    Effect("no_progress", "features are no better than before training", no_progress, COLLAPSE, start=0.2),
+)

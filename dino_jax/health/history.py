@@ -47,7 +47,7 @@ class History(NamedTuple):
         values = self.lately(name)
         return len(values) == LATELY and all(low <= value <= high for value in values)
 
-    def setting(self, name: str, default: float = math.nan) -> Any:
+    def setting(self, name: str, default: Any = math.nan) -> Any:
         """Returns a setting, or `default` if it is unknown."""
         return self.settings.get(name, default)
 

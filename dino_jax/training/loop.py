@@ -18,6 +18,7 @@ from dino_jax.distributed import consistency, fsdp, processes, sharding
 from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
+from dino_jax.health import signals
 from dino_jax.ownership import owned
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
@@ -82,7 +83,9 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
         restored = checkpoints.restore(manager, shapes, config)
         (state, start), origin = resumed(*restored, setup, mesh, workdir) if restored else first_state(setup, mesh)
         checkpoints.write_config(workdir, config)
-        logger = context.enter_context(Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start)))
+        logger = context.enter_context(
+            Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start, len(source)))
+        )
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
         evaluators = build_evaluators(setup, source, mesh, steps_per_epoch, logger.info)
         guard = StepGuard(config, workdir, source, last_saved=start)
@@ -135,6 +138,7 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
         watchdog.beat("export", done)
         manager.wait_until_finished()
         export_teacher(workdir, state, config)
+        logger.info(logger.summary())
     if stopped:
         raise Stopped
     return state
@@ -161,7 +165,7 @@ class Run:
         peak = peak_flops(jax.devices()[0])
         self._utilization = peak and flops_per_image(setup) / (peak * jax.device_count())  # at one image per second
         self._bad: set[int] = set()
-        self._running: tuple[Any, ...] | None = None  # (step, metrics, images) that has been dispatched but not checked
+        self._running: tuple[Any, ...] | None = None  # (step, metrics, batch) that has been dispatched but not checked
         self._started = time.perf_counter()
         self._first = True
 
@@ -180,7 +184,7 @@ class Run:
         with readable_out_of_memory():
             state, scalars = self._train_step(state, on_devices(batch, self._mesh))
             self.settle()
-            self._running = done, scalars, batch.index
+            self._running = done, scalars, batch
             if self._first:
                 self.settle()
         if self._config.verify_every and done % self._config.verify_every == 0:
@@ -198,11 +202,12 @@ class Run:
         """
         if self._running is None:
             return
-        (done, scalars, index), self._running = self._running, None
+        (done, scalars, batch), self._running = self._running, None
         values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-        values |= self._guard.check(done, values, index)
+        values |= self._guard.check(done, values, batch.index)
         self.rate.add(self._config.batch_size)
         if done % self._config.log_every == 0 or done in (1, self._last):
+            values["repeated_images"] = signals.repeated_images(batch.canvas)
             self._logger.log(done, values | ({} if self._first else self._speed()))
         if self._first:
             self._first = False

@@ -17,8 +17,10 @@ import jax
 from ml_collections import ConfigDict
 
 from dino_jax import atomic
-from dino_jax.errors import missing_extras
-from dino_jax.provenance import plain
+from dino_jax.distributed.processes import on_first
+from dino_jax.errors import Collapsed, missing_extras
+from dino_jax.health import monitor
+from dino_jax.provenance import flat, plain
 
 Scalars = Mapping[str, float]
 
@@ -31,6 +33,7 @@ class RunInfo(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     start_step: int  # 0, or the step after which the run resumes: later log entries are stale
+    images: int = 0  # in the training source; 0: unknown
 
 
 class Writer(Protocol):
@@ -38,6 +41,9 @@ class Writer(Protocol):
 
     def write(self, step: int, scalars: Scalars) -> None:
         """Records the scalars. Raises OSError where the disk refuses."""
+
+    def note(self, step: int, text: str) -> None:
+        """Records a line about the run's health. Raises OSError where the disk refuses."""
 
     def close(self) -> None:
         """Flushes and releases what the writer holds."""
@@ -64,6 +70,10 @@ class ConsoleWriter:
             shown = [f"{name} {value:.4g}" for name, value in scalars.items()]
         print("  ".join([*position, *shown]), flush=True)
 
+    def note(self, step: int, text: str) -> None:
+        """Prints it."""
+        print(text, flush=True)
+
     def close(self) -> None:
         """Nothing to release."""
 
@@ -87,7 +97,14 @@ class JsonlWriter:
     def write(self, step: int, scalars: Scalars) -> None:
         """Appends the line and flushes it."""
         finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        self._file.write(json.dumps({"step": step, **finite}) + "\n")
+        self._append({"step": step, **finite})
+
+    def note(self, step: int, text: str) -> None:
+        """Appends a line {"step", "health"}."""
+        self._append({"step": step, "health": text})
+
+    def _append(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -101,9 +118,9 @@ class TensorBoardWriter:
     def __init__(self, run: RunInfo):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar
+        from tensorboardX.summary import scalar, text
 
-        self._event, self._scalar = Event, scalar
+        self._event, self._scalar, self._text = Event, scalar, text
         (run.workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
         # Events are written at once: the thread of SummaryWriter would die of a full disk, and its queue then block the
         # run forever.
@@ -116,6 +133,11 @@ class TensorBoardWriter:
         for name, value in scalars.items():
             summary = self._scalar(name, value)
             self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._events.flush()
+
+    def note(self, step: int, text: str) -> None:
+        """Writes it as text, under `health`."""
+        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._text("health", text)))
         self._events.flush()
 
     def close(self) -> None:
@@ -151,6 +173,10 @@ class WandbWriter:
         """Logs the scalars under their step."""
         self._run.log(dict(scalars), step=step)
 
+    def note(self, step: int, text: str) -> None:
+        """Keeps the last one in the run's summary."""
+        self._run.summary["health"] = text
+
     def close(self) -> None:
         """Ends the run, which flushes it."""
         self._run.finish()
@@ -169,6 +195,8 @@ class Logger:
 
     When a run resumes, JSON and TensorBoard drop what an earlier process logged after that step. It is a context
     manager that closes its writers. Raises UserError where the disk refuses.
+
+    A `Monitor` reads along. Its notes go to the writers and its report to WORKDIR/health.json.
     """
 
     def __init__(self, run: RunInfo):
@@ -179,14 +207,32 @@ class Logger:
             with atomic.disk_errors(run.workdir):
                 run.workdir.mkdir(parents=True, exist_ok=True)
                 self._writers = [WRITERS[name](run) for name in run.config.writers.split(",") if name]
+        earlier = on_first(lambda: _logged_before(run))
+        self._monitor = monitor.of_log(flat(plain(run.config)), run.total_steps, run.images, earlier)
+        self._stop = run.config.get("health", {}).get("stop", "never")
 
     def log(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Records the scalars (anything that `float` takes) of one step. Raises UserError where the disk refuses."""
+        """Records the scalars (anything that `float` takes) of one step. All processes must call it.
+
+        Raises:
+            UserError: the disk refuses.
+            Collapsed: the run has collapsed, and config.health.stop is `collapse`.
+        """
+        step, values = int(step), {name: float(value) for name, value in scalars.items()}
+        notes = self._monitor.update(step, values)
         if self._active:
-            values = {name: float(value) for name, value in scalars.items()}
             with atomic.disk_errors(self._workdir):
                 for writer in self._writers:
-                    writer.write(int(step), values)
+                    writer.write(step, values)
+                    for note in notes:
+                        writer.note(step, note)
+                atomic.write_json(self._workdir / "health.json", self._monitor.report())
+        if self._stop == "collapse" and (evidence := self._monitor.collapse):
+            raise Collapsed(f"the run has collapsed at step {step:,}: {evidence}; see {self._workdir}/health.json")
+
+    def summary(self) -> str:
+        """One line on the health of the run so far."""
+        return self._monitor.summary()
 
     def info(self, text: str) -> None:
         """Prints a line."""
@@ -214,6 +260,13 @@ def format_duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _logged_before(run: RunInfo) -> list[dict[str, Any]]:
+    """Returns what earlier processes of a resumed run logged."""
+    path = run.workdir / "metrics.jsonl"
+    rows = read_metrics(path) if run.start_step and path.exists() else []
+    return [row for row in rows if row["step"] < _first_step(run)]
 
 
 def _first_step(run: RunInfo) -> int:

@@ -43,9 +43,9 @@ def lidar(crops: np.ndarray, delta: float = 1e-4) -> float:
 def alpha_req(features: np.ndarray) -> float:
     """alpha-ReQ (Agrawal et al., NeurIPS 2022): the exponent of the power law of the covariance's eigenvalues.
 
-    The slope of -log(eigenvalue) over log(rank), by least squares with weights 1 / rank, over the eigenvalues above 1e-10
-    of the largest. 0: all directions have the same variance. Large: few directions have most of it. That paper finds
-    about 1 best.
+    The slope of -log(eigenvalue) over log(rank), by least squares with weights 1 / rank, over the eigenvalues above
+    1e-10 of the largest. 0: all directions have the same variance. Large: few directions have most of it. That paper
+    finds about 1 best.
     """
     mean, second = _moments(features)
     values = _eigenvalues(second - np.outer(mean, mean))
