@@ -14,7 +14,7 @@ class Cause(NamedTuple):
 
 
 UNKNOWN = Cause(
-    "what is logged does not show the cause; a high learning rate is the most common one", "optim.lr", "1/3"
+    "what is logged does not show the cause; a high learning rate is the most common one", "optim.lr", "a third of it"
 )
 
 

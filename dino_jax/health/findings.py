@@ -14,7 +14,7 @@ from dino_jax.health.causes import Cause
 from dino_jax.health.history import LATELY, History
 
 UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uniform outputs
-NOTHING = 0.02  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
+NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
 class Finding(NamedTuple):

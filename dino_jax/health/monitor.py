@@ -8,7 +8,7 @@ from dino_jax.health.history import LATELY, History, number
 
 LEARNING, NOT_LEARNING, COLLAPSED, EARLY = "learning", "not learning", "collapsed", "too early to say"
 ENOUGH = 0.05  # share of the run after which signals without a finding count as learning
-GAIN = 1.1  # an evaluation has to grow by this factor to count as progress
+GAIN = 1.5  # an evaluation has to grow by this factor to count as progress
 
 
 class Monitor:
@@ -90,7 +90,7 @@ class Monitor:
 def of_log(settings: Mapping[str, Any], total_steps: int, images: int, rows: list[dict[str, Any]]) -> Monitor:
     """Returns a monitor that has read all rows of a log."""
     monitor = Monitor(settings, total_steps, images)
-    for row in rows:
+    for row in (row for row in rows if "health" not in row):  # not its own notes
         monitor.update(int(number(row["step"])), {name: value for name, value in row.items() if name != "step"})
     return monitor
 
