@@ -29,6 +29,7 @@ REFUSED = [
     {"optim.lr": 1e308},
     {"optim.clip_grad": INF},
     {"optim.skip_above": INF},
+    {"health.stop": "always"},
     {"crops.brightness": INF},
     {"crops.hue": INF},
     {"crops.blur_sigma": (0.1, INF)},

@@ -170,6 +170,8 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(
             f"init_adapt {unknown[0]!r} is unknown: set --config.init_adapt to a subset of {','.join(ADAPTATIONS)}"
         )
+    if config.health.stop not in ("never", "collapse"):
+        raise UserError(f"health.stop {config.health.stop!r} is unknown: set --config.health.stop to never or collapse")
     if unknown := [name for name in config.writers.split(",") if name not in ("", *WRITERS)]:
         raise UserError(f"writers {unknown[0]!r} is unknown: set --config.writers to a subset of {','.join(WRITERS)}")
     check_numbers(config, LIMITS)
