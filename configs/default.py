@@ -137,6 +137,7 @@ def get_config() -> ConfigDict:
     config.evals.probe.pairs = 2  # pairs of augmented global crops of each image
 
     config.health = ConfigDict()
+    config.health.report = True  # write WORKDIR/report.html at the end of `dino-jax train`, on one process
     config.health.stop = "never"  # collapse: a run whose outputs are the same for all images ends with exit code 77
 
     config.checkpoint = ConfigDict()

@@ -27,6 +27,7 @@ FLOORS = (
     "dino",
     "evals",
     "training",
+    "report",
     "commands",
     "__main__",
 )

@@ -19,6 +19,7 @@ TINY = {
     "data.source": "demo:train:8",  # 80 images: 5 steps an epoch
     "evals.knn.every_epochs": 0,
     "evals.probe.every_epochs": 0,
+    "health.report": False,
     "evals.knn.train": "",
     "evals.knn.test": "",
     "checkpoint.every_steps": 4,
@@ -40,6 +41,7 @@ SHORT = [
     "--config.evals.knn.train=demo:train:3",
     "--config.evals.knn.test=demo:test:3",
     "--config.evals.knn.k=5",
+    "--config.evals.probe.images=40",
 ]
 
 

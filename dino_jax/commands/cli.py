@@ -34,6 +34,7 @@ COMMANDS = {
     "demo": "pretrain on the bundled images and show the result, in minutes on a CPU",
     "ablation": "train the demo with one part of the method removed at a time",
     "diagnose": "say from the log of a run whether it learns, and if not, why",
+    "report": "write a page that shows a run: verdict, curves, nearest neighbors, attention",
     "preview": "draw the crops that a recipe makes of your images",
     "check": "read every image of a data set and report damaged and duplicate ones",
     "prepare": "write a data set to ArrayRecord files, in parallel",

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from dino_jax import atomic
 from dino_jax.checkpoints import model_card
 from dino_jax.commands import cli
+from dino_jax.commands.report import after_training
 from dino_jax.data import demo_images
 from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed.processes import set_cpu_device_count
@@ -63,6 +64,7 @@ def main(arguments: Sequence[str]) -> None:
     atomic.write_json(workdir / "report.json", report)
     print(table(report, config))
     print(f"written: {workdir / 'report.json'}, {workdir / 'attention.png'}")
+    after_training(config, flags.FLAGS.workdir)
 
 
 def untrained(config: ConfigDict) -> Backbone:

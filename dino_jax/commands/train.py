@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dino_jax.commands import cli
+from dino_jax.commands import cli, report
 from dino_jax.distributed import processes
 from dino_jax.training import loop
 
@@ -29,3 +29,4 @@ def main(arguments: Sequence[str]) -> None:
     config, workdir = flags.FLAGS.config, cli.required("workdir", flags.FLAGS.workdir)
     processes.set_cpu_device_count(config.batch_size, config.accum_steps * config.distributed.num_processes)
     loop.train(config, workdir)
+    report.after_training(config, workdir)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from dino_jax.health import causes
 from dino_jax.health.causes import Cause
-from dino_jax.health.history import LATELY, History
+from dino_jax.health.history import LATELY, History, information
 
 UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uniform outputs
 NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
@@ -172,13 +172,12 @@ def no_progress(h: History) -> str | None:
 
 
 def _information(h: History) -> list[float]:
-    """Returns what a target tells about its image in each of the last rows, nats: 0 if all targets are the same."""
-    return [a - b for a, b in zip(h.lately("mean_target_entropy"), h.lately("teacher_entropy"), strict=True)]
+    return [information(row) for row in h.rows[-LATELY:]]
 
 
 def _same_targets(h: History) -> bool:
-    information = _information(h)
-    return len(information) == LATELY and max(information) < NOTHING * h.ln_k
+    told = _information(h)
+    return len(told) == LATELY and max(told) < NOTHING * h.ln_k
 
 
 ADVICE = {"overfitting_few_images", "too_many_prototypes"}  # a run may learn nevertheless

@@ -61,6 +61,11 @@ def number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else math.nan
 
 
+def information(row: Row) -> float:
+    """What a target tells about its image, nats: 0 if all images have the same target."""
+    return number(row.get("mean_target_entropy")) - number(row.get("teacher_entropy"))
+
+
 def split_rows(rows: list[dict[str, Any]]) -> tuple[list[Row], list[Row]]:
     """Separates the rows of a metrics.jsonl into those of training steps and those of evaluations."""
     return [row for row in rows if "loss" in row], [row for row in rows if "loss" not in row]
