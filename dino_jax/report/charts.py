@@ -77,7 +77,7 @@ def _text(x: float, y: float, text: str, anchor: str = "start", style: str = "")
 
 
 def _label(value: float, log: bool) -> str:
-    return f"{10**value:.0e}" if log else f"{value:g}"
+    return f"{10**value:.2g}" if log else f"{value:g}"
 
 
 def _finite(curve: Curve, log: bool) -> Curve:
