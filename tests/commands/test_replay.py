@@ -32,7 +32,7 @@ def test_the_very_same_step(finished):
     """From the checkpoint after step 4, over the batches of 5 and 6: bit for bit what was logged of step 7."""
     workdir, file = finished
     logged = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    [run] = [line for line in logged if line["step"] == 7]
+    [run] = [line for line in logged if line["step"] == 7 and "loss" in line]
     report = replay.replay(file)
     assert report.metrics["loss"] == run["loss"]
     assert report.metrics["grad_norm"] == run["grad_norm"]
