@@ -62,6 +62,17 @@ def write_json(path: str | Path, value: Any) -> None:
         unfinished.write_text(to_json(value), encoding="utf-8")
 
 
+def rewrite_json(path: Path, value: Any) -> None:
+    """Like `write_json`, for a file that one process rewrites all the time: it does not wait for the disk.
+
+    A kill leaves at most one unfinished file beside it, which the next rewrite takes over.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with disk_errors(path):
+        unfinished.write_text(to_json(value), encoding="utf-8")
+        os.replace(unfinished, path)
+
+
 def write_picture(path: str | Path, picture: Image) -> None:
     """Writes a Pillow image, in the format of the path's suffix. Raises UserError like `disk_errors`."""
     with file(path) as unfinished:

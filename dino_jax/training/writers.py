@@ -226,7 +226,7 @@ class Logger:
                     writer.write(step, values)
                     for note in notes:
                         writer.note(step, note)
-                atomic.write_json(self._workdir / "health.json", self._monitor.report())
+                atomic.rewrite_json(self._workdir / "health.json", self._monitor.report())
         if self._stop == "collapse" and (evidence := self._monitor.collapse):
             raise Collapsed(f"the run has collapsed at step {step:,}: {evidence}; see {self._workdir}/health.json")
 
