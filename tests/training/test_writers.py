@@ -144,8 +144,14 @@ def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
     files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
     assert len({path.stem for path in files}) == 1  # the id, which joins them
     stored = b"".join(path.read_bytes() for path in files)
-    assert set(re.findall(rb"_step\x82\x01.(\d+)", stored)) == {b"1", b"3"}  # in the history and in the summary
-    assert set(re.findall(rb"loss\x82\x01.([\d.]+)", stored)) == {b"1.5"}
+
+    def values(name):
+        """In the history and in the summary; a byte before each says how long it is."""
+        ends = [match.end() for match in re.finditer(name + rb"\x82\x01", stored)]
+        return {stored[end + 1 : end + 1 + stored[end]] for end in ends}
+
+    assert values(b"_step") == {b"1", b"3"}
+    assert values(b"loss") == {b"1.5"}
 
 
 def test_without_wandb_the_way_out_is_named(tmp_path, monkeypatch):
