@@ -208,7 +208,12 @@ EFFECTS = (
         start=0.01,
     ),
     Effect(
-        "constant_features", "all images have the same features", constant_features, INPUT + COLLAPSE, collapse=True
+        "constant_features",
+        "all images have the same features",
+        constant_features,
+        INPUT + COLLAPSE,
+        collapse=True,
+        start=0.01,
     ),
     Effect("not_moving", "the networks do not move", not_moving, (causes.fixed_teacher, causes.low_rate)),
     Effect("diverging", "the run diverges", diverging, (causes.high_rate,)),

@@ -8,7 +8,8 @@ from dino_jax.health.history import LATELY, History, number
 
 LEARNING, NOT_LEARNING, COLLAPSED, EARLY = "learning", "not learning", "collapsed", "too early to say"
 ENOUGH = 0.05  # share of the run after which signals without a finding count as learning
-GAIN = 1.5  # an evaluation has to grow by this factor to count as progress
+GAIN = 1.5  # an evaluation has to grow by this factor to count as progress early in a run
+SETTLED = 0.2  # share of the run after which any growth counts
 
 
 class Monitor:
@@ -48,7 +49,8 @@ class Monitor:
         if any(name not in ADVICE for name in self._active):
             return NOT_LEARNING
         gains = self._measures()
-        if any(last > GAIN * first for first, last in gains.values()):
+        factor = GAIN if self._history.progress < SETTLED else 1
+        if any(last > factor * first for first, last in gains.values()):
             return LEARNING
         # A log without entropies does not show whether the outputs tell images apart.
         enough = self._history.progress >= ENOUGH and self._history.always("teacher_entropy")

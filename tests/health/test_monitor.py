@@ -141,6 +141,8 @@ def test_measures_decide_once_they_rise_or_do_not():
         return monitor.of_log(SETTINGS, TOTAL, 12_000, rows)
 
     assert measured(1.3, 1.28).verdict() == "too early to say"
+    assert measured(60.0, 60.5, 61.0).verdict() == "too early to say"
+    assert measured(60.0, 60.5, 61.0, step=4000).verdict() == "learning"  # training on from good features
     rising = measured(3.0, 40.0, 61.0)
     assert rising.verdict() == "learning"
     assert rising.summary() == "learning: probe_crop_retrieval 3.0 -> 61.0; no findings"
