@@ -2,8 +2,8 @@
 
     dino-jax demo --workdir=runs/demo
 
-Hardware: 2 CPU cores, 7 to 14 minutes. Our result (2026-11-26, Intel Xeon; the same on 2026-11-27, AMD EPYC): k-NN top-1 64.3 with 30 labels per class
-(raw pixels 37.6, untrained 25.8), 71.7 with all labels (62.3, 40.2).
+Hardware: 2 CPU cores, 7 to 14 minutes. Our result (2026-11-26, Intel Xeon; 2026-11-27, AMD EPYC): k-NN top-1 64.3 with
+30 labels per class (raw pixels 37.6, untrained 25.8), 71.7 with all labels (62.3, 40.2).
 
 Other settings that we tried, 6,000 steps each, k-NN of the teacher with 30 labels per class at 40 px: constant weight
 decay 0.04 instead of rising to 0.4, 42.0 instead of 39.8; three times the learning rate, 37.4; K = 1,024, 40.3; local
