@@ -94,7 +94,7 @@ class StopWriter:
         """Nothing to release."""
 
 
-def train(name: str, planted: Planted, workdir: Path) -> dict[str, Any]:
+def train(planted: Planted, workdir: Path) -> dict[str, Any]:
     """Runs one, and returns its health.json."""
     changes = dict(planted.changes)
     if planted.images:
@@ -139,7 +139,7 @@ def main(arguments: list[str]) -> None:
     for name in ONLY.value or RUNS:
         workdir, start = Path(FOLDER.value) / name, time.monotonic()
         shutil.rmtree(workdir, ignore_errors=True)
-        report = train(name, RUNS[name], workdir)
+        report = train(RUNS[name], workdir)
         said, right = judged(RUNS[name], report)
         wrong += not right
         seconds = time.monotonic() - start

@@ -131,7 +131,7 @@ def get_config() -> ConfigDict:
     config.evals.knn.train = ""  # bank of labeled images; empty: data.source
     config.evals.knn.test = ""  # labeled queries; empty: no k-NN during training
     config.evals.knn.k = 20  # neighbors
-    config.evals.probe = ConfigDict()  # measures without labels, see docs/evaluation.md
+    config.evals.probe = ConfigDict()  # measures without labels, see docs/health.md
     config.evals.probe.every_epochs = 5  # also before the first step and after the last; 0: never
     config.evals.probe.images = 2_048  # images of data.source, spread evenly
     config.evals.probe.pairs = 2  # pairs of augmented global crops of each image

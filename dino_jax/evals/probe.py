@@ -117,7 +117,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 
 def measures(features: CropFeatures) -> dict[str, float]:
-    """Returns the measures of `label_free` by name, see docs/evaluation.md.
+    """Returns the measures of `label_free` by name, see docs/health.md.
 
     crop_retrieval, alignment and lidar compare crops of an image with those of others; rankme, alpha_req and uniformity
     take one crop of each image; rankme_patch is that of the patches at the center.

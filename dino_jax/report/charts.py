@@ -30,7 +30,7 @@ class Chart(NamedTuple):
 
 
 def svg(chart: Chart) -> str:
-    """Returns the chart as an <svg> element, with a text for each curve's last value; "" if there are no values."""
+    """Returns the chart as an <svg> element whose label states the last values; "" if there are no values."""
     curves = [_finite(curve, chart.log) for curve in chart.curves]
     curves = [curve for curve in curves if curve.values]
     if not curves:

@@ -232,8 +232,8 @@ def extract_batches(
 
 
 def l2_normalize(features: np.ndarray) -> np.ndarray:
-    """Divides the rows of [N, D] by their length."""
-    return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+    """Divides vectors, on the last axis, by their length."""
+    return features / np.maximum(np.linalg.norm(features, axis=-1, keepdims=True), 1e-12)
 
 
 def images_in(batch: EvalBatch) -> int:

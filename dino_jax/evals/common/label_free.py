@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dino_jax.evals.common.extraction import l2_normalize
+
 ALIKE = 0.9  # cosine from which two prototypes count as one
 BLOCK = 1_024  # rows compared at a time
 EPS = 1e-7  # of the rank measures, as in their papers
@@ -115,8 +117,7 @@ def distinct_prototypes(prototypes: np.ndarray) -> int:
 
 def unit(features: Any) -> np.ndarray:
     """Divides vectors, on the last axis, by their length; float64."""
-    x = np.asarray(features, np.float64)
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+    return l2_normalize(np.asarray(features, np.float64))
 
 
 def _moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
