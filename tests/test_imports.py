@@ -27,6 +27,7 @@ FLOORS = (
     "dino",
     "evals",
     "training",
+    "suggest",
     "report",
     "commands",
     "__main__",

@@ -33,6 +33,7 @@ COMMANDS = {
     "convert": "convert weights between this package, the official code, timm and Hugging Face",
     "demo": "pretrain on the bundled images and show the result, in minutes on a CPU",
     "ablation": "train the demo with one part of the method removed at a time",
+    "suggest": "choose the settings of a run for your images, your devices and your time",
     "diagnose": "say from the log of a run whether it learns, and if not, why",
     "report": "write a page that shows a run: verdict, curves, nearest neighbors, attention",
     "preview": "draw the crops that a recipe makes of your images",
@@ -92,10 +93,22 @@ def recipe(arguments: Sequence[str], default: str) -> Settings:
     """Returns the settings of a command that takes --config=RECIPE, a name or a path."""
     from dino_jax import recipes
 
-    name = _split_recipe(arguments)[0] or default
+    name = split_recipe(arguments)[0] or default
     module = recipes.load(name)
     meanings = recipes.load("default").get_config
     return Settings(recipes.config_of(module), [meanings], f"{name}: {module.__doc__ or ''}", is_recipe=True)
+
+
+def split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """Separates --config=RECIPE, or --config RECIPE, from the other arguments. The recipe is "" if not given."""
+    recipe, others, remaining = "", [], iter(arguments)
+    for argument in remaining:
+        flag, equals, value = argument.partition("=")
+        if flag in ("--config", "-config"):
+            recipe = value if equals else next(remaining, "")
+        else:
+            others.append(argument)
+    return recipe, others
 
 
 def wants_help(arguments: Sequence[str]) -> bool:
@@ -146,7 +159,7 @@ def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[s
         if settings:
             from ml_collections import config_flags
 
-            named, arguments = _split_recipe(arguments)
+            named, arguments = split_recipe(arguments)
             if named and not settings.is_recipe:
                 raise UserError(f"--config={named}: this command has no recipes; its settings are --config.KEY=VALUE")
             config_flags.DEFINE_config_dict("config", settings.config, sys_argv=[name, *arguments])
@@ -172,18 +185,6 @@ def _expand_home(config: "ConfigDict") -> None:
     config.update_from_flattened_dict(
         {name: os.path.expanduser(value) for name, value in strings.items() if value.startswith("~")}
     )
-
-
-def _split_recipe(arguments: Sequence[str]) -> tuple[str, list[str]]:
-    """Separates --config=RECIPE, or --config RECIPE, from the other arguments. The recipe is "" if not given."""
-    recipe, others, remaining = "", [], iter(arguments)
-    for argument in remaining:
-        flag, equals, value = argument.partition("=")
-        if flag in ("--config", "-config"):
-            recipe = value if equals else next(remaining, "")
-        else:
-            others.append(argument)
-    return recipe, others
 
 
 def _environment_problem(error: Exception) -> str:

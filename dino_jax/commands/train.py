@@ -3,14 +3,15 @@
     dino-jax train --config=vits16 --workdir=runs/a --config.data.source=folder:photos --config.optim.lr=1e-3
 
 The same command with the same workdir resumes the run. The teacher's backbone is exported to WORKDIR/export. Metrics
-are written to WORKDIR/metrics.jsonl and to TensorBoard files.
+are written to WORKDIR/metrics.jsonl and to TensorBoard files. With --config=auto, `dino-jax suggest` chooses the
+settings for these images and --hours, and writes them to WORKDIR/suggested.py.
 """
 
 from collections.abc import Sequence
 
 from absl import flags
 
-from dino_jax.commands import cli, report
+from dino_jax.commands import cli, report, suggest
 from dino_jax.distributed import processes
 from dino_jax.training import loop
 
@@ -20,7 +21,8 @@ USAGE = "--workdir=FOLDER [--config=RECIPE] [--config.KEY=VALUE ...]"
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
     """Defines the flag for the workdir, and returns a recipe's settings."""
     flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
-    return cli.recipe(arguments, default="default")
+    flags.DEFINE_float("hours", 1.0, "time for the training, with --config=auto only", lower_bound=0.001)
+    return cli.recipe(suggest.automatic(arguments), default="default")
 
 
 def main(arguments: Sequence[str]) -> None:

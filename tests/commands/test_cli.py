@@ -70,7 +70,7 @@ def test_a_pipe_that_is_closed_early_is_no_error():
     ],
 )
 def test_the_recipe_is_told_from_its_settings(arguments, rest):
-    assert cli._split_recipe(arguments) == rest
+    assert cli.split_recipe(arguments) == rest
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,116 @@
+"""What the settings of a run depend on: the images and the machine."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from dino_jax.data.decoding import DecodeError, to_canvas
+from dino_jax.data.examination import check
+from dino_jax.data.sources import Source, Subset, read_example
+from dino_jax.errors import UserError
+
+LOOKED_AT = 10_000  # most images whose sizes and contents are read
+PIXELS_OF = 500  # images whose pixels are averaged
+CANVAS = 128  # side at which pixels are averaged
+
+
+class Images(NamedTuple):
+    """Facts on the images of a source. `sampled` of them, evenly spread, were read."""
+
+    source: str  # its specification
+    number: int
+    classes: int  # 0: no labels
+    sampled: int
+    undecodable: int  # of the sampled ones
+    copies: int  # sampled images with the content of another one
+    short_side: int  # median of the shorter side, pixels
+    long_side: int  # 0.9 quantile of the longer side, pixels
+    channels: int
+    mean: tuple[float, ...]  # of pixels in [0, 1], by channel
+    std: tuple[float, ...]
+    brightest: float  # value of the brightest pixel of images of more than 8 bits; 0: all have 8 bits
+    white: float  # the level of white that their type implies; 0: all have 8 bits
+
+
+class Machine(NamedTuple):
+    """Facts on the devices of this process."""
+
+    platform: str  # cpu, gpu, tpu
+    kind: str
+    devices: int
+    memory: int  # bytes that one device may use
+    cores: int
+
+
+def of_images(spec: str, source: Source, workers: int) -> Images:
+    """Reads up to `LOOKED_AT` images. Raises UserError if there are none that can be decoded."""
+    if not len(source):
+        raise UserError(f"{spec} holds no images")
+    sample = _spread(source, LOOKED_AT)
+    channels = _channels(_spread(sample, PIXELS_OF))
+    findings = check(sample, canvas_size=CANVAS, channels=channels, workers=workers)
+    good = [finding for finding in findings if not finding.problem]
+    if not good:
+        raise UserError(f"{spec}: none of {len(sample):,} images can be decoded; the first: {findings[0].problem}")
+    pixels = _pixels(_spread(sample, PIXELS_OF), channels)
+    levels = [finding.levels for finding in good if finding.levels]
+    return Images(
+        source=spec,
+        number=len(source),
+        classes=source.num_classes or 0,
+        sampled=len(sample),
+        undecodable=len(findings) - len(good),
+        copies=len(good) - len({finding.digest for finding in good}),
+        short_side=int(np.median([min(finding.size) for finding in good])),
+        long_side=int(np.quantile([max(finding.size) for finding in good], 0.9)),
+        channels=channels,
+        mean=tuple(round(float(value), 3) for value in pixels.mean(axis=0) / 255),
+        std=tuple(max(round(float(value), 3), 0.01) for value in pixels.std(axis=0) / 255),
+        brightest=max((bright for bright, _ in levels), default=0.0),
+        white=max((white for _, white in levels), default=0.0),
+    )
+
+
+def of_machine() -> Machine:
+    """Returns the facts on this process's devices."""
+    device = jax.local_devices()[0]
+    cores = os.cpu_count() or 1
+    stats: dict[str, Any] = device.memory_stats() or {}
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    share = host // jax.local_device_count()  # CPU devices share the memory of the host
+    return Machine(device.platform, device.device_kind, jax.device_count(), int(stats.get("bytes_limit", share)), cores)
+
+
+def _spread(source: Source, most: int) -> Subset:
+    return Subset(source, np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
+
+
+def _channels(source: Source) -> int:
+    """Returns the largest number of channels among the readable images. Images whose channels are equal have one."""
+    return max({_bands(source, record) for record in range(len(source))} - {0}, default=3)
+
+
+def _bands(source: Source, record: int) -> int:
+    try:
+        image = read_example(source, record).image
+        if isinstance(image, np.ndarray):
+            return image.shape[2] if image.ndim == 3 else 1
+        color, _ = to_canvas(image, CANVAS, channels=3)
+    except (DecodeError, OSError):
+        return 0
+    return 1 if np.all(color == color[..., :1]) else 3
+
+
+def _pixels(source: Source, channels: int) -> np.ndarray:
+    """Returns pixels of the readable images, uint8 [N, channels]."""
+    found = []
+    for record in range(len(source)):
+        try:
+            canvas, size = to_canvas(read_example(source, record).image, CANVAS, channels)
+        except (DecodeError, OSError):
+            continue
+        height, width = (min(side, CANVAS) for side in size)
+        found.append(canvas[:height, :width].reshape(-1, channels))
+    return np.concatenate(found)
