@@ -40,12 +40,19 @@ def describe() -> str:
     cpuinfo = Path("/proc/cpuinfo")  # Linux; elsewhere platform knows
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    cpu = names[0] if names else platform.processor()
+    cpu = ", ".join([names[0] if names else platform.processor(), *_vector_instructions(lines)])
     return (
         f"{datetime.date.today()}, {jax.device_count()} x {device.device_kind}, {os.cpu_count()} cores ({cpu}), "
         f"Python {platform.python_version()}, {', '.join(_versions())}"
         + (f", GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']}" if "GLIBC_TUNABLES" in os.environ else "")
     )
+
+
+def _vector_instructions(cpuinfo: list[str]) -> list[str]:
+    """The widest vector instructions, which decide what a matrix product takes."""
+    flags = {flag for line in cpuinfo if line.startswith("flags") for flag in line.split()}
+    known = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX"}
+    return [name for flag, name in known.items() if flag in flags][:1]
 
 
 def _versions():

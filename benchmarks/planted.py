@@ -31,6 +31,7 @@ ONLY = flags.DEFINE_list("only", [], "names of the runs, all by default")
 FOLDER = flags.DEFINE_string("folder", "runs/planted", "where the runs go; what is there is removed")
 TOTAL = 18_000  # steps of the demo, which the schedules refer to
 SHORT = {"log_every": 50, "writers": "jsonl,stop", "checkpoint.every_steps": 100_000, "evals.knn.every_epochs": 0}
+SHORT |= {"evals.pictures.every_epochs": 0}
 
 
 class Planted(NamedTuple):
@@ -88,6 +89,9 @@ class StopWriter:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def note(self, step: int, text: str) -> None:
+        """Nothing to do."""
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Nothing to do."""
 
     def close(self) -> None:

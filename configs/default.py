@@ -135,6 +135,10 @@ def get_config() -> ConfigDict:
     config.evals.probe.every_epochs = 5  # also before the first step and after the last; 0: never
     config.evals.probe.images = 2_048  # images of data.source, spread evenly
     config.evals.probe.pairs = 2  # pairs of augmented global crops of each image
+    config.evals.pictures = ConfigDict()
+    # Nearest neighbors, attention and components of patches, for TensorBoard, WORKDIR/pictures and the report; also
+    # before the first step and after the last; 0: never.
+    config.evals.pictures.every_epochs = 25
 
     config.health = ConfigDict()
     config.health.report = True  # write WORKDIR/report.html at the end of `dino-jax train`, on one process

@@ -50,5 +50,6 @@ def get_config() -> ConfigDict:
     config.evals.knn.test = "demo:test"
     config.evals.knn.every_epochs = 4
     config.evals.probe.every_epochs = 4
+    config.evals.pictures.every_epochs = 24
     config.checkpoint.every_steps = 2_000
     return config

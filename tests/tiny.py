@@ -19,6 +19,7 @@ TINY = {
     "data.source": "demo:train:8",  # 80 images: 5 steps an epoch
     "evals.knn.every_epochs": 0,
     "evals.probe.every_epochs": 0,
+    "evals.pictures.every_epochs": 0,
     "health.report": False,
     "evals.knn.train": "",
     "evals.knn.test": "",

@@ -11,16 +11,24 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dino_jax import atomic, provenance
+from dino_jax import atomic, provenance, recipes
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
+from dino_jax.evals.common import pictures
 from dino_jax.health import monitor
 from dino_jax.health.history import information, number, split_rows
 from dino_jax.health.logs import Log, read_log
-from dino_jax.report import pictures
+from dino_jax.provenance import flat
 from dino_jax.report.charts import Chart, Curve, svg
+from dino_jax.report.crops import load_crops, picture
 from dino_jax.weights.backbone import Backbone, load_backbone
 
+CROPPED = 4  # images whose crops are shown
+SHEETS = {
+    "neighbors": "Nearest neighbors over the run",
+    "attention": "Attention over the run",
+    "components": "Components of patches over the run",
+}
 TILE = 128  # pixels of the longer side of a picture in the page
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1f; --soft: #5c5f66; --line: #d9dbe0; --back: #fff; --good: #0072b21f }
@@ -40,10 +48,12 @@ svg .healthy { fill: var(--good) }
 .rows { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 596px), 1fr)); gap: 6px 24px }
 .row { display: flex; gap: 6px; overflow-x: auto } figure { margin: 0; flex: none; width: 94px }
 figure img { width: 94px; height: auto; border-radius: 4px } figcaption { font-size: 11px; color: var(--soft) }
+.sheet { overflow-x: auto } .sheet img { max-width: 100%; border-radius: 4px }
 table { border-collapse: collapse }
 td { padding: 1px 16px 1px 0; font: 12.5px ui-monospace, monospace; overflow-wrap: anywhere }
 """
 CHARTS = "Shaded: the healthy range. Dashed: where a collapse ends."
+CROPS = "A row for each image: the image, its global crops and its local crops in the first step."
 NEIGHBORS = "An image, and the five most similar others with their cosine."
 ATTENTION = "Of CLS in the last block, over the image and by head."
 COMPONENTS = "The first three principal components of the patches of all these images, as red, green and blue."
@@ -60,7 +70,8 @@ def write_report(workdir: str | Path) -> Path:
     workdir = Path(workdir)
     log = read_log(workdir)
     health = monitor.of_log(log.settings, log.total_steps, log.images, log.rows)
-    sections = [_head(workdir, log, health), *_charts(log), *_pictures(workdir, log), _settings(log)]
+    sections = [_head(workdir, log, health), *_charts(log)]
+    sections += [*_crops(log), *_pictures(workdir, log), *_over_the_run(workdir), _settings(log)]
     title = html.escape(f"{workdir.resolve().name}: {health.verdict()}")
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -146,6 +157,43 @@ def _curves(rows: Sequence[Mapping[str, Any]], names: Sequence[str], labels: Seq
     ]
 
 
+def _crops(log: Log) -> list[str]:
+    """Crops of a few images as the network saw them in the first step."""
+    config = recipes.get_config("default")
+    known = flat(config.to_dict())
+    given = {name: tuple(v) if isinstance(v, list) else v for name, v in log.settings.items() if name in known}
+    if "data.source" not in given:
+        return []
+    try:
+        config.update_from_flattened_dict(given)
+        batch, crops = load_crops(config, min(CROPPED, len(open_source(config.data.source))))
+        drawn = picture(batch.canvas, crops, config.data.mean, config.data.std)
+    except (UserError, OSError, TypeError, ValueError) as error:
+        return [f"<h2>Crops</h2><p class=soft>left out: {html.escape(str(error))}</p>"]
+    return [f"<h2>Crops</h2><p class=soft>{CROPS}</p><div class=sheet>{_image(drawn, 'crops')}</div>"]
+
+
+def _over_the_run(workdir: Path) -> list[str]:
+    """The sheets that the run drew at its start, in its middle and at its end."""
+    sections = []
+    for name, title in SHEETS.items():
+        found = sorted((workdir / "pictures").glob(f"{name}-*.png"))
+        if not found:
+            continue
+        last = _step(found[-1])
+        middle = min(found, key=lambda path: abs(_step(path) - last / 2))
+        figures = []
+        for path in dict.fromkeys([found[0], middle, found[-1]]):
+            caption = f"step {_step(path):,}"
+            figures.append(f"<div class=sheet>{_image(Image.open(path), caption)}<p class=soft>{caption}</p></div>")
+        sections.append(f"<h2>{title}</h2><div class=charts>{''.join(figures)}</div>")
+    return sections
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.rpartition("-")[2])
+
+
 def _pictures(workdir: Path, log: Log) -> list[str]:
     try:
         backbone = load_backbone(workdir)
@@ -169,11 +217,16 @@ def _rows(title: str, about: str, rows: Iterable[pictures.Row]) -> str:
 
 
 def _figure(caption: str, image: np.ndarray) -> str:
-    picture, data, caption = Image.fromarray(np.ascontiguousarray(image)), io.BytesIO(), html.escape(caption)
-    picture.thumbnail((TILE, TILE), Image.Resampling.BICUBIC)
-    picture.save(data, "PNG")
+    tile = Image.fromarray(np.ascontiguousarray(image))
+    tile.thumbnail((TILE, TILE), Image.Resampling.BICUBIC)
+    return f"<figure>{_image(tile, caption)}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def _image(image: Image.Image, caption: str) -> str:
+    data = io.BytesIO()
+    image.save(data, "PNG")
     source = f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}"
-    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    return f'<img src="{source}" alt="{html.escape(caption)}">'
 
 
 def _settings(log: Log) -> str:

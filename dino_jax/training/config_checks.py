@@ -110,6 +110,7 @@ LIMITS: Limits = {
     "evals.knn.every_epochs": COUNT_OR_NONE,
     "evals.knn.k": COUNT,
     "evals.probe.every_epochs": COUNT_OR_NONE,
+    "evals.pictures.every_epochs": COUNT_OR_NONE,
     "evals.probe.images": (2, 1_000_000),
     "evals.probe.pairs": (1, 32),
 }

@@ -13,15 +13,20 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dino_jax.checkpoints import model_card
 from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed import fsdp
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.evals import knn, probe
-from dino_jax.evals.common import label_free
+from dino_jax.evals.common import label_free, pictures
 from dino_jax.evals.common.extraction import FeatureTable, extract_source
+from dino_jax.evals.common.images import draw_sheet
+from dino_jax.models import from_card
 from dino_jax.training.setup import Setup, State, backbone_variables
+from dino_jax.weights.backbone import Backbone
 
-Evaluate = Callable[[State], dict[str, float]]
+PICTURED, PICTURED_BANK = 6, 500  # images whose neighbors are drawn, and images among which they are looked up
+Evaluate = Callable[[State], dict[str, Any]]  # scalars by name, and pictures: uint8 [H, W, 3]
 
 
 class Unavailable(NamedTuple):
@@ -34,7 +39,7 @@ class Evaluator(NamedTuple):
     """An evaluation and its period."""
 
     every_steps: int
-    evaluate: Evaluate  # state -> scalars to log
+    evaluate: Evaluate  # state -> scalars and pictures to log
 
     def due(self, step: int, total_steps: int) -> bool:
         """Whether to run after this step: before the first, after the last, and every so many between."""
@@ -121,9 +126,37 @@ def probe_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Me
     return evaluate
 
 
+def pictures_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Mesh) -> Evaluate | Unavailable:
+    """Nearest neighbors, attention and components of patches of the teacher, on the same images each time."""
+    del settings
+    if jax.process_count() > 1:
+        return Unavailable("the run has several processes: `dino-jax report` draws pictures of its last checkpoint")
+    if len(source) < 2:
+        return Unavailable("data.source has a single image")
+    card = model_card(setup.config, 0)
+    model = from_card(card["architecture"])
+
+    def evaluate(state: State) -> dict[str, np.ndarray]:
+        variables = fsdp.unshard({"teacher": backbone_variables(state, "teacher")}, mesh)["teacher"]
+        backbone = Backbone(model, variables, card)
+        found = {"neighbors": pictures.neighbors(backbone, source, PICTURED, PICTURED_BANK)}
+        if backbone.family.attention_maps:
+            found["attention"] = pictures.attention(backbone, source)
+            found["components"] = pictures.components(backbone, source)
+        return {name: np.asarray(draw_sheet(_titled(rows))) for name, rows in found.items() if rows}
+
+    return evaluate
+
+
+def _titled(rows: list[pictures.Row]) -> list[dict[str, np.ndarray]]:
+    """Rows of (caption, image) as {title: image}; a title is unique in its row."""
+    return [{f"{caption}{' ' * i}": image for i, (caption, image) in enumerate(row)} for row in rows]
+
+
 EVALUATORS: dict[str, Callable[[Setup, ConfigDict, Source, Mesh], Evaluate | Unavailable]] = {
     "knn": knn_evaluator,
     "probe": probe_evaluator,
+    "pictures": pictures_evaluator,
 }
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
+from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.distributed.processes import on_first
@@ -45,6 +47,9 @@ class Writer(Protocol):
     def note(self, step: int, text: str) -> None:
         """Records a line about the run's health. Raises OSError where the disk refuses."""
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Records a picture, uint8 [H, W, 3]. Raises OSError where the disk refuses."""
+
     def close(self) -> None:
         """Flushes and releases what the writer holds."""
 
@@ -73,6 +78,9 @@ class ConsoleWriter:
     def note(self, step: int, text: str) -> None:
         """Prints it."""
         print(text, flush=True)
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Prints nothing."""
 
     def close(self) -> None:
         """Nothing to release."""
@@ -103,6 +111,9 @@ class JsonlWriter:
         """Appends a line {"step", "health"}."""
         self._append({"step": step, "health": text})
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes nothing: the run keeps its pictures in files of their own."""
+
     def _append(self, row: dict[str, Any]) -> None:
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()
@@ -118,9 +129,9 @@ class TensorBoardWriter:
     def __init__(self, run: RunInfo):
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
-        from tensorboardX.summary import scalar, text
+        from tensorboardX.summary import image, scalar, text
 
-        self._event, self._scalar, self._text = Event, scalar, text
+        self._event, self._scalar, self._text, self._image = Event, scalar, text, image
         (run.workdir / "tensorboard").mkdir(parents=True, exist_ok=True)
         # Events are written at once: the thread of SummaryWriter would die of a full disk, and its queue then block the
         # run forever.
@@ -138,6 +149,12 @@ class TensorBoardWriter:
     def note(self, step: int, text: str) -> None:
         """Writes it as text, under `health`."""
         self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._text("health", text)))
+        self._events.flush()
+
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes it under `pictures`."""
+        summary = self._image(f"pictures/{name}", image, dataformats="HWC")
+        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
         self._events.flush()
 
     def close(self) -> None:
@@ -177,6 +194,12 @@ class WandbWriter:
         """Keeps the last one in the run's summary."""
         self._run.summary["health"] = text
 
+    def picture(self, step: int, name: str, image: np.ndarray) -> None:
+        """Logs it under `pictures`."""
+        import wandb
+
+        self._run.log({f"pictures/{name}": wandb.Image(image)}, step=step)
+
     def close(self) -> None:
         """Ends the run, which flushes it."""
         self._run.finish()
@@ -211,14 +234,22 @@ class Logger:
         self._monitor = monitor.of_log(flat(plain(run.config)), run.total_steps, run.images, earlier)
         self._stop = run.config.get("health", {}).get("stop", "never")
 
-    def log(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Records the scalars (anything that `float` takes) of one step. All processes must call it.
+    def log(self, step: int, results: Mapping[str, Any]) -> None:
+        """Records scalars (anything that `float` takes) and pictures (uint8 [H, W, 3]) of one step.
+
+        All processes must call it. Pictures also become files, WORKDIR/pictures/NAME-STEP.png.
 
         Raises:
             UserError: the disk refuses.
             Collapsed: the run has collapsed, and config.health.stop is `collapse`.
         """
-        step, values = int(step), {name: float(value) for name, value in scalars.items()}
+        pictures = {name: value for name, value in results.items() if np.ndim(value) == 3}
+        values = {name: float(value) for name, value in results.items() if name not in pictures}
+        step = int(step)
+        for name, picture in pictures.items():
+            self._picture(step, name, picture)
+        if not values:
+            return
         notes = self._monitor.update(step, values)
         if self._active:
             with atomic.disk_errors(self._workdir):
@@ -229,6 +260,14 @@ class Logger:
                 atomic.rewrite_json(self._workdir / "health.json", self._monitor.report())
         if self._stop == "collapse" and (evidence := self._monitor.collapse):
             raise Collapsed(f"the run has collapsed at step {step:,}: {evidence}; see {self._workdir}/health.json")
+
+    def _picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        if self._active:
+            path = self._workdir / "pictures" / f"{name}-{step:09}.png"
+            atomic.write_picture(path, Image.fromarray(picture))
+            with atomic.disk_errors(self._workdir):
+                for writer in self._writers:
+                    writer.picture(step, name, picture)
 
     def summary(self) -> str:
         """One line on the health of the run so far."""

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_jax.commands.preview import GAP, LABEL_HEIGHT, MIN_TILE, picture
 from dino_jax.data.multicrop import Crops
+from dino_jax.report.crops import GAP, LABEL_HEIGHT, MIN_TILE, picture
 
 ROOT = Path(__file__).parents[2]
 

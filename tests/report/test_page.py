@@ -17,7 +17,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("run") / "a <b>"
-    loop.train(tiny_config(**KNN, dino__teacher_momentum=1.0), workdir)
+    loop.train(tiny_config(**KNN, evals__pictures__every_epochs=1, dino__teacher_momentum=1.0), workdir)
     return workdir
 
 
@@ -29,7 +29,15 @@ def page(workdir):
 def test_it_shows_verdict_curves_and_pictures(page):
     assert "a &lt;b&gt;: <span class=verdict>not learning" in page
     assert "the teacher never follows the student" in page
-    for title in ("Curves", "Nearest neighbors", "Attention", "Components of patches", "Settings"):
+    for title in (
+        "Curves",
+        "Nearest neighbors",
+        "Attention",
+        "Components of patches",
+        "Crops",
+        "Attention over the run",
+        "Settings",
+    ):
         assert f"<h2>{title}</h2>" in page
     assert page.count("<svg") >= 10
     assert page.count("<figure>") > 12 * 6
@@ -40,6 +48,14 @@ def test_it_loads_nothing_from_elsewhere(page):
     assert len(links) > 12 * 6
     assert all(link.startswith("data:") for link in links)
     assert "url(" not in page
+
+
+def test_pictures_are_shown_at_start_middle_and_end(workdir, page):
+    names = sorted(path.name for path in (workdir / "pictures").iterdir())
+    assert names == [
+        f"{kind}-{step:09}.png" for kind in ("attention", "components", "neighbors") for step in (0, 5, 10)
+    ]
+    assert page.count("<p class=soft>step ") >= 9
 
 
 def test_a_run_without_an_export_or_images_has_a_page_too(workdir, tmp_path):

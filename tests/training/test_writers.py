@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from dino_jax.errors import UserError
@@ -42,6 +43,19 @@ def test_scalars_without_a_loss_are_all_shown(tmp_path, capsys):
     logger.log(5, {"knn_top1": 81.25})
     logger.__exit__()
     assert capsys.readouterr().out == "step 5/10  epoch 1.0  knn_top1 81.25\n"
+
+
+def test_pictures_become_files_and_events_and_no_row(tmp_path):
+    logger = open_logger(tmp_path, 10, 5)
+    image = np.arange(6 * 8 * 3, dtype=np.uint8).reshape(6, 8, 3)
+    logger.log(5, {"neighbors": image})
+    logger.log(5, {"attention": image, "loss": 1.0})
+    logger.__exit__()
+    for name in ("neighbors", "attention"):
+        np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / f"pictures/{name}-000000005.png")), image)
+    assert lines(tmp_path) == [{"step": 5, "loss": 1.0}]
+    [events] = (tmp_path / "tensorboard").glob("events*")
+    assert b"pictures/neighbors" in events.read_bytes()
 
 
 def test_a_loss_that_is_not_finite_keeps_the_json_valid(tmp_path):

@@ -152,6 +152,11 @@ def heatmap(values: np.ndarray) -> np.ndarray:
 
 def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120) -> None:
     """Writes rows of images, {title: uint8 [H, W, 3]}, to one PNG; scales the longer sides to `tile` pixels."""
+    atomic.write_picture(path, draw_sheet(rows, tile))
+
+
+def draw_sheet(rows: list[dict[str, np.ndarray]], tile: int = 120) -> Image.Image:
+    """Draws rows of images, {title: uint8 [H, W, 3]}, below the titles of the first row."""
     tiles = [{title: _fit(picture, tile) for title, picture in row.items()} for row in rows]
     widest = max(picture.width for row in tiles for picture in row.values())
     heights = [max(picture.height for picture in row.values()) for row in tiles]
@@ -165,7 +170,7 @@ def contact_sheet(rows: list[dict[str, np.ndarray]], path: Path, tile: int = 120
         for column, picture in enumerate(row.values()):
             sheet.paste(picture, (GAP + column * (widest + GAP), y))
         y += height + GAP
-    atomic.write_picture(path, sheet)
+    return sheet
 
 
 def _fit(picture: np.ndarray, tile: int) -> Image.Image:

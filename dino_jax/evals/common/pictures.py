@@ -1,4 +1,4 @@
-"""Pictures of a run: nearest neighbors, attention, and components of patches. Each is rows of (caption, image)."""
+"""Pictures of what a backbone learned, as rows of (caption, image): neighbors, attention, components of patches."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -23,15 +23,15 @@ SHOWN = 6  # images with attention and components
 SIDE = 160  # smallest longer side of an image for attention, so that there are enough patches to see something
 
 
-def neighbors(backbone: Backbone, source: Source) -> list[Row]:
+def neighbors(backbone: Backbone, source: Source, queries: int = QUERIES, bank_size: int = BANK) -> list[Row]:
     """Returns a row for each of a dozen images: the image, and the five most similar of about 2,000 others."""
-    bank = spread(source, BANK)
+    bank = spread(source, bank_size)
     card = backbone.card["preprocessing"]
     table = extract_source(
         cls_features(backbone.model),
         backbone.variables,
         bank,
-        "report",
+        "pictures",
         make_mesh(),
         batch_size=min(256, len(bank)),
         resize=card["resize"],
@@ -41,7 +41,7 @@ def neighbors(backbone: Backbone, source: Source) -> list[Row]:
         std=card["std"],
         white=backbone.white,
     )
-    chosen = np.linspace(0, len(table.records) - 1, min(QUERIES, len(table.records))).astype(int)
+    chosen = np.linspace(0, len(table.records) - 1, min(queries, len(table.records))).astype(int)
     count = min(NEIGHBORS + 1, len(table.records))
     similarity, places = nearest(table.features, table.features[chosen], count)
     rows = []
