@@ -51,6 +51,10 @@ RUNS = {
     "healthy_accumulated": Planted({"accum_steps": 2}),
     "healthy_bfloat16": Planted({"dtype": "bfloat16"}),
     "healthy_resnet18": Planted({"model.arch": "resnet18", "optim.lr": 1e-3, "crops.local_number": 0}),
+    "healthy_200_steps": Planted(
+        {"epochs": 200 / 375, "optim.warmup_epochs": 0.1, "optim.freeze_last_layer_epochs": 0.0, "log_every": 5}
+    ),
+    "healthy_continued": Planted({"init_from": "healthy"}),  # the run of this name
     "no_sharpening": Planted({"dino.sharpening": False}, COLLAPSE, "dino.sharpening"),
     "warm_teacher": Planted({"dino.teacher_temp": 0.2, "dino.warmup_teacher_temp": 0.2}, COLLAPSE, "dino.teacher_temp"),
     "no_centering": Planted({"dino.centering": False}, COLLAPSE, "dino.centering"),
@@ -104,6 +108,8 @@ def train(planted: Planted, workdir: Path) -> dict[str, Any]:
     if planted.images:
         changes |= {"data.source": f"folder:{image_folder(workdir / 'images', planted.images)}", "epochs": TOTAL // 10}
         changes["evals.probe.every_epochs"] = 0
+    if "init_from" in changes:
+        changes["init_from"] = str(workdir.parent / changes["init_from"])
     config = recipes.get_config("demo")
     config.update_from_flattened_dict(SHORT | changes)
     with suppress(Stopped, NotFiniteError):

@@ -13,6 +13,7 @@ class Cause(NamedTuple):
     try_: str  # a value, or what to do
 
 
+FEW_STEPS = 5_000  # the demo's features pass those of the untrained network after about 2,000 steps
 UNKNOWN = Cause(
     "what is logged does not show the cause; a high learning rate is the most common one", "optim.lr", "a third of it"
 )
@@ -90,6 +91,13 @@ def fixed_teacher(h: History) -> Cause | None:
     """A teacher that does not follow the student."""
     if h.always("teacher_momentum", low=0.999999):
         return Cause("the teacher never follows the student: its momentum is 1", "dino.teacher_momentum", "0.996")
+    return None
+
+
+def short_run(h: History) -> Cause | None:
+    """Fewer steps than features take to get better."""
+    if 0 < h.total_steps < FEW_STEPS:
+        return Cause(f"the run has only {h.total_steps:,} steps", "epochs", "four times as many")
     return None
 
 

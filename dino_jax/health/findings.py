@@ -17,6 +17,9 @@ UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uni
 NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
+FIRST = 200  # steps before which outputs that are alike are no collapse
+
+
 class Finding(NamedTuple):
     """Something wrong with a run."""
 
@@ -53,10 +56,16 @@ def findings(history: History) -> list[Finding]:
     """Returns what is wrong with the run at its last logged steps."""
     found = []
     for effect in EFFECTS:
-        if history.progress >= effect.start and (evidence := effect.evidence(history)):
+        if _started(history, effect.start) and (evidence := effect.evidence(history)):
             cause = next((cause for guess in effect.causes if (cause := guess(history))), causes.UNKNOWN)
             found.append(Finding(effect.name, effect.what, evidence, cause, effect.collapse))
     return found
+
+
+def _started(h: History, share: float) -> bool:
+    """Whether the run is past a share of its steps, and past its first steps, whose outputs are still near uniform."""
+    in_steps = h.setting("log_every", 0) > 0  # the logs of other code bases count epochs
+    return h.progress >= share and (not share or not in_steps or h.step >= FIRST)
 
 
 def nonfinite_steps(h: History) -> str | None:
@@ -221,5 +230,11 @@ EFFECTS = (
     Effect("overfitting_few_images", "different images are few", overfitting_few_images, (causes.copies, causes.few)),
     Effect("crops_too_alike", "the crops of an image are alike", crops_alike, (causes.no_input, causes.weak_crops)),
     Effect("too_many_prototypes", "prototypes are too many", too_many_prototypes, (causes.many_prototypes,)),
-    Effect("no_progress", "features are no better than before training", no_progress, COLLAPSE, start=0.2),
+    Effect(
+        "no_progress",
+        "features are no better than before training",
+        no_progress,
+        (*COLLAPSE, causes.short_run),
+        start=0.2,
+    ),
 )

@@ -43,6 +43,13 @@ UNIFORM = {"teacher_entropy": 5.54, "mean_target_entropy": 5.545, "kl": 0.004, "
 SINGLE = {"teacher_entropy": 1e-6, "mean_target_entropy": 1e-6, "kl": 0.02, "loss": 0.02, "prototypes_used": 1.0}
 
 
+def test_the_first_steps_of_a_short_run_are_no_collapse():
+    ours = {"log_every": 5}
+    assert not watched(UNIFORM, ours, steps=range(5, 200, 5), total=200).report()["findings"]
+    assert "uniform_collapse" in found(watched(UNIFORM, ours, steps=range(5, 205, 5), total=200))
+    assert "uniform_collapse" in found(watched(UNIFORM, steps=range(1, 5), total=100))  # epochs, of another code's log
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "settings", "knob", "verdict"),
     [
@@ -149,6 +156,11 @@ def test_measures_decide_once_they_rise_or_do_not():
     assert found(measured(1.3, 1.2, 1.1, step=4000))["no_progress"]["evidence"].endswith(
         "probe_crop_retrieval 1.3, now 1.2"
     )
+    short = [{"step": 0, "probe_crop_retrieval": 1.3}]
+    short += [
+        row for step in (500, 1000) for row in ({"step": step, **HEALTHY}, {"step": step, "probe_crop_retrieval": 1})
+    ]
+    assert found(monitor.of_log(SETTINGS, 1_000, 12_000, short))["no_progress"]["knob"] == "epochs"
 
 
 def test_a_log_with_the_loss_only_shows_a_loss_at_ln_k():
