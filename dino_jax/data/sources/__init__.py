@@ -13,6 +13,7 @@ from dino_jax.data.sources.array_record import ArrayRecordSource
 from dino_jax.data.sources.base import KNOB, Example, Source, SourceType, read_example
 from dino_jax.data.sources.demo import DemoSource
 from dino_jax.data.sources.folder import FolderSource
+from dino_jax.data.sources.tar import TarSource
 from dino_jax.data.sources.tfds import TfdsSource
 from dino_jax.errors import UserError
 
@@ -22,6 +23,7 @@ SCHEMES: dict[str, SourceType] = {
     "folder": FolderSource,
     "tfds": TfdsSource,
     "array_record": ArrayRecordSource,
+    "wds": TarSource,
     "demo": DemoSource,
 }
 
@@ -33,6 +35,8 @@ def open_source(spec: str) -> Source:
     tfds:NAME[:SPLIT]    a prepared TFDS dataset, by name or by its folder;         tfds:imagenet2012:train[:10%]
                          SPLIT defaults to train                                    tfds:/data/my_set/1.0.0:train
     array_record:GLOB    ArrayRecord files (layout: sources/array_record.py)        array_record:/data/train-*
+    wds:SHARDS.tar       WebDataset shards, with {000..127} or *; labels of     wds:/data/train-{000..127}.tar
+                         .cls or .json
     demo[:SPLIT]         the bundled demo images, train (default) or test           demo:test
 
     A suffix `:N` keeps only the first N images of each class: demo:train:30, tfds:mnist:train:10.
