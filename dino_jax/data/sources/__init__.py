@@ -13,17 +13,21 @@ from dino_jax.data.sources.array_record import ArrayRecordSource
 from dino_jax.data.sources.base import KNOB, Example, Source, SourceType, read_example
 from dino_jax.data.sources.demo import DemoSource
 from dino_jax.data.sources.folder import FolderSource
+from dino_jax.data.sources.labeled import LabeledSource
 from dino_jax.data.sources.tar import TarSource
 from dino_jax.data.sources.tfds import TfdsSource
+from dino_jax.data.sources.zip import ZipSource
 from dino_jax.errors import UserError
 
 __all__ = ["SCHEMES", "Example", "Source", "Subset", "few_labels", "names_digest", "open_source", "read_example"]
 
+LABELS = "?labels="
 SCHEMES: dict[str, SourceType] = {
     "folder": FolderSource,
     "tfds": TfdsSource,
     "array_record": ArrayRecordSource,
     "wds": TarSource,
+    "zip": ZipSource,
     "demo": DemoSource,
 }
 
@@ -37,14 +41,19 @@ def open_source(spec: str) -> Source:
     array_record:GLOB    ArrayRecord files (layout: sources/array_record.py)        array_record:/data/train-*
     wds:SHARDS.tar       WebDataset shards, with {000..127} or *; labels of     wds:/data/train-{000..127}.tar
                          .cls or .json
+    zip:PATH             images in a zip archive; folders give labels           zip:/data/photos.zip
     demo[:SPLIT]         the bundled demo images, train (default) or test           demo:test
 
+    A suffix `?labels=FILE.csv` takes labels from a file with the columns name and label: see `LabeledSource`.
     A suffix `:N` keeps only the first N images of each class: demo:train:30, tfds:mnist:train:10.
 
     Raises: UserError if there is no such source; the message says what was found instead.
     """
     if limited := re.fullmatch(r"(\w+:.+|demo):([0-9]+)", spec):
         return few_labels(open_source(limited[1]), int(limited[2]))
+    unlabeled, mark, labels = spec.partition(LABELS)
+    if mark:
+        return LabeledSource(open_source(unlabeled), labels)
     scheme, _, rest = spec.partition(":")
     source = SCHEMES[scheme].from_spec(rest) if scheme in SCHEMES else None
     if source is None:

@@ -31,11 +31,8 @@ class FolderSource(Source):
     def __init__(self, root: str):
         self.root = root
         self.paths = image_paths(root, f"{KNOB}=folder:{root}")
-        folders = [path.partition(os.sep)[0] if os.sep in path else "" for path in self.paths]
-        self.class_names = sorted(set(folders)) if all(folders) else []
+        self.class_names, self.labels = class_folders(self.paths, os.sep)
         self.num_classes = len(self.class_names)
-        number = {name: k for k, name in enumerate(self.class_names)}
-        self.labels = np.array([number.get(folder, -1) for folder in folders], np.int32)
 
     @classmethod
     def from_spec(cls, rest: str) -> Source | None:
@@ -54,7 +51,7 @@ class FolderSource(Source):
 
     def name(self, i: int) -> str:
         """The path relative to the folder on a single line, unprintable characters escaped as in a Python string."""
-        return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], self.paths[i])
+        return printable(self.paths[i])
 
     def identity(self, i: int) -> str:
         """Name, label, size and modification time."""
@@ -63,6 +60,22 @@ class FolderSource(Source):
         except OSError:
             return f"{self.name(i)} is not there"
         return f"{self.name(i)} {self.label(i)} {status.st_size} {status.st_mtime_ns}"
+
+
+def class_folders(paths: list[str], separator: str) -> tuple[list[str], np.ndarray]:
+    """Returns the names of the first-level folders, sorted, and each path's number among them, int32 [n].
+
+    If an image is in none of them, there are no labels: no names, and numbers of -1.
+    """
+    folders = [path.partition(separator)[0] if separator in path else "" for path in paths]
+    names = sorted(set(folders)) if all(folders) else []
+    number = {name: k for k, name in enumerate(names)}
+    return names, np.array([number.get(folder, -1) for folder in folders], np.int32)
+
+
+def printable(name: str) -> str:
+    """Returns a name on a single line, unprintable characters escaped as in a Python string."""
+    return UNPRINTABLE.sub(lambda found: repr(found[0])[1:-1], name)
 
 
 def is_image(name: str) -> bool:
