@@ -2,8 +2,9 @@
 
     dino-jax check folder:photos --report=report.json
 
-SOURCE has the form of --config.data.source. The command prints sizes, formats, and the names of duplicate images and of
-images that cannot be decoded; the report lists all of them. The exit code is 1 if any image cannot be decoded, else 0.
+SOURCE has the form of --config.data.source. The command prints sizes, formats, mean and standard deviation of the pixels
+as settings for training, and the names of duplicate images and of images that cannot be decoded; the report lists all of
+them. The exit code is 1 if any image cannot be decoded, else 0.
 """
 
 import os
@@ -31,6 +32,9 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
         f"{side}: {size['least']:,} to {size['most']:,} pixels, median {size['median']:,}"
         for side, size in report["sizes"].items()
     ]
+    if found := report["statistics"]:
+        flags_of = " ".join(f"--config.data.{name}={','.join(map(str, found[name]))}" for name in ("mean", "std"))
+        lines += [f"pixels: {flags_of}"]
     if found := report["levels"]:
         unused = ": set --config.data.white" if found["brightest"] <= found["white"] / 2 else ""
         lines += [f"brightest value {found['brightest']:g} of {found['white']:g}{unused}"]

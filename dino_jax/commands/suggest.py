@@ -3,7 +3,7 @@
     dino-jax suggest folder:photos --hours=8 --output=mine.py
     dino-jax train --config=mine.py --workdir=runs/mine
 
-SOURCE has the form of --config.data.source. The command reads up to 10,000 images (number, sizes, channels, copies),
+SOURCE has the form of --config.data.source. The command reads up to 5,000 images (number, sizes, channels, copies),
 compiles the largest network that the time allows, times a few steps of it, and writes a recipe with the reason for each
 setting. `dino-jax train --config=auto --hours=8` does both at once. Run it on the machine that will train.
 """

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dino_jax import recipes
 from dino_jax.models.registry import ARCHITECTURES
-from dino_jax.suggest.facts import PIXELS_OF, Images, Machine
+from dino_jax.suggest.facts import Images, Machine
 
 PASSES_PER_IMAGE = 100  # how often a network should see each image before a larger one pays off,
 PASSES = (300_000, 20_000_000)  # but at least and at most so many passes in all
@@ -145,7 +145,7 @@ def of_data(images: Images, machine: Machine) -> Iterator[Choice]:
     color = {1: "gray", 3: "color"}.get(images.channels, f"{images.channels} channels")
     yield Choice("model.in_channels", images.channels, f"the images are {color}")
     for setting, value in (("data.mean", images.mean), ("data.std", images.std)):
-        yield Choice(setting, value, f"measured on {min(images.sampled, PIXELS_OF):,} images")
+        yield Choice(setting, value, f"measured on {images.sampled:,} images")
     if images.white and images.brightest <= images.white / 2:
         white = float(2 ** math.ceil(math.log2(images.brightest + 1)) - 1)
         yield Choice("data.white", white, f"the brightest pixel is {images.brightest:g}, far below {images.white:g}")

@@ -7,13 +7,13 @@ import jax
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, to_canvas
-from dino_jax.data.examination import check
+from dino_jax.data.examination import check, mean_and_std
 from dino_jax.data.sources import Source, Subset, read_example
 from dino_jax.errors import UserError
 
-LOOKED_AT = 10_000  # most images whose sizes and contents are read
-PIXELS_OF = 500  # images whose pixels are averaged
-CANVAS = 128  # side at which pixels are averaged
+LOOKED_AT = 5_000  # most images that are read
+COLORS_OF = 500  # images whose channels are compared
+CANVAS = 256  # side to which larger images are squeezed
 
 
 class Images(NamedTuple):
@@ -49,12 +49,12 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
     if not len(source):
         raise UserError(f"{spec} holds no images")
     sample = _spread(source, LOOKED_AT)
-    channels = _channels(_spread(sample, PIXELS_OF))
+    channels = _channels(_spread(sample, COLORS_OF))
     findings = check(sample, canvas_size=CANVAS, channels=channels, workers=workers)
     good = [finding for finding in findings if not finding.problem]
     if not good:
         raise UserError(f"{spec}: none of {len(sample):,} images can be decoded; the first: {findings[0].problem}")
-    pixels = _pixels(_spread(sample, PIXELS_OF), channels)
+    mean, std = mean_and_std(good)
     levels = [finding.levels for finding in good if finding.levels]
     return Images(
         source=spec,
@@ -66,8 +66,8 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
         short_side=int(np.median([min(finding.size) for finding in good])),
         long_side=int(np.quantile([max(finding.size) for finding in good], 0.9)),
         channels=channels,
-        mean=tuple(round(float(value), 3) for value in pixels.mean(axis=0) / 255),
-        std=tuple(max(round(float(value), 3), 0.01) for value in pixels.std(axis=0) / 255),
+        mean=mean,
+        std=std,
         brightest=max((bright for bright, _ in levels), default=0.0),
         white=max((white for _, white in levels), default=0.0),
     )
@@ -101,16 +101,3 @@ def _bands(source: Source, record: int) -> int:
     except (DecodeError, OSError):
         return 0
     return 1 if np.all(color == color[..., :1]) else 3
-
-
-def _pixels(source: Source, channels: int) -> np.ndarray:
-    """Returns pixels of the readable images, uint8 [N, channels]."""
-    found = []
-    for record in range(len(source)):
-        try:
-            canvas, size = to_canvas(read_example(source, record).image, CANVAS, channels)
-        except (DecodeError, OSError):
-            continue
-        height, width = (min(side, CANVAS) for side in size)
-        found.append(canvas[:height, :width].reshape(-1, channels))
-    return np.concatenate(found)

@@ -104,3 +104,17 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("no such folder")
     assert "Traceback" not in done.stderr
+
+
+def test_mean_and_std_are_those_of_the_pixels(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (5, 20, 30, 3), np.uint8)
+    images[..., 1] //= 2
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    source = open_source(f"folder:{tmp_path}")
+    found = summarize(source, check(source, canvas_size=32, channels=3, workers=0))
+    np.testing.assert_allclose(found["statistics"]["mean"], images.mean((0, 1, 2)) / 255, atol=5e-4)  # three digits
+    np.testing.assert_allclose(found["statistics"]["std"], images.std((0, 1, 2)) / 255, atol=5e-4)
+    mean, std = (",".join(map(str, found["statistics"][name])) for name in ("mean", "std"))
+    assert f"pixels: --config.data.mean={mean} --config.data.std={std}" in describe(found, 0.01)
