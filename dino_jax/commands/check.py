@@ -2,9 +2,9 @@
 
     dino-jax check folder:photos --report=report.json
 
-SOURCE has the form of --config.data.source. The command prints sizes, formats, mean and standard deviation of the pixels
-as settings for training, and the names of duplicate images and of images that cannot be decoded; the report lists all of
-them. The exit code is 1 if any image cannot be decoded, else 0.
+SOURCE has the form of --config.data.source. The command prints sizes, formats, mean and standard deviation of pixels
+as settings, and the names of duplicate images and of images that cannot be decoded; the report lists all of them. The
+exit code is 1 if any image cannot be decoded, else 0.
 """
 
 import os

@@ -19,14 +19,17 @@ CHUNK = 64  # images that a worker examines per task
 
 
 class Finding(NamedTuple):
-    """The result of examining one image."""
+    """The result of examining one image.
+
+    It holds no arrays: Grain would send each from worker to trainer in a shared memory of its own, which takes a file.
+    """
 
     record: int  # number in the source
     problem: str = ""  # why it cannot be used; if set, the other fields are empty
     kind: str = ""  # format and Pillow mode, such as "JPEG RGB"; dtype and channels of an array
     size: tuple[int, int] = (0, 0)  # height and width in pixels, upright
     digest: str = ""  # hash of the stored content
-    moments: np.ndarray | None = None  # float64 [2, C]: means of the levels, from 0 to 1, and of their squares
+    moments: list[list[float]] | None = None  # [2][C]: means of the levels, from 0 to 1, and of their squares
     levels: tuple[float, float] | None = None  # brightest value and level of white, of more than 8 bits
 
 
@@ -81,11 +84,12 @@ def mean_and_std(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[floa
     return tuple(float(m) for m in moments[0].round(3)), tuple(float(s) for s in std.round(3).clip(0.01))
 
 
-def _moments(pixels: np.ndarray) -> np.ndarray:
-    """Uint8 [H, W, C] -> float64 [2, C]: from the histogram of each channel, which is exact and fast."""
+def _moments(pixels: np.ndarray) -> list[list[float]]:
+    """Pixels, uint8 [H, W, C] -> [2][C], from the histogram of each channel, which is exact and fast."""
     levels = np.arange(256) / 255
     counts = [np.bincount(pixels[..., c].ravel(), minlength=256) for c in range(pixels.shape[-1])]
-    return np.stack([levels, levels**2]) @ np.transpose(counts) / max(pixels[..., 0].size, 1)
+    moments = np.stack([levels, levels**2]) @ np.transpose(counts) / max(pixels[..., 0].size, 1)
+    return moments.tolist()
 
 
 def _examine_all(source: Source, records: range, canvas_size: int, channels: int, white: float) -> list[Finding]:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -104,6 +105,14 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("no such folder")
     assert "Traceback" not in done.stderr
+
+
+def test_findings_hold_no_arrays():
+    """Thousands of arrays from workers would take as many open files."""
+    source = open_source("demo:test:1")
+    finding = check(source, canvas_size=40, channels=1, workers=0)[0]
+    assert finding.moments
+    assert not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(finding))
 
 
 def test_mean_and_std_are_those_of_the_pixels(tmp_path):
