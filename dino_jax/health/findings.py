@@ -17,9 +17,6 @@ UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uni
 NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
-FIRST = 200  # steps before which outputs that are alike are no collapse
-
-
 class Finding(NamedTuple):
     """Something wrong with a run."""
 
@@ -56,16 +53,10 @@ def findings(history: History) -> list[Finding]:
     """Returns what is wrong with the run at its last logged steps."""
     found = []
     for effect in EFFECTS:
-        if _started(history, effect.start) and (evidence := effect.evidence(history)):
+        if history.progress >= effect.start and (evidence := effect.evidence(history)):
             cause = next((cause for guess in effect.causes if (cause := guess(history))), causes.UNKNOWN)
             found.append(Finding(effect.name, effect.what, evidence, cause, effect.collapse))
     return found
-
-
-def _started(h: History, share: float) -> bool:
-    """Whether the run is past a share of its steps, and past its first steps, whose outputs are still near uniform."""
-    in_steps = h.setting("log_every", 0) > 0  # the logs of other code bases count epochs
-    return h.progress >= share and (not share or not in_steps or h.step >= FIRST)
 
 
 def nonfinite_steps(h: History) -> str | None:
@@ -80,6 +71,8 @@ def nonfinite_steps(h: History) -> str | None:
 
 def uniform_collapse(h: History) -> str | None:
     """The targets of all images are uniform."""
+    if not h.settled:
+        return None
     if h.always("teacher_entropy", low=UNIFORM * h.ln_k) and _same_targets(h):
         return f"entropy {h.last('teacher_entropy'):.3f} of ln K = {h.ln_k:.3f}, KL {h.last('kl'):.3f}"
     if math.isnan(h.last("teacher_entropy")) and h.always("loss", 0.998 * h.ln_k, 1.002 * h.ln_k):
@@ -96,7 +89,7 @@ def single_prototype(h: History) -> str | None:
 
 def partial_collapse(h: History) -> str | None:
     """The targets of all images are the same in another way, or a handful of prototypes wins always."""
-    if uniform_collapse(h) or single_prototype(h):
+    if not h.settled or uniform_collapse(h) or single_prototype(h):
         return None
     if _same_targets(h):
         return f"a target tells {_information(h)[-1]:.3f} nats about its image, of ln K = {h.ln_k:.3f}"

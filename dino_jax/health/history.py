@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 LATELY = 3  # logged rows that have to agree, because one batch is noisy
+FIRST = 200  # steps in which outputs that are alike are no collapse
 
 Row = Mapping[str, Any]
 
@@ -27,6 +28,12 @@ class History(NamedTuple):
     def progress(self) -> float:
         """The share of the run that is done, 0 to 1."""
         return self.step / max(self.total_steps, 1)
+
+    @property
+    def settled(self) -> bool:
+        """Whether the first steps are over, in which the outputs of any network are alike."""
+        in_steps = self.setting("log_every", 0) > 0  # the logs of other code bases count epochs
+        return not in_steps or self.step >= FIRST
 
     @property
     def ln_k(self) -> float:

@@ -53,7 +53,7 @@ class Monitor:
         if any(last > factor * first for first, last in gains.values()):
             return LEARNING
         # A log without entropies does not show whether the outputs tell images apart.
-        enough = self._history.progress >= ENOUGH and self._history.always("teacher_entropy")
+        enough = self._history.settled and self._history.progress >= ENOUGH and self._history.always("teacher_entropy")
         return LEARNING if enough and not gains else EARLY
 
     def report(self) -> dict[str, Any]:
