@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 LATELY = 3  # logged rows that have to agree, because one batch is noisy
-FIRST = 200  # steps in which outputs that are alike are no collapse
+FIRST = 500  # steps in which outputs that are alike are no collapse
 
 Row = Mapping[str, Any]
 

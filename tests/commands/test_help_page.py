@@ -28,11 +28,16 @@ def help_of(*program):
 def page_of(name, *arguments):
     """The page of a command, without a process of its own."""
     command = importlib.import_module(f"dino_jax.commands.{name}")
+    forget_flags(command)  # another test may have run the command in this process
     settings = command.define_flags([*arguments, "--help"])
     page = help_page.page(command, settings)
-    for flag in flags.FLAGS.get_flags_for_module(command.__name__):
-        delattr(flags.FLAGS, flag.name)  # other commands have flags of the same names
+    forget_flags(command)  # other commands have flags of the same names
     return page
+
+
+def forget_flags(command):
+    for flag in flags.FLAGS.get_flags_for_module(command.__name__):
+        delattr(flags.FLAGS, flag.name)
 
 
 def assert_all_have_meanings(function):
