@@ -30,8 +30,13 @@ STEPS = flags.DEFINE_integer("steps", 900, "steps of each run")
 ONLY = flags.DEFINE_list("only", [], "names of the runs, all by default")
 FOLDER = flags.DEFINE_string("folder", "runs/planted", "where the runs go; what is there is removed")
 TOTAL = 18_000  # steps of the demo, which the schedules refer to
-SHORT = {"log_every": 50, "writers": "jsonl,stop", "checkpoint.every_steps": 100_000, "evals.knn.every_epochs": 0}
-SHORT |= {"evals.pictures.every_epochs": 0}
+SHORT = {
+    "log_every": 50,
+    "writers": "jsonl,stop",
+    "checkpoint.every_steps": 100_000,
+    "evals.knn.every_epochs": 0,
+    "evals.pictures.every_epochs": 0,
+}
 
 
 class Planted(NamedTuple):

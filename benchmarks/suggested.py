@@ -23,7 +23,6 @@ from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.suggest import facts, measure
 from dino_jax.suggest.choices import config_of, passes, suggest
 from dino_jax.training import loop
-from dino_jax.training.setup import build_setup, flops_per_image
 from dino_jax.weights.backbone import load_backbone
 
 HOURS = flags.DEFINE_float("hours", 0.015, "time for each training")
@@ -69,7 +68,7 @@ def suggested(source: str) -> ConfigDict:
             HOURS.value,
             "",
             measure.flops_rate(),
-            lambda config: flops_per_image(build_setup(config, steps_per_epoch=1)),
+            measure.flops_of,
             measure.measure,
         )
     )

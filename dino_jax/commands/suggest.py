@@ -27,7 +27,6 @@ from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.errors import UserError
 from dino_jax.suggest import facts, measure
 from dino_jax.suggest.choices import Choice, Measured, suggest
-from dino_jax.training.setup import build_setup, flops_per_image
 
 USAGE = "SOURCE [--hours=H] [--test=SOURCE] [--output=FILE.py]"
 AUTO = "auto"  # the recipe that `dino-jax train` has this command write
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
         values.hours,
         values.test,
         measure.flops_rate(),
-        lambda config: flops_per_image(build_setup(config, steps_per_epoch=1)),
+        measure.flops_of,
         _announced,
     )
     command = f"dino-jax suggest {spec} --hours={values.hours:g}" + (f" --test={values.test}" if values.test else "")

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from dino_jax import recipes
 from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import train_batches
-from dino_jax.data.sources import Source, Subset, open_source
+from dino_jax.data.sources import Source, open_source, spread
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
@@ -175,7 +175,7 @@ def crop_features(
     parts = jax.process_count() * mesh.local_mesh.size  # a batch divides over all devices
     batch_size = max(min(reading.batch_size, wanted) // parts, 1) * parts
     steps = max(wanted // batch_size, 1)
-    chosen = Subset(source, np.linspace(0, len(source) - 1, min(wanted, steps * batch_size)).astype(np.int64))
+    chosen = spread(source, min(wanted, steps * batch_size))
     local = mesh.local_mesh
     variables = replicate(jax.device_get(variables), local)
     tables = []

@@ -13,7 +13,7 @@ class Cause(NamedTuple):
     try_: str  # a value, or what to do
 
 
-FEW_STEPS = 5_000  # the demo's features pass those of the untrained network after about 2,000 steps
+FEW_STEPS = 5_000  # 1,500 steps of the demo did not make its features better than before
 UNKNOWN = Cause(
     "what is logged does not show the cause; a high learning rate is the most common one", "optim.lr", "a third of it"
 )

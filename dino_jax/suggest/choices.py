@@ -244,10 +244,9 @@ def _labels(images: Images) -> str:
 
 def _batch(images: Images, machine: Machine) -> int:
     """Returns a power of two that the devices divide, where their number is one, and never more than the images."""
-    wanted = 32 if machine.platform == "cpu" else min(1_024, max(64 * machine.devices, 64))
-    wanted = min(wanted, max(32, images.number // 16))
-    each = max(1, wanted // machine.devices)
-    return max(1, min(each, images.number // machine.devices)) * machine.devices
+    wanted = 32 if machine.platform == "cpu" else min(1_024, 64 * machine.devices)
+    most = min(wanted, max(32, images.number // 16), images.number)
+    return max(1, most // machine.devices) * machine.devices
 
 
 def _learning_rate(size: Size, batch: int) -> tuple[float, str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from dino_jax.data.decoding import DecodeError, to_canvas
 from dino_jax.data.examination import check, mean_and_std
-from dino_jax.data.sources import Source, Subset, read_example
+from dino_jax.data.sources import Source, read_example, spread
 from dino_jax.errors import UserError
 
 LOOKED_AT = 5_000  # most images that are read
@@ -48,8 +48,8 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
     """Reads up to `LOOKED_AT` images. Raises UserError if there are none that can be decoded."""
     if not len(source):
         raise UserError(f"{spec} holds no images")
-    sample = _spread(source, LOOKED_AT)
-    channels = _channels(_spread(sample, COLORS_OF))
+    sample = spread(source, LOOKED_AT)
+    channels = _channels(spread(sample, COLORS_OF))
     findings = check(sample, canvas_size=CANVAS, channels=channels, workers=workers)
     good = [finding for finding in findings if not finding.problem]
     if not good:
@@ -81,10 +81,6 @@ def of_machine() -> Machine:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     share = host // jax.local_device_count()  # CPU devices share the memory of the host
     return Machine(device.platform, device.device_kind, jax.device_count(), int(stats.get("bytes_limit", share)), cores)
-
-
-def _spread(source: Source, most: int) -> Subset:
-    return Subset(source, np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
 
 
 def _channels(source: Source) -> int:

@@ -12,7 +12,7 @@ from dino_jax.suggest.choices import Measured
 from dino_jax.training import loop
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.flops import peak_flops
-from dino_jax.training.setup import build_setup, init_state
+from dino_jax.training.setup import build_setup, flops_per_image, init_state
 from dino_jax.training.step import compile_lowered, lower_step
 
 SECONDS = 6.0  # of steps that are timed
@@ -42,6 +42,11 @@ def measure(config: ConfigDict) -> Measured:
             steps += 1
         seconds = time.perf_counter() - start
     return Measured(steps * config.batch_size / seconds, _peak(program))
+
+
+def flops_of(config: ConfigDict) -> float:
+    """Returns the FLOPs of a step per image."""
+    return flops_per_image(build_setup(config, steps_per_epoch=1))
 
 
 def flops_rate() -> float:

@@ -14,12 +14,23 @@ from dino_jax.data.sources.base import KNOB, Example, Source, SourceType, read_e
 from dino_jax.data.sources.demo import DemoSource
 from dino_jax.data.sources.folder import FolderSource
 from dino_jax.data.sources.labeled import LabeledSource
+from dino_jax.data.sources.subset import Subset, spread
 from dino_jax.data.sources.tar import TarSource
 from dino_jax.data.sources.tfds import TfdsSource
 from dino_jax.data.sources.zip import ZipSource
 from dino_jax.errors import UserError
 
-__all__ = ["SCHEMES", "Example", "Source", "Subset", "few_labels", "names_digest", "open_source", "read_example"]
+__all__ = [
+    "SCHEMES",
+    "Example",
+    "Source",
+    "Subset",
+    "few_labels",
+    "names_digest",
+    "open_source",
+    "read_example",
+    "spread",
+]
 
 LABELS = "?labels="
 SCHEMES: dict[str, SourceType] = {
@@ -60,34 +71,6 @@ def open_source(spec: str) -> Source:
         *first, last = (known.syntax for known in SCHEMES.values())
         raise UserError(f"{KNOB}={spec!r}: expected {', '.join(first)} or {last}")
     return source
-
-
-class Subset(Source):
-    """The images of another source with the given record numbers, int [n], in this order."""
-
-    def __init__(self, source: Source, records: np.ndarray):
-        self.source = source
-        self.records = records
-        self.num_classes = source.num_classes
-        self.class_names = source.class_names
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, i: int) -> Example:
-        return self.source[int(self.records[i])]
-
-    def label(self, i: int) -> int:
-        """The label in the underlying source."""
-        return self.source.label(int(self.records[i]))
-
-    def name(self, i: int) -> str:
-        """The name in the underlying source."""
-        return self.source.name(int(self.records[i]))
-
-    def identity(self, i: int) -> str:
-        """The identity in the underlying source."""
-        return self.source.identity(int(self.records[i]))
 
 
 def few_labels(source: Source, count: int) -> Subset:

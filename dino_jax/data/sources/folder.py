@@ -100,9 +100,14 @@ def read_file(path: str | os.PathLike[str]) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise OSError("not a regular file")
-        if status.st_size > MAX_FILE:
-            raise OSError(f"{status.st_size:,} bytes are more than the limit of {MAX_FILE:,} for an image file")
+        check_file_size(status.st_size)
         return file.read(MAX_FILE)
+
+
+def check_file_size(size: int) -> None:
+    """Raises OSError if an image file of this many bytes is too large to read."""
+    if size > MAX_FILE:
+        raise OSError(f"{size:,} bytes are more than the limit of {MAX_FILE:,} for an image file")
 
 
 def image_paths(root: str | os.PathLike[str], what: str, nested: bool = True) -> list[str]:

@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from dino_jax.data.sources.base import KNOB, Example, Source
+from dino_jax.data.sources.subset import Subset
 from dino_jax.errors import UserError, listed
 
 COLUMNS = ("name", "label")
 
 
-class LabeledSource(Source):
+class LabeledSource(Subset):
     """The images of another source that a CSV file gives labels to, in the order of that source.
 
     The file has a header with the columns `name` and `label`; others are ignored. A name is that of `Source.name`: for
@@ -21,7 +22,6 @@ class LabeledSource(Source):
 
     def __init__(self, source: Source, path: str):
         rows = _read(path)
-        self.source = source
         names = [source.name(i) for i in range(len(source))]
         found = [i for i, name in enumerate(names) if name in rows]
         if missing := sorted(set(rows) - set(names)):
@@ -29,14 +29,11 @@ class LabeledSource(Source):
                 f"{path}: {len(missing):,} of its {len(rows):,} names are not in the source, whose first is "
                 f"{names[0]}; remove them: {listed(missing)}"
             )
-        self.records = np.array(found, np.int64)
+        super().__init__(source, np.array(found, np.int64))
         self.class_names = _in_order({rows[names[i]] for i in found})
         self.num_classes = len(self.class_names)
         number = {label: k for k, label in enumerate(self.class_names)}
         self.labels = np.array([number[rows[names[i]]] for i in found], np.int32)
-
-    def __len__(self) -> int:
-        return len(self.records)
 
     def __getitem__(self, i: int) -> Example:
         return Example(self.source[int(self.records[i])].image, self.label(i))
@@ -44,10 +41,6 @@ class LabeledSource(Source):
     def label(self, i: int) -> int:
         """The number of the row's label."""
         return int(self.labels[i])
-
-    def name(self, i: int) -> str:
-        """The name in the other source."""
-        return self.source.name(int(self.records[i]))
 
     def identity(self, i: int) -> str:
         """The identity in the other source, and the label."""

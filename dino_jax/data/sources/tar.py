@@ -21,7 +21,7 @@ import numpy as np
 
 from dino_jax import atomic
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.folder import MAX_FILE, is_ignored, is_image
+from dino_jax.data.sources.folder import check_file_size, is_ignored, is_image
 from dino_jax.errors import UserError, listed
 from dino_jax.json_files import TEXT, WHOLE, Kind, read_object
 from dino_jax.progress import progress
@@ -78,8 +78,7 @@ class TarSource(Source):
 
     def __getitem__(self, i: int) -> Example:
         offset, size = map(int, self.places[i])
-        if size > MAX_FILE:
-            raise OSError(f"{size:,} bytes are more than the limit of {MAX_FILE:,} for an image file")
+        check_file_size(size)
         with open(self.paths[self.shards[i]], "rb", buffering=0) as file:
             content = os.pread(file.fileno(), size, offset)
         if len(content) < size:

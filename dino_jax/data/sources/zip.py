@@ -5,7 +5,7 @@ import zipfile
 from typing import Any
 
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.folder import MAX_FILE, class_folders, is_ignored, is_image, printable
+from dino_jax.data.sources.folder import check_file_size, class_folders, is_ignored, is_image, printable
 from dino_jax.errors import UserError
 
 
@@ -50,8 +50,7 @@ class ZipSource(Source):
         if self._archive is None:
             self._archive = zipfile.ZipFile(self.path)
         member = self._archive.getinfo(self.names[i])
-        if member.file_size > MAX_FILE:
-            raise OSError(f"{member.file_size:,} bytes are more than the limit of {MAX_FILE:,} for an image file")
+        check_file_size(member.file_size)
         return Example(self._archive.read(member), self.label(i))
 
     def label(self, i: int) -> int:

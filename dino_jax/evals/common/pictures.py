@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image
-from dino_jax.data.sources import Source, Subset, read_example
+from dino_jax.data.sources import Source, read_example, spread
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.evals.attention import attention_maps, overlay
 from dino_jax.evals.common.extraction import cls_features, extract_source
@@ -73,11 +73,6 @@ def components(backbone: Backbone, source: Source) -> list[Row]:
         colors = upsample(np.moveaxis((255 * found).astype(np.uint8), -1, 0), len(image) // len(found))
         rows.append([("image", to_rgb(image)), ("components", np.moveaxis(colors, 0, -1))])
     return rows
-
-
-def spread(source: Source, most: int) -> Subset:
-    """Returns at most that many images, evenly over the source."""
-    return Subset(source, np.linspace(0, len(source) - 1, min(most, len(source))).astype(np.int64))
 
 
 def shown(backbone: Backbone, source: Source, record: int) -> np.ndarray:
