@@ -142,24 +142,25 @@ class TensorBoardWriter:
     def write(self, step: int, scalars: Scalars) -> None:
         """Writes an event per scalar and flushes them."""
         for name, value in scalars.items():
-            summary = self._scalar(name, value)
-            self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+            self._add(step, self._scalar(name, value))
         self._events.flush()
 
     def note(self, step: int, text: str) -> None:
         """Writes it as text, under `health`."""
-        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=self._text("health", text)))
+        self._add(step, self._text("health", text))
         self._events.flush()
 
     def picture(self, step: int, name: str, image: np.ndarray) -> None:
         """Writes it under `pictures`."""
-        summary = self._image(f"pictures/{name}", image, dataformats="HWC")
-        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._add(step, self._image(f"pictures/{name}", image, dataformats="HWC"))
         self._events.flush()
 
     def close(self) -> None:
         """Closes the file."""
         self._events.close()
+
+    def _add(self, step: int, summary: Any) -> None:
+        self._events.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
 
 
 class WandbWriter:

@@ -77,19 +77,20 @@ def components(backbone: Backbone, source: Source) -> list[Row]:
 
 def shown(backbone: Backbone, source: Source, record: int) -> np.ndarray:
     """Returns an image as the network sees it for evaluation, uint8 [S, S, 3]."""
-    card = backbone.card["preprocessing"]
-    size = {"resize": card["resize"], "crop": card["crop"]}
+    return to_rgb(_read(backbone, source, record))
+
+
+def _read(backbone: Backbone, source: Source, record: int) -> np.ndarray:
+    card, channels = backbone.card["preprocessing"], backbone.config["in_channels"]
     image = read_example(source, record).image
-    return to_rgb(eval_image(image, channels=backbone.config["in_channels"], white=backbone.white, **size))
+    return eval_image(image, resize=card["resize"], crop=card["crop"], channels=channels, white=backbone.white)
 
 
 def _for_patches(backbone: Backbone, source: Source) -> list[np.ndarray]:
     """Returns six images, uint8 [H, W, C], whose sides are multiples of the patch size."""
-    card, patch, images = backbone.card["preprocessing"], backbone.patch_size or 1, []
-    size = {"resize": card["resize"], "crop": card["crop"]}
-    channels, bank = backbone.config["in_channels"], spread(source, SHOWN)
+    size, patch = max(SIDE, backbone.card["preprocessing"]["crop"]), backbone.patch_size or 1
+    images, bank = [], spread(source, SHOWN)
     for record in range(len(bank)):
         with suppress(OSError, DecodeError):
-            image = eval_image(read_example(bank, record).image, channels=channels, white=backbone.white, **size)
-            images.append(fit_to_patches(image, max(SIDE, card["crop"]), patch, Path(bank.name(record))))
+            images.append(fit_to_patches(_read(backbone, bank, record), size, patch, Path(bank.name(record))))
     return images
