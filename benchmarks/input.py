@@ -22,6 +22,7 @@ from benchmarks import environment
 from configs import vits16
 from dino_jax.data.decoding import to_canvas
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.training import metrics
 
@@ -106,7 +107,7 @@ def data_wait(jpeg: bytes, seconds: float) -> float:
 def main(argv: list[str]) -> None:
     """Prints the table."""
     config, jpeg, repeats = vits16.get_config(), photograph(), REPEATS.value
-    host = cpu_milliseconds(lambda: to_canvas(jpeg, config.data.canvas_size, 3), repeats)
+    host = cpu_milliseconds(lambda: to_canvas(jpeg, config.data.canvas_size, Pixels(3)), repeats)
     rng = np.random.default_rng(0)
     pillow = cpu_milliseconds(lambda: pillow_crops(jpeg, rng), repeats)
 

@@ -114,9 +114,11 @@ def get_config() -> ConfigDict:
     config.data.workers = max(1, min(8, (os.cpu_count() or 1) - 1))
     config.data.stall_timeout = 600.0  # seconds without a batch after which the run exits; 0: no limit
     config.data.max_bad_fraction = 0.01  # largest share of images that cannot be decoded; more stop the run
-    # Level of white in images of more than 8 bits, such as 4095 for 12-bit scans; 0: 65,535 for 16-bit integers, 1 for
-    # floats, while wider integers are refused.
-    config.data.white = 0.0
+    # Values of black and white in images of more than 8 bits, such as (0,4095) for 12-bit scans; values outside are
+    # clipped. (0,0): 0 and 65,535 for 16-bit integers, 0 and 1 for floats; wider integers are refused.
+    config.data.range = (0.0, 0.0)
+    config.data.dtype = "uint8"  # uint8 | uint16 | float32: of the canvases; deep images lose nothing in the last two
+    config.data.shown = (0, 1, 2)  # channels that pictures show as red, green and blue, if there are more than three
     config.data.mean = (0.485, 0.456, 0.406)  # of pixels in [0, 1], for each channel (ImageNet)
     config.data.std = (0.229, 0.224, 0.225)  # of pixels in [0, 1], for each channel (ImageNet)
 

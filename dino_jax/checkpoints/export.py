@@ -17,7 +17,7 @@ from dino_jax.provenance import plain, versions
 def model_card(config: Any, step: int) -> dict[str, Any]:
     """Returns the model card of an exported backbone: architecture, preprocessing and provenance, as plain JSON."""
     config = plain(config)
-    model = config["model"]
+    model, data = config["model"], config["data"]
     return {
         "architecture": architecture_card(
             model["arch"],
@@ -29,14 +29,16 @@ def model_card(config: Any, step: int) -> dict[str, Any]:
         "preprocessing": {
             "resize": config["eval"]["resize"],
             "crop": config["eval"]["crop"],
-            "white": config["data"].get("white", 0.0),  # checkpoints of version 0.1.0 have none
-            "mean": config["data"]["mean"],
-            "std": config["data"]["std"],
+            "dtype": data.get("dtype", "uint8"),  # version 0.1.0 wrote none of the three
+            "range": data.get("range", (0.0, data.get("white", 0.0))),
+            "shown": data.get("shown", (0, 1, 2)),
+            "mean": data["mean"],
+            "std": data["std"],
             "interpolation": "bicubic",
         },
         "provenance": {
             "step": int(step),
-            "data_source": config["data"]["source"],
+            "data_source": data["source"],
             "versions": versions(),
             "config": config,
         },

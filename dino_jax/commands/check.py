@@ -15,7 +15,9 @@ from typing import Any
 from absl import flags
 
 from dino_jax import atomic
+from dino_jax.commands.pixel_flags import define_range, range_of
 from dino_jax.data.examination import check, summarize
+from dino_jax.data.pixels import WHITE, Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 
@@ -35,9 +37,12 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
     if found := report["statistics"]:
         flags_of = " ".join(f"--config.data.{name}={','.join(map(str, found[name]))}" for name in ("mean", "std"))
         lines += [f"pixels: {flags_of}"]
-    if found := report["levels"]:
-        unused = ": set --config.data.white" if found["brightest"] <= found["white"] / 2 else ""
-        lines += [f"brightest value {found['brightest']:g} of {found['white']:g}{unused}"]
+    if found := report["values"]:
+        low, high = found["percentiles"]
+        lines += [
+            f"values of more than 8 bits: {found['least']:g} to {found['most']:g}, read up to {found['white']:g}",
+            f"98% of them as a range: --config.data.range={low:g},{high:g}",
+        ]
     copies = sum(len(names) - 1 for names in duplicates)
     lines += [f"{copies:,} images have the content of another one{':' if copies else ''}"]
     lines += _first([" = ".join(names) for names in duplicates])
@@ -55,7 +60,10 @@ def main(arguments: Sequence[str]) -> None:
     values, [spec] = flags.FLAGS, arguments
     source = open_source(spec)
     findings = check(
-        source, canvas_size=values.canvas_size, channels=values.channels, workers=values.workers, white=values.white
+        source,
+        canvas_size=values.canvas_size,
+        pixels=Pixels(values.channels, values.dtype, range_of(values.range)),
+        workers=values.workers,
     )
     report = summarize(source, findings)
     if values.report:
@@ -70,7 +78,8 @@ def define_flags(arguments: Sequence[str]) -> None:
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
     flags.DEFINE_integer("canvas_size", 512, "data.canvas_size of the planned training", lower_bound=1)
     flags.DEFINE_integer("channels", 3, "model.in_channels of the planned training", lower_bound=1)
-    flags.DEFINE_float("white", 0.0, "data.white of the planned training", lower_bound=0)
+    flags.DEFINE_enum("dtype", "uint8", list(WHITE), "data.dtype of the planned training")
+    define_range("data.range of the planned training: LOW,HIGH; by default as the type of the images implies")
     flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the planned training")
 
 

@@ -22,7 +22,9 @@ from absl import flags
 from PIL import Image
 
 from dino_jax import atomic
+from dino_jax.commands.pixel_flags import define_range, range_of
 from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, Source, names_digest, open_source, read_example
 from dino_jax.data.sources.array_record import write_examples
 from dino_jax.data.workers import iterate
@@ -53,22 +55,22 @@ class Written(NamedTuple):
     left_out: dict[str, str]  # name of the image -> why it cannot be read or decoded
 
 
-def smaller(image: bytes | np.ndarray, canvas_size: int, channels: int, white: float = 0.0) -> bytes | np.ndarray:
+def smaller(image: bytes | np.ndarray, canvas_size: int, pixels: Pixels) -> bytes | np.ndarray:
     """Returns the image upright, with a shorter side of `canvas_size` pixels, as a JPEG.
 
     An image that is not larger than that is returned unchanged. The aspect ratio is kept, because crop boxes are
     sampled in it. Raises like `decoding.decode`.
     """
-    pixels = decode(image, channels, white)
-    height, width = pixels.shape[:2]
+    decoded = decode(image, pixels)
+    height, width = decoded.shape[:2]
     scale = canvas_size / min(height, width)
     if scale >= 1:
         return image
-    if channels not in (1, 3):
+    if pixels.channels not in (1, 3):
         raise UserError(
-            f"--canvas_size={canvas_size} makes JPEGs, which have 1 or 3 channels: omit it for {channels} channels"
+            f"--canvas_size={canvas_size} makes JPEGs of 1 or 3 channels: omit it for {pixels.channels} channels"
         )
-    picture = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
+    picture = Image.fromarray(decoded[..., 0] if pixels.channels == 1 else decoded)
     buffer = io.BytesIO()
     size = round(width * scale), round(height * scale)
     picture.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0).save(buffer, "JPEG", **JPEG)
@@ -80,10 +82,9 @@ def prepare(
     out: str | Path,
     *,
     canvas_size: int,
-    channels: int,
+    pixels: Pixels,
     shard_images: int,
     workers: int,
-    white: float = 0.0,
 ) -> dict[str, Written]:
     """Writes the missing files of the data set, and returns all files by name.
 
@@ -91,10 +92,9 @@ def prepare(
         spec: the source (see `open_source`).
         out: the folder to write to.
         canvas_size: shorter side of the stored images, pixels; 0 stores them unchanged, without decoding.
-        channels: channels of resized images, 1 or 3.
+        pixels: channels (1 or 3) and range of resized images.
         shard_images: images per file; the last file may have fewer.
         workers: number of processes; 0 uses only this one.
-        white: level of white of images of more than 8 bits that are resized, see `decoding.decode`; 0: by dtype.
 
     Raises:
         UserError: `out` holds another data set, or cannot be written.
@@ -106,13 +106,13 @@ def prepare(
         "images": len(source),
         "classes": source.num_classes,
         "canvas_size": canvas_size,
-        "channels": channels,
-        "white": white,
+        "channels": pixels.channels,
+        "range": list(pixels.range),
         "shard_images": shard_images,
     }
     done = _finished(out, plan)
     missing = [shard for shard in _shards(len(source), shard_images) if shard.name not in done]
-    write = partial(_write, source=source, out=out, canvas_size=canvas_size, channels=channels, white=white)
+    write = partial(_write, source=source, out=out, canvas_size=canvas_size, pixels=pixels)
     shards = grain.MapDataset.source(missing).map(write)
     with iterate(shards, workers, stall_timeout=0) as written:  # no limit on the time to write a file
         sizes = {shard.name: shard.last - shard.first for shard in missing}
@@ -141,8 +141,7 @@ def main(arguments: Sequence[str]) -> None:
             spec,
             out,
             canvas_size=values.canvas_size,
-            channels=values.channels,
-            white=values.white,
+            pixels=Pixels(values.channels, range=range_of(values.range)),
             shard_images=values.shard_images,
             workers=values.workers,
         )
@@ -152,7 +151,9 @@ def main(arguments: Sequence[str]) -> None:
 def define_flags(arguments: Sequence[str]) -> None:
     """Defines the flags for the stored images and the number of processes."""
     flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: unchanged", lower_bound=0)
-    flags.DEFINE_float("white", 0.0, "white level of resized images of more than 8 bits; 0: by type", lower_bound=0)
+    define_range(
+        "values of black and white in resized images of more than 8 bits: LOW,HIGH; by default as their type implies"
+    )
     flags.DEFINE_integer("channels", 3, "channels of resized images: 1 or 3", lower_bound=1)
     flags.DEFINE_integer("shard_images", 1024, "images per file", lower_bound=1)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read, encode and write", lower_bound=0)
@@ -167,14 +168,14 @@ def _shards(images: int, shard_images: int) -> list[Shard]:
     ]
 
 
-def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, channels: int, white: float) -> Written:
+def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, pixels: Pixels) -> Written:
     left_out: dict[str, str] = {}
 
     def examples() -> Iterator[Example]:
         for record in range(shard.first, shard.last):
             try:
                 image, label = read_example(source, record)
-                image = smaller(image, canvas_size, channels, white) if canvas_size else image
+                image = smaller(image, canvas_size, pixels) if canvas_size else image
             except (DecodeError, OSError) as error:
                 left_out[source.name(record)] = getattr(error, "strerror", None) or str(error)
             else:

@@ -33,5 +33,5 @@ def main(arguments: Sequence[str]) -> None:
     if output.suffix.lower() not in (".png", ".jpg", ".jpeg"):
         raise UserError(f"--output={output}: the picture's name must end in .png or .jpg")
     batch, crops = load_crops(config, images)
-    atomic.write_picture(output, picture(batch.canvas, crops, config.data.mean, config.data.std))
+    atomic.write_picture(output, picture(batch, crops, config.data))
     print(f"written to {output}")

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from dino_jax.data import photometric
+from dino_jax.data.pixels import to_levels
 
 GLOBAL_CROPS = 2
+PICTURES = (1, 3)  # numbers of channels that are gray and RGB
 ATTEMPTS = 10
 # Uniform random numbers for one crop. One call of the generator gives all of them; a call for each quantity would take
 # most of the compile time.
@@ -57,12 +59,13 @@ def multicrop(
 ) -> Crops:
     """Takes two global and L local crops per image, augmented as in the reference (torchvision on Pillow images).
 
-    Jit it with all but the first three arguments bound. Saturation, hue and grayscale need three channels and are
-    skipped for any other number; operations with probability 0 cost nothing.
+    Jit it with all but the first three arguments bound. Operations with probability 0 cost nothing. Saturation, hue and
+    grayscale need three channels. Images that are neither gray nor RGB change brightness and contrast of each channel
+    on its own, and are not solarized, because their channels have no common scale.
 
     Args:
       keys: typed PRNG keys `[B]`.
-      canvas: uint8 `[B, S, S, C]`, see `decoding.to_canvas`.
+      canvas: uint8, uint16 or float32 `[B, S, S, C]`, see `decoding.to_canvas`.
       sizes: `[B, 2]`, the original height and width in pixels; boxes are drawn in these coordinates.
       crops: the section `config.crops`.
       mean: C values, for levels in 0..1.
@@ -76,7 +79,7 @@ def multicrop(
         Group(0, crops.global_size, crops.global_scale, crops.global_blur, crops.global_solarize),
         Group(GLOBAL_CROPS, crops.local_size, crops.local_scale, (crops.local_blur,) * local, (0.0,) * local),
     )
-    planes = jnp.swapaxes(canvas, 2, 3).astype(jnp.float32)  # [B, S, C, S]: see photometric about this layout
+    planes = to_levels(jnp.swapaxes(canvas, 2, 3))  # [B, S, C, S]: see photometric about this layout
     slope = 1.0 / (255.0 * jnp.array(std))
     offset = jnp.array(mean) / jnp.array(std)
 
@@ -94,20 +97,26 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
         return jnp.zeros((planes.shape[0], 0, group.size, planes.shape[2], group.size))
 
     def view(key: jax.Array, image: jax.Array, size: jax.Array, blur: jax.Array, solarize: jax.Array) -> jax.Array:
-        numbers = jax.random.uniform(key, (BOX_NUMBERS + JITTER_NUMBERS + OTHER_NUMBERS,))
-        for_box, for_jitter, others = jnp.split(numbers, (BOX_NUMBERS, BOX_NUMBERS + JITTER_NUMBERS))
+        channels = image.shape[1]
+        picture = channels in PICTURES
+        jitter_numbers = JITTER_NUMBERS if picture else 2 * channels + 1
+        numbers = jax.random.uniform(key, (BOX_NUMBERS + jitter_numbers + OTHER_NUMBERS,))
+        for_box, for_jitter, others = jnp.split(numbers, (BOX_NUMBERS, BOX_NUMBERS + jitter_numbers))
         flipped, grayed, blurred, sigma, solarized = others
         crop = crop_and_resize(image, size, random_box(for_box, size, group.scale), flipped < crops.flip, group.size)
         if crops.jitter > 0:
-            crop = photometric.color_jitter(crop, *random_jitter(for_jitter, crops))
-        if crops.grayscale > 0 and crop.shape[1] == 3:
+            if picture:
+                crop = photometric.color_jitter(crop, *random_jitter(for_jitter, crops))
+            else:
+                crop = photometric.channel_jitter(crop, random_channel_jitter(for_jitter, crops))
+        if crops.grayscale > 0 and channels == 3:
             crop = jnp.where(grayed < crops.grayscale, photometric.gray(crop), crop)
         if max(group.blur) > 0:
             sigma = crops.blur_sigma[0] + sigma * (crops.blur_sigma[1] - crops.blur_sigma[0])
             matrix = photometric.blur_matrix(group.size, jnp.where(blurred < blur, sigma, 0.0))
             crop = jnp.einsum("oh,hcw->ocw", matrix, crop, precision=PRECISION)
             crop = jnp.einsum("hcw,pw->hcp", crop, matrix, precision=PRECISION)
-        if max(group.solarize) > 0:
+        if max(group.solarize) > 0 and picture:
             crop = jnp.where(solarized < solarize, photometric.solarize(crop), crop)
         return crop
 
@@ -188,3 +197,14 @@ def random_jitter(numbers: jax.Array, crops: Any) -> tuple[jax.Array, jax.Array]
     low = jnp.maximum(neutral - span, jnp.array([0.0, 0.0, 0.0, -crops.hue]))
     factors = low + for_factors * (neutral + span - low)
     return jnp.where(applied, factors, neutral), jnp.argsort(for_places)
+
+
+def random_channel_jitter(numbers: jax.Array, crops: Any) -> jax.Array:
+    """Returns factors `[2, C]` for `photometric.channel_jitter`, from 2 C + 1 uniform numbers in [0, 1).
+
+    With probability `1 - crops.jitter` the factors are neutral.
+    """
+    for_factors, applied = numbers[:-1].reshape(2, -1), numbers[-1] < crops.jitter
+    span = jnp.array([crops.brightness, crops.contrast])[:, None]
+    low = jnp.maximum(1.0 - span, 0.0)
+    return jnp.where(applied, low + for_factors * (1.0 + span - low), 1.0)

@@ -93,6 +93,19 @@ def _pixelwise_jitter(image: jax.Array, factors: jax.Array, places: jax.Array) -
     return blend_pair(image, ~before_hue)
 
 
+def channel_jitter(image: jax.Array, factors: jax.Array) -> jax.Array:
+    """Changes brightness and contrast of each channel on its own, for images that are neither gray nor RGB.
+
+    Args:
+      image: `[H, C, W]`.
+      factors: float32 `[2, C]`, indexed by BRIGHTNESS and CONTRAST; 1 is neutral.
+
+    The target of contrast is the mean of the channel. The order would matter only for what is clipped.
+    """
+    image = blend(image, 0.0, factors[BRIGHTNESS][:, None])
+    return blend(image, jnp.mean(image, axis=(0, 2))[:, None], factors[CONTRAST][:, None])
+
+
 def blur_matrix(size: int, sigma: jax.Array | float) -> jax.Array:
     """Returns Pillow's GaussianBlur along one axis as a matrix, float32 `[size, size]`: blurred = matrix @ signal.
 

@@ -1,4 +1,4 @@
-"""Input pipeline on the host: from stored images to shuffled uint8 batches, a share for each process.
+"""Input pipeline on the host: from stored images to shuffled batches of pixels, a share for each process.
 
 Training images become square canvases, from which `multicrop` takes all crops on the device; evaluation images become
 center crops. The order is a pure function of (seed, step), so resuming means starting at another step.
@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image, to_canvas
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, read_example
 from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
 from dino_jax.errors import UserError
@@ -21,7 +22,7 @@ SUBSTITUTES = 8  # number of images to try instead of one that cannot be decoded
 class Batch(NamedTuple):
     """One process's share of a training batch: b images, S canvas side, C channels."""
 
-    canvas: np.ndarray  # uint8 [b, S, S, C], see `decoding.to_canvas`
+    canvas: np.ndarray  # pixels.dtype [b, S, S, C], see `decoding.to_canvas`
     size: np.ndarray  # float32 [b, 2], original height and width in pixels, upright
     position: np.ndarray  # int32 [b], index in the global batch: 0 .. batch_size - 1
     index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number of the image in the source
@@ -32,7 +33,7 @@ class Batch(NamedTuple):
 class EvalBatch(NamedTuple):
     """One process's share of an evaluation batch: b center crops."""
 
-    images: np.ndarray  # uint8 [b, crop, crop, C]
+    images: np.ndarray  # pixels.dtype [b, crop, crop, C]
     labels: np.ndarray  # int32 [b], -1 if there is none
     index: np.ndarray  # type: ignore[assignment]  # int32 [b], record number in the source
 
@@ -42,8 +43,7 @@ def train_batches(
     *,
     batch_size: int,
     canvas_size: int,
-    channels: int,
-    white: float = 0.0,
+    pixels: Pixels,
     seed: int,
     start_step: int = 0,
     workers: int = 0,
@@ -61,8 +61,7 @@ def train_batches(
         source: the images; pickled to the workers.
         batch_size: images in the global batch.
         canvas_size: side S of the canvases in pixels.
-        channels: of the canvases.
-        white: level of white of images of more than 8 bits, see `decoding.decode`; 0: by dtype.
+        pixels: of the canvases.
         seed: of the order.
         start_step: number of batches to skip, at no cost.
         workers: number of processes that decode; 0 decodes in threads of this process (best for images in memory).
@@ -81,9 +80,7 @@ def train_batches(
     records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process_index::process_count]
     batches = records.batch(batch_size // process_count, drop_remainder=True)
     positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
-    load = partial(
-        _load_train, source=source, positions=positions, canvas_size=canvas_size, channels=channels, white=white
-    )
+    load = partial(_load_train, source=source, positions=positions, canvas_size=canvas_size, pixels=pixels)
     return iterate(batches.map(load)[start_step:], workers, stall_timeout)
 
 
@@ -93,8 +90,7 @@ def eval_batches(
     batch_size: int,
     resize: int,
     crop: int,
-    channels: int,
-    white: float = 0.0,
+    pixels: Pixels,
     workers: int = 0,
     stall_timeout: float = STALL_TIMEOUT,
     process_index: int = 0,
@@ -114,17 +110,17 @@ def eval_batches(
         np.arange(start + process_index, min(start + batch_size, len(source)), process_count)
         for start in range(0, len(source), batch_size)
     ]
-    load = partial(_load_eval, source=source, resize=resize, crop=crop, channels=channels, white=white)
+    load = partial(_load_eval, source=source, resize=resize, crop=crop, pixels=pixels)
     return iterate(grain.MapDataset.source(shares).map(load), workers, stall_timeout)
 
 
 def _load_train(
-    records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, channels: int, white: float
+    records: np.ndarray, *, source: Source, positions: np.ndarray, canvas_size: int, pixels: Pixels
 ) -> Batch:
     """Reads the images with these record numbers [b] and puts them on canvases."""
     b = len(records)
     batch = Batch(
-        canvas=np.empty((b, canvas_size, canvas_size, channels), np.uint8),
+        canvas=np.empty((b, canvas_size, canvas_size, pixels.channels), pixels.dtype),
         size=np.empty((b, 2), np.float32),
         position=positions,
         index=records.astype(np.int32),
@@ -137,7 +133,7 @@ def _load_train(
         for candidate in (record + stride * np.arange(SUBSTITUTES + 1)) % len(source):
             try:
                 image, label = read_example(source, int(candidate))
-                batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, channels, white)
+                batch.canvas[row], batch.size[row] = to_canvas(image, canvas_size, pixels)
             except (DecodeError, OSError) as error:
                 batch.bad[row] = record
                 reason = error
@@ -152,18 +148,16 @@ def _load_train(
     return batch
 
 
-def _load_eval(
-    records: np.ndarray, *, source: Source, resize: int, crop: int, channels: int, white: float
-) -> EvalBatch:
+def _load_eval(records: np.ndarray, *, source: Source, resize: int, crop: int, pixels: Pixels) -> EvalBatch:
     """Reads, decodes and crops the images with these record numbers [b], skipping those that cannot be decoded."""
     images, labels, index = [], [], []
     for record in records.tolist():
         try:
             image, label = read_example(source, record)
-            images.append(eval_image(image, resize=resize, crop=crop, channels=channels, white=white))
+            images.append(eval_image(image, resize=resize, crop=crop, pixels=pixels))
         except (DecodeError, OSError):
             continue
         labels.append(label)
         index.append(record)
-    pixels = np.stack(images) if images else np.empty((0, crop, crop, channels), np.uint8)
-    return EvalBatch(pixels, np.array(labels, np.int32), np.array(index, np.int32))
+    stacked = np.stack(images) if images else np.empty((0, crop, crop, pixels.channels), pixels.dtype)
+    return EvalBatch(stacked, np.array(labels, np.int32), np.array(index, np.int32))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.data.decoding import decode
+from dino_jax.data.pixels import to_rgb
 from dino_jax.errors import UserError
 from dino_jax.evals.common.images import (
     contact_sheet,
@@ -25,7 +26,6 @@ from dino_jax.evals.common.images import (
     patch_size,
     read_image,
     resize,
-    to_rgb,
     upsample,
 )
 from dino_jax.evals.common.video import read_video, write_video
@@ -81,12 +81,12 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
 
 def _draw_pictures(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> tuple[list[str], int]:
     """Returns the paths of the sheets and the number of images."""
-    patch, channels = patch_size(backbone), backbone.config["in_channels"]
+    patch, pixels = patch_size(backbone), backbone.pixels
     written: list[str] = []
     for path in image_paths(config.images):
-        image = fit_to_patches(read_image(path, channels, "--config.images", backbone.white), config.size, patch, path)
+        image = fit_to_patches(read_image(path, pixels, "--config.images"), config.size, patch, path)
         maps = attention_maps(backbone, normalize_images(backbone, image[None]))[0]
-        tiles = sheet_row(image, maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
+        tiles = sheet_row(to_rgb(image, pixels.shown), maps, upsample(mass_masks(maps.mean(0), config.mass), patch))
         folder = out / f"{len(written):03d}_{path.stem}"
         for title, tile in tiles.items():
             picture = Image.fromarray(np.ascontiguousarray(tile))
@@ -102,13 +102,13 @@ def _draw_video(backbone: Backbone, config: ml_collections.ConfigDict, out: Path
     """Returns the path of the video and the number of its frames. Holds only a few frames in memory."""
     if config.batch_size < 1:
         raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
-    patch, channels, path = patch_size(backbone), backbone.config["in_channels"], Path(config.video)
+    patch, pixels, path = patch_size(backbone), backbone.pixels, Path(config.video)
     video, target, done = read_video(path), out / f"{path.stem}_attention.mp4", 0
     frames = progress(video.frames, video.length, path.name, "frames")
-    images = (fit_to_patches(decode(frame, channels), config.size, patch, path) for frame in frames)
+    images = (fit_to_patches(decode(frame, pixels), config.size, patch, path) for frame in frames)
     with write_video(target, video.rate) as write:
         for image, maps in map_images(images, attention_maps, backbone, config.batch_size):
-            write(overlay(image, maps))
+            write(overlay(to_rgb(image, pixels.shown), maps))
             done += 1
     print(f"{path} -> {target}")
     return [str(target)], done
@@ -194,7 +194,9 @@ def evaluate_masks(
     best, scores = best_heads(masks, objects)
     if sheet is not None:
         shown = range(min(rows, len(images)))
-        contact_sheet([sheet_row(enlarged[i], maps[i], masks[i, best[i]]) for i in shown], sheet)
+        contact_sheet(
+            [sheet_row(to_rgb(enlarged[i], backbone.pixels.shown), maps[i], masks[i, best[i]]) for i in shown], sheet
+        )
     return float(scores.mean())
 
 
@@ -202,18 +204,18 @@ def sheet_row(image: np.ndarray, maps: np.ndarray, mask: np.ndarray) -> dict[str
     """Returns a row of a sheet, {title: uint8 [H, W, 3]}: image, mean attention, attention of each head, and mask.
 
     Args:
-        image: uint8 [H, W, C].
+        image: uint8 [H, W, 3].
         maps: float [heads, h, w], where H and W are multiples of h and w.
         mask: bool [H, W].
     """
-    shown, factor = to_rgb(image), len(mask) // maps.shape[1]
+    factor = len(mask) // maps.shape[1]
     heads = {f"head {i + 1}": heatmap(upsample(one, factor)) for i, one in enumerate(maps)}
     # Tinted rather than cut out, so that a mask over a black background is visible too.
-    tinted = np.where(mask[..., None], shown // 2 + MASK_COLOR // 2, shown)
-    return {"image": shown, "mean": overlay(image, maps), **heads, "mask": tinted}
+    tinted = np.where(mask[..., None], image // 2 + MASK_COLOR // 2, image)
+    return {"image": image, "mean": overlay(image, maps), **heads, "mask": tinted}
 
 
 def overlay(image: np.ndarray, maps: np.ndarray) -> np.ndarray:
-    """Blends the mean of the maps, float [heads, h, w], over the image, uint8 [H, W, C] -> uint8 [H, W, 3]."""
+    """Blends the mean of the maps, float [heads, h, w], over the image, uint8 [H, W, 3] -> uint8 [H, W, 3]."""
     warm = heatmap(upsample(maps.mean(0), len(image) // maps.shape[1]))
-    return (0.4 * to_rgb(image) + 0.6 * warm).astype(np.uint8)
+    return (0.4 * image + 0.6 * warm).astype(np.uint8)

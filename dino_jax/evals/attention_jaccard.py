@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 import numpy as np
 
+from dino_jax.data.pixels import Pixels, to_rgb
 from dino_jax.errors import UserError
 from dino_jax.evals.attention import attention_maps, best_heads, mass_masks, sheet_row
 from dino_jax.evals.common.images import (
@@ -61,12 +62,12 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         UserError: the layout is not that of VOC, an image is unreadable or has another size than its annotation, there
             are no objects, or the backbone has no attention.
     """
-    start, patch, channels = time.monotonic(), patch_size(backbone), backbone.config["in_channels"]
+    start, patch, pixels = time.monotonic(), patch_size(backbone), backbone.pixels
     names = image_names(config.data, config.split)
     scores: list[np.ndarray] = []
     rows: list[dict[str, np.ndarray]] = []
     for name in progress(names, len(names), config.split):
-        image, labels = read_example(Path(config.data), name, channels)
+        image, labels = read_example(Path(config.data), name, pixels)
         image, labels = crop_to_patches(image, patch), crop_to_patches(labels[..., None], patch)[..., 0]
         objects = labels == np.setdiff1d(labels, [0, VOID])[:, None, None]
         if not len(objects):
@@ -76,7 +77,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         heads, jaccard = best_heads(np.broadcast_to(masks, (len(objects), *masks.shape)), objects)
         scores.append(jaccard)
         if len(rows) < config.rows:
-            rows.append(sheet_row(image, maps, masks[heads[objects.sum((1, 2)).argmax()]]))
+            rows.append(sheet_row(to_rgb(image, pixels.shown), maps, masks[heads[objects.sum((1, 2)).argmax()]]))
     if not scores:
         raise UserError(
             f"--config.split={config.split}: no object in any of its {len(names):,} images: give another list"
@@ -114,9 +115,9 @@ def image_names(root: str, split: str) -> list[str]:
     raise UserError(f"--config.split={split}: {listing} is empty")
 
 
-def read_example(root: Path, name: str, channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Reads an image, uint8 [H, W, channels], and its instances, uint8 [H, W]: 0 background, 1.. objects, 255 void."""
-    image = read_image(root / "JPEGImages" / f"{name}.jpg", channels, "--config.data")
+def read_example(root: Path, name: str, pixels: Pixels) -> tuple[np.ndarray, np.ndarray]:
+    """Reads an image [H, W, channels], and its instances, uint8 [H, W]: 0 background, 1.. objects, 255 void."""
+    image = read_image(root / "JPEGImages" / f"{name}.jpg", pixels, "--config.data")
     path = root / "SegmentationObject" / f"{name}.png"
     labels = read_labels(path, "--config.data")
     if labels.shape != image.shape[:2]:

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources.folder import read_file
 from dino_jax.errors import UserError
 from dino_jax.evals.common.extraction import l2_normalize
@@ -176,7 +177,7 @@ def _ready_to_compare(features: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 def _squeezed(path: Path, imsize: int, channels: int) -> np.ndarray:
     """Returns an image squeezed to uint8 [imsize, imsize, C], bicubic."""
     try:
-        image = decode(read_file(path), channels)
+        image = decode(read_file(path), Pixels(channels))
     except (DecodeError, OSError) as error:
         raise UserError(f"{path} can't be read as a picture ({error}): replace it, or leave it out") from error
     picture = Image.fromarray(image[..., 0] if channels == 1 else image)

@@ -162,7 +162,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
         kinds=feature_kinds(backbone, config.blocks, config.pooling.split(",")),
         official=official_kind(backbone),
         config=config,
-        white=backbone.white,
+        pixels=backbone.pixels,
         mean=card["mean"],
         std=card["std"],
         num_classes=num_classes,
@@ -298,8 +298,7 @@ def _reading(probe: Probe) -> dict[str, Any]:
     """Returns the settings of batches that training and testing share."""
     return {
         "batch_size": probe.config.batch_size,
-        "channels": len(probe.mean),
-        "white": probe.white,
+        "pixels": probe.pixels,
         "workers": probe.config.workers,
         "process_index": jax.process_index(),
         "process_count": jax.process_count(),

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from dino_jax import atomic
+from dino_jax.data.pixels import to_rgb
 from dino_jax.errors import UserError
 from dino_jax.evals.common.images import (
     contact_sheet,
@@ -19,7 +20,6 @@ from dino_jax.evals.common.images import (
     patch_grid,
     patch_size,
     read_image,
-    to_rgb,
     upsample,
 )
 from dino_jax.evals.common.pca import principal_components
@@ -53,14 +53,11 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
     Raises:
         UserError: an image is missing, unreadable or smaller than a patch, or the backbone has no patches.
     """
-    start, patch, channels = time.monotonic(), patch_size(backbone), backbone.config["in_channels"]
+    start, patch, pixels = time.monotonic(), patch_size(backbone), backbone.pixels
     if config.tile < 1:
         raise UserError(f"tile {config.tile}: set --config.tile to 1 or more pixels")
     paths = image_paths(config.images)
-    images = [
-        fit_to_patches(read_image(path, channels, "--config.images", backbone.white), config.size, patch, path)
-        for path in paths
-    ]
+    images = [fit_to_patches(read_image(path, pixels, "--config.images"), config.size, patch, path) for path in paths]
     tokens = [np.asarray(patch_grid(backbone, normalize_images(backbone, image[None])))[0] for image in images]
     sets = [tokens] if config.together else [[one] for one in tokens]
     found = [patch_components(one) for one in sets]
@@ -72,7 +69,7 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         enlarged = upsample(np.moveaxis(components, -1, 0), patch)
         colors = (255 * np.moveaxis(enlarged, 0, -1)).astype(np.uint8)
         single = {f"component {i + 1}": heatmap(one) for i, one in enumerate(enlarged)}
-        rows.append({"image": to_rgb(image), "components 1-3": colors} | single)
+        rows.append({"image": to_rgb(image, pixels.shown), "components 1-3": colors} | single)
         target = out / f"{len(written):03d}_{path.stem}.png"
         atomic.write_picture(target, Image.fromarray(colors))
         written.append(str(target))

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from dino_jax import recipes
 from dino_jax.data.multicrop import multicrop
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, open_source, spread
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
@@ -59,8 +60,7 @@ class Reading(NamedTuple):
     pairs: int  # of crops of each image
     seed: int
     canvas_size: int
-    channels: int
-    white: float
+    pixels: Pixels
     batch_size: int
     workers: int
 
@@ -95,12 +95,11 @@ def run(backbone: Backbone, config: ml_collections.ConfigDict, out: Path) -> dic
         pairs=config.pairs,
         seed=config.seed,
         canvas_size=config.canvas_size,
-        channels=backbone.config["in_channels"],
-        white=backbone.white,
+        pixels=backbone.pixels,
         batch_size=config.batch_size,
         workers=config.workers,
     )
-    image = jnp.zeros((1, trained["crop"], trained["crop"], reading.channels))
+    image = jnp.zeros((1, trained["crop"], trained["crop"], reading.pixels.channels))
     untrained = jax.jit(backbone.model.init)(jax.random.key(config.seed), image)
     figures, before = (
         measures(crop_features(backbone.model.apply, variables, augment, source, make_mesh(), reading))
@@ -183,8 +182,7 @@ def crop_features(
         chosen,
         batch_size=batch_size,
         canvas_size=reading.canvas_size,
-        channels=reading.channels,
-        white=reading.white,
+        pixels=reading.pixels,
         seed=reading.seed,
         workers=reading.workers,
         process_index=jax.process_index(),

@@ -195,10 +195,10 @@ def list_videos(root: Path, split: str) -> list[AnnotatedVideo]:
 
 def _segment_davis(backbone: Backbone, config: ConfigDict, out: Path) -> tuple[int, Scores]:
     """Returns the number of frames computed, and J and F of each video, [objects, frames except the first and last]."""
-    videos, masks, channels = (
+    videos, masks, pixels = (
         list_videos(Path(config.data), config.split),
         out / "masks",
-        backbone.config["in_channels"],
+        backbone.pixels,
     )
     _claim(masks, {**{key: config[key] for key in SETTINGS}, "model": backbone.card})
     done, scores = 0, Scores()
@@ -210,7 +210,7 @@ def _segment_davis(backbone: Backbone, config: ConfigDict, out: Path) -> tuple[i
         if not folder.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
-            pictures = (read_image(path, channels, "--config.data") for path in video.frames)
+            pictures = (read_image(path, pixels, "--config.data") for path in video.frames)
             counted = progress(segment(backbone, pictures, first, config), len(video.frames), video.name, "frames")
             for path, labels in zip(video.frames, counted, strict=True):
                 write_labels(partial / f"{path.stem}.png", labels)
@@ -228,12 +228,12 @@ def _segment_own(backbone: Backbone, config: ConfigDict, out: Path) -> int:
     """Writes the masks, and a video of them over the frames; returns the number of frames."""
     if not config.mask:
         raise UserError("--config.mask is empty: set it to a picture of the objects in the video's first frame")
-    video, channels = read_video(path := Path(config.video)), backbone.config["in_channels"]
+    video, pixels = read_video(path := Path(config.video)), backbone.pixels
     first, folder, done = read_objects(Path(config.mask), "--config.mask"), out / "masks" / path.stem, 0
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     shown, frames = itertools.tee(progress(video.frames, video.length, path.name, "frames"))
-    labels = segment(backbone, (decode(frame, channels) for frame in frames), first, config)
+    labels = segment(backbone, (decode(frame, pixels) for frame in frames), first, config)
     with write_video(out / f"{path.stem}_masks.mp4", video.rate) as write:
         for frame, one in zip(shown, labels, strict=True):
             write_labels(folder / f"{done:05d}.png", one)

@@ -1,6 +1,5 @@
 """Crops as a recipe makes them of a source's images."""
 
-from collections.abc import Sequence
 from functools import partial
 
 import jax
@@ -11,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.data.pipeline import Batch, train_batches
+from dino_jax.data.pixels import Pixels, to_rgb
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.training.config_checks import check_config
@@ -33,8 +33,7 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
         source,
         batch_size=images,
         canvas_size=config.data.canvas_size,
-        channels=config.model.in_channels,
-        white=config.data.white,
+        pixels=Pixels.of_config(config),
         seed=config.seed,
     ) as batches:
         batch = next(batches)
@@ -44,26 +43,28 @@ def load_crops(config: ConfigDict, images: int) -> tuple[Batch, Crops]:
     return batch, crop(keys, batch.canvas, batch.size)
 
 
-def picture(canvas: np.ndarray, crops: Crops, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """Draws one row per image: canvas uint8 `[S, S, C]`, global crops, local crops, each as large as a global crop.
+def picture(batch: Batch, crops: Crops, data: ConfigDict) -> Image.Image:
+    """Draws one row per image: canvas, global crops, local crops, each as large as a global crop.
 
-    Shows the first three channels of images with more than three, and the first channel of images with two.
+    data: the section `config.data`. Deep images and those with other than 1 or 3 channels are drawn as by `to_rgb`.
     """
     side = max(crops.global_crops.shape[2], MIN_TILE)
-    columns = [("canvas", canvas)]
+    columns = [("canvas", batch.canvas)]
     for name, group in (("global", crops.global_crops), ("local", crops.local_crops)):
-        levels = np.clip(np.round((np.asarray(group) * std + mean) * 255.0), 0, 255).astype(np.uint8)
+        unit = np.clip(np.asarray(group) * data.std + data.mean, 0, 1).astype(np.float32)
+        levels = unit if data.dtype != "uint8" else np.round(unit * 255).astype(np.uint8)
         columns += [(name, levels[:, view]) for view in range(levels.shape[1])]
 
+    used = [canvas[: int(h), : int(w)] for canvas, (h, w) in zip(batch.canvas, batch.size, strict=True)]
     step = side + GAP
-    sheet = Image.new("RGB", (GAP + step * len(columns), LABEL_HEIGHT + step * len(canvas)), "white")
+    sheet = Image.new("RGB", (GAP + step * len(columns), LABEL_HEIGHT + step * len(batch.canvas)), "white")
     draw = ImageDraw.Draw(sheet)
     font = ImageFont.load_default(LABEL_HEIGHT // 2)
     for column, (name, images) in enumerate(columns):
         left = GAP + step * column
         draw.text((left, LABEL_HEIGHT // 2), f"{name} {images.shape[1]}", "black", font, anchor="lm")
         for row, image in enumerate(images):
-            tile = image[..., :3] if image.shape[-1] >= 3 else image[..., 0]
+            tile = np.ascontiguousarray(to_rgb(image, tuple(data.shown), used[row]))
             # Canvases are shrunk smoothly. Small crops are enlarged by repeating pixels, so that each pixel is visible.
             method = Image.Resampling.BICUBIC if tile.shape[0] > side else Image.Resampling.NEAREST
             sheet.paste(Image.fromarray(tile).resize((side, side), method), (left, LABEL_HEIGHT + step * row))

@@ -167,7 +167,7 @@ def _crops(log: Log) -> list[str]:
     try:
         config.update_from_flattened_dict(given)
         batch, crops = load_crops(config, min(CROPPED, len(open_source(config.data.source))))
-        drawn = picture(batch.canvas, crops, config.data.mean, config.data.std)
+        drawn = picture(batch, crops, config.data)
     except (UserError, OSError, TypeError, ValueError) as error:
         return [f"<h2>Crops</h2><p class=soft>left out: {html.escape(str(error))}</p>"]
     return [f"<h2>Crops</h2><p class=soft>{CROPS}</p><div class=sheet>{_image(drawn, 'crops')}</div>"]

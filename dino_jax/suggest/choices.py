@@ -148,7 +148,9 @@ def of_data(images: Images, machine: Machine) -> Iterator[Choice]:
         yield Choice(setting, value, f"measured on {images.sampled:,} images")
     if images.white and images.brightest <= images.white / 2:
         white = float(2 ** math.ceil(math.log2(images.brightest + 1)) - 1)
-        yield Choice("data.white", white, f"the brightest pixel is {images.brightest:g}, far below {images.white:g}")
+        yield Choice(
+            "data.range", (0.0, white), f"the brightest pixel is {images.brightest:g}, far below {images.white:g}"
+        )
     canvas = min(512, max(32, images.long_side))
     yield Choice("data.canvas_size", canvas, f"9 of 10 images have no side of more than {images.long_side} pixels")
     if images.channels != 3:

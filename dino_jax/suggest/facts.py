@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from dino_jax.data.decoding import DecodeError, to_canvas
+from dino_jax.data.array_files import read_array
+from dino_jax.data.decoding import MAX_MEMORY, DecodeError, to_canvas
 from dino_jax.data.examination import check, mean_and_std
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, read_example, spread
 from dino_jax.errors import UserError
 
@@ -31,7 +33,7 @@ class Images(NamedTuple):
     mean: tuple[float, ...]  # of pixels in [0, 1], by channel
     std: tuple[float, ...]
     brightest: float  # value of the brightest pixel of images of more than 8 bits; 0: all have 8 bits
-    white: float  # the level of white that their type implies; 0: all have 8 bits
+    white: float  # the value of white that their type implies; 0: all have 8 bits
 
 
 class Machine(NamedTuple):
@@ -50,12 +52,12 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
         raise UserError(f"{spec} holds no images")
     sample = spread(source, LOOKED_AT)
     channels = _channels(spread(sample, COLORS_OF))
-    findings = check(sample, canvas_size=CANVAS, channels=channels, workers=workers)
+    findings = check(sample, canvas_size=CANVAS, pixels=Pixels(channels), workers=workers)
     good = [finding for finding in findings if not finding.problem]
     if not good:
         raise UserError(f"{spec}: none of {len(sample):,} images can be decoded; the first: {findings[0].problem}")
     mean, std = mean_and_std(good)
-    levels = [finding.levels for finding in good if finding.levels]
+    deep = [finding.values for finding in good if finding.values]
     return Images(
         source=spec,
         number=len(source),
@@ -68,8 +70,8 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
         channels=channels,
         mean=mean,
         std=std,
-        brightest=max((bright for bright, _ in levels), default=0.0),
-        white=max((white for _, white in levels), default=0.0),
+        brightest=max((values.most for values in deep), default=0.0),
+        white=max((values.white for values in deep), default=0.0),
     )
 
 
@@ -93,7 +95,19 @@ def _bands(source: Source, record: int) -> int:
         image = read_example(source, record).image
         if isinstance(image, np.ndarray):
             return image.shape[2] if image.ndim == 3 else 1
-        color, _ = to_canvas(image, CANVAS, channels=3)
+        color, _ = to_canvas(image, CANVAS, Pixels(3))
     except (DecodeError, OSError):
-        return 0
+        return _bands_of_array(source, record)
     return 1 if np.all(color == color[..., :1]) else 3
+
+
+def _bands_of_array(source: Source, record: int) -> int:
+    """Returns the channels of a file that is no picture, 0 if it cannot be read."""
+    try:
+        image = read_example(source, record).image
+        found = read_array(image, Pixels(channels=0), MAX_MEMORY) if isinstance(image, bytes) else None
+    except UserError:
+        raise
+    except Exception:  # damaged files can make readers raise anything
+        return 0
+    return found[0].shape[2] if found else 0

@@ -6,6 +6,7 @@ import jax
 from ml_collections import ConfigDict
 
 from dino_jax import recipes
+from dino_jax.data.pixels import WHITE
 from dino_jax.errors import UserError, listed
 from dino_jax.limits import (
     COUNT,
@@ -34,6 +35,7 @@ CHOICES = {
     "method": tuple(METHODS),
     "optim.name": OPTIMIZERS,
     "dino.teacher_update": TEACHER_UPDATES,
+    "data.dtype": tuple(WHITE),
     "dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("xla", "cudnn"),
 }
@@ -90,7 +92,8 @@ LIMITS: Limits = {
     "data.workers": (0, 1_024),
     "data.stall_timeout": SECONDS,
     "data.max_bad_fraction": SHARE,
-    "data.white": (0, 2**32),
+    "data.range": (-(2**32), 2**32),
+    "data.shown": (0, 1_023),
     "data.mean": (-1_000, 1_000),
     "data.std": Above(0, 1_000),
     "eval.resize": PIXELS,
@@ -212,6 +215,14 @@ def _check_channels(config: ConfigDict) -> None:
                 f"data.{key} has {len(config.data[key])} values for model.in_channels={config.model.in_channels}: "
                 f"set --config.data.{key} to one value per channel"
             )
+    bounds = tuple(config.data.range)
+    if not (bounds == (0, 0) or (len(bounds) == 2 and bounds[0] < bounds[1])):
+        raise UserError(f"data.range is {bounds}: set --config.data.range to a smaller and a larger number")
+    shown = tuple(config.data.shown)
+    if config.model.in_channels > 3 and (len(shown) != 3 or max(shown) >= config.model.in_channels):
+        raise UserError(
+            f"data.shown is {shown}: set --config.data.shown to three channels from 0 to {config.model.in_channels - 1}"
+        )
 
 
 def _check_model(config: ConfigDict) -> None:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax.checkpoints import model_card
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, open_source
 from dino_jax.distributed import fsdp
 from dino_jax.distributed.processes import on_every_process
@@ -109,8 +110,7 @@ def probe_evaluator(setup: Setup, settings: ConfigDict, source: Source, mesh: Me
         pairs=settings.pairs,
         seed=config.seed,
         canvas_size=config.data.canvas_size,
-        channels=config.model.in_channels,
-        white=config.data.white,
+        pixels=Pixels.of_config(config),
         batch_size=config.eval.batch_size,
         workers=config.data.workers,
     )
@@ -180,8 +180,7 @@ def feature_table(
         batch_size=config.eval.batch_size,
         resize=config.eval.resize,
         crop=config.eval.crop,
-        channels=config.model.in_channels,
-        white=config.data.white,
+        pixels=Pixels.of_config(config),
         mean=mean,
         std=std,
         workers=config.data.workers,

@@ -11,7 +11,9 @@ import jax
 from ml_collections import ConfigDict
 
 from dino_jax import checkpoints
+from dino_jax.data.multicrop import PICTURES
 from dino_jax.data.pipeline import Batch, train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, open_source
 from dino_jax.data.workers import Batches
 from dino_jax.distributed import consistency, fsdp, processes, sharding
@@ -293,8 +295,7 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
         source,
         batch_size=config.batch_size,
         canvas_size=config.data.canvas_size,
-        channels=config.model.in_channels,
-        white=config.data.white,
+        pixels=Pixels.of_config(config),
         seed=config.seed,
         start_step=step,
         workers=config.data.workers,
@@ -311,16 +312,24 @@ def export_teacher(workdir: str | Path, state: State, config: ConfigDict) -> Non
 
 
 def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, start: int) -> str:
-    """Describes the run in two log lines."""
+    """Describes the run in log lines."""
     config, device = setup.config, jax.devices()[0]
     count = sum(x.size for x in jax.tree.leaves(state.student["backbone"]))
     resumed = f"; resuming after step {start:,}" if start else ""
     if start >= steps_of(config.epochs, steps_per_epoch):
         resumed += ", which is the last: nothing left to train"
-    uniform = math.log(config.head.out_dim)
+    uniform, channels = math.log(config.head.out_dim), config.model.in_channels
+    augmented = (
+        ""
+        if channels in PICTURES
+        else (
+            f"\n{channels} channels: brightness and contrast change in each channel on its own; no saturation, hue, grayscale or "
+            "solarization"
+        )
+    )
     return (
         f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "
         f"({setup.method.backbone.dtype}), {jax.process_count()} process(es)\n"
         f"{len(source):,} images, batch {config.batch_size}: {config.epochs:g} epochs of {steps_per_epoch:,} steps; "
-        f"a loss that stays at ln K = {uniform:.2f} means collapse to uniform outputs{resumed}"
+        f"a loss that stays at ln K = {uniform:.2f} means collapse to uniform outputs{augmented}{resumed}"
     )

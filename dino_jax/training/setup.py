@@ -69,7 +69,7 @@ class Setup(NamedTuple):
 class DeviceBatch(NamedTuple):
     """Fields of a `Batch` that are sent to the devices."""
 
-    canvas: jax.Array  # uint8 [B, S, S, C]
+    canvas: jax.Array  # data.dtype [B, S, S, C]
     size: jax.Array  # float32 [B, 2]
     position: jax.Array  # int32 [B]
 
@@ -114,7 +114,7 @@ def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
     B, side = config.batch_size, config.data.canvas_size
     rows: Any = partial(jax.ShapeDtypeStruct, sharding=jax.sharding.NamedSharding(mesh, sharding.BATCH))
     return DeviceBatch(
-        canvas=rows((B, side, side, config.model.in_channels), np.uint8),
+        canvas=rows((B, side, side, config.model.in_channels), np.dtype(config.data.dtype)),
         size=rows((B, 2), np.float32),
         position=rows((B,), np.int32),
     )

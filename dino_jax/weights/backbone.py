@@ -14,6 +14,7 @@ from PIL import Image
 from PIL.ExifTags import Base
 
 from dino_jax.data.decoding import DecodeError, eval_image
+from dino_jax.data.pixels import Pixels, to_unit
 from dino_jax.errors import UserError
 from dino_jax.models import Family, Tokens, family_of, from_card
 from dino_jax.models.registry import BackboneModule
@@ -75,9 +76,12 @@ class Backbone:
         return model.patch_size if self.family.square_patches else None
 
     @property
-    def white(self) -> float:
-        """Level of white of images of more than 8 bits, see `data.decoding.decode`."""
-        return float(self.card["preprocessing"].get("white", 0.0))
+    def pixels(self) -> Pixels:
+        """What the backbone was trained to read of stored images, see `data.decoding.decode`."""
+        trained = self.card["preprocessing"]
+        low, high = trained.get("range", (0.0, trained.get("white", 0.0)))  # "white" in exports of unreleased versions
+        shown = tuple(trained.get("shown", (0, 1, 2)))
+        return Pixels(self.config["in_channels"], trained.get("dtype", "uint8"), (low, high), shown)
 
     @property
     def num_blocks(self) -> int:
@@ -86,40 +90,32 @@ class Backbone:
         return model.depth if self.family.block_tokens else 1
 
     def preprocess(
-        self, images: Sequence[Image.Image | np.ndarray | bytes], *, white: float | None = None
+        self, images: Sequence[Image.Image | np.ndarray | bytes], *, range: tuple[float, float] | None = None
     ) -> np.ndarray:
         """PIL images, arrays [H, W] or [H, W, C], or encoded files -> float32 [B, crop, crop, C].
 
         Resizes, center-crops and normalizes the images as the model card specifies. Levels are those of the dtype:
-        uint8 up to 255, uint16 up to 65,535, floats up to 1. `white` states another level for pixels of more than 8
-        bits, by default that of the card; integers of more than 16 bits need one. Raises UserError, with the index
-        of the image in the list, if an image cannot be decoded.
+        uint8 up to 255, uint16 up to 65,535, floats up to 1. `range` states other values of black and white for pixels
+        of more than 8 bits, by default those of the card; integers of more than 16 bits need them. Raises UserError,
+        with the index of the image in the list, if an image cannot be decoded.
         """
         trained = self.card["preprocessing"]
-        crops = [
-            self._center_crop(index, image, self.white if white is None else white)
-            for index, image in enumerate(images)
-        ]
+        pixels = self.pixels if range is None else self.pixels._replace(range=range)
+        crops = [self._center_crop(index, image, pixels) for index, image in enumerate(images)]
         return normalize(np.stack(crops), trained["mean"], trained["std"])
 
-    def _center_crop(self, index: int, image: Image.Image | np.ndarray | bytes, white: float) -> np.ndarray:
+    def _center_crop(self, index: int, image: Image.Image | np.ndarray | bytes, pixels: Pixels) -> np.ndarray:
         trained = self.card["preprocessing"]
         try:
             stored = _encode(image) if isinstance(image, Image.Image) else image
-            return eval_image(
-                stored,
-                resize=trained["resize"],
-                crop=trained["crop"],
-                channels=self.config["in_channels"],
-                white=white,
-            )
+            return eval_image(stored, resize=trained["resize"], crop=trained["crop"], pixels=pixels)
         except (DecodeError, OSError) as error:
             raise UserError(f"image {index} cannot be decoded ({error}): remove it from the list") from error
 
 
 def normalize(images: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
-    """uint8 [..., C] -> float32 (image / 255 - mean) / std. NumPy arrays stay on the host, JAX arrays on the device."""
-    return (images.astype(np.float32) / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+    """Pixels [..., C] -> float32 (`to_unit` - mean) / std. NumPy arrays stay on the host, JAX arrays on the device."""
+    return (to_unit(images) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def load_backbone(

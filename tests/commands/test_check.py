@@ -11,8 +11,8 @@ from PIL import Image
 from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
 from dino_jax.commands.check import check, describe, summarize
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
-from dino_jax.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ def zoo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def report(zoo):
     source = open_source(f"folder:{zoo}")
-    return summarize(source, check(source, canvas_size=32, channels=3, workers=0))
+    return summarize(source, check(source, canvas_size=32, pixels=Pixels(3), workers=0))
 
 
 def test_every_bad_image_is_named_with_its_reason(report):
@@ -69,13 +69,13 @@ def test_the_last_lines_say_what_to_do(report):
 
 def test_arrays_are_checked_as_well():
     source = open_source("demo:test:2")
-    report = summarize(source, check(source, canvas_size=40, channels=1, workers=0))
+    report = summarize(source, check(source, canvas_size=40, pixels=Pixels(1), workers=0))
     assert report["kinds"] == {"array uint8 x 1": 20}
     assert report["classes"] == 10
     assert report["bad"] == {}
     assert describe(report, 0.01).endswith("0 of 20 images (0.000%) cannot be decoded")
-    with pytest.raises(UserError, match="in_channels=4"):
-        check(source, canvas_size=40, channels=4, workers=0)
+    report = summarize(source, check(source, canvas_size=40, pixels=Pixels(4), workers=0))
+    assert set(report["bad"].values()) == {"it has 1 channels, but model.in_channels is 4"}
 
 
 def run(*arguments):
@@ -110,7 +110,7 @@ def test_a_mistake_is_one_line(tmp_path):
 def test_findings_hold_no_arrays():
     """Thousands of arrays from workers would take as many open files."""
     source = open_source("demo:test:1")
-    finding = check(source, canvas_size=40, channels=1, workers=0)[0]
+    finding = check(source, canvas_size=40, pixels=Pixels(1), workers=0)[0]
     assert finding.moments
     assert not any(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(finding))
 
@@ -122,7 +122,7 @@ def test_mean_and_std_are_those_of_the_pixels(tmp_path):
     for i, image in enumerate(images):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     source = open_source(f"folder:{tmp_path}")
-    found = summarize(source, check(source, canvas_size=32, channels=3, workers=0))
+    found = summarize(source, check(source, canvas_size=32, pixels=Pixels(3), workers=0))
     np.testing.assert_allclose(found["statistics"]["mean"], images.mean((0, 1, 2)) / 255, atol=5e-4)  # three digits
     np.testing.assert_allclose(found["statistics"]["std"], images.std((0, 1, 2)) / 255, atol=5e-4)
     mean, std = (",".join(map(str, found["statistics"][name])) for name in ("mean", "std"))

@@ -13,11 +13,12 @@ from dino_jax.commands import prepare as command
 from dino_jax.commands.prepare import describe, prepare, smaller
 from dino_jax.data.decoding import to_canvas
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-AS_THEY_ARE = {"canvas_size": 0, "channels": 3, "shard_images": 5, "workers": 0}
+AS_THEY_ARE = {"canvas_size": 0, "pixels": Pixels(3), "shard_images": 5, "workers": 0}
 NAMES = [f"shard-{k:05d}-of-00005.array_record" for k in range(5)]
 
 
@@ -36,7 +37,7 @@ def files(out):
 
 
 def stream(source, p=0, hosts=1):
-    settings = {"batch_size": 8, "canvas_size": 16, "channels": 3, "seed": 0}
+    settings = {"batch_size": 8, "canvas_size": 16, "pixels": Pixels(3), "seed": 0}
     with train_batches(source, **settings, process_index=p, process_count=hosts) as batches:
         return [next(batches) for _ in range(4)]
 
@@ -59,7 +60,7 @@ def test_images_are_made_smaller_in_their_own_shape():
     large = np.asarray(Image.fromarray(photo()).resize((300, 200), Image.Resampling.BICUBIC))
     made = smaller(encoded(large), 40, 3)
     assert Image.open(io.BytesIO(made)).size == (60, 40)
-    ours, theirs = (to_canvas(image, 40, 3)[0].astype(int) for image in (made, large))
+    ours, theirs = (to_canvas(image, 40, Pixels(3))[0].astype(int) for image in (made, large))
     assert np.abs(ours - theirs).mean() < 2
     assert smaller(encoded(large), 200, 3) == encoded(large)
     assert smaller(large, 256, 3) is large

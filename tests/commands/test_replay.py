@@ -10,6 +10,7 @@ from tiny import tiny_config
 
 from dino_jax.commands import replay
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.errors import NotFiniteError, UserError
 from dino_jax.training import loop, nonfinite
@@ -22,7 +23,7 @@ def finished(tmp_path_factory):
     workdir, config = tmp_path_factory.mktemp("finished"), tiny_config(crops__local_number=0, checkpoint__keep_last=9)
     loop.train(config, workdir)
     source = open_source(config.data.source)
-    with train_batches(source, batch_size=16, canvas_size=config.data.canvas_size, channels=1, seed=0) as batches:
+    with train_batches(source, batch_size=16, canvas_size=config.data.canvas_size, pixels=Pixels(1), seed=0) as batches:
         index = [next(batches).index for _ in range(7)][-1]
     return workdir, nonfinite.write_replay_file(workdir, config, source, step=7, saved=4, skipped=[], index=index)
 

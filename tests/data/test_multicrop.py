@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dino_jax import recipes
+from dino_jax.data import photometric
 from dino_jax.data.decoding import to_canvas
 from dino_jax.data.multicrop import (
     BOX_NUMBERS,
@@ -21,6 +22,7 @@ from dino_jax.data.multicrop import (
     random_jitter,
     resize_matrix,
 )
+from dino_jax.data.pixels import Pixels
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -120,7 +122,7 @@ def test_crops_of_imagenets_sizes_are_as_sharp_as_torchvisions(kind, out, height
     boxes = jax.vmap(lambda draw: random_box(draw, size, scale))(numbers)
 
     def ours(canvas_size):
-        plane = jnp.asarray(to_canvas(photo, canvas_size, 3)[0], jnp.float32).transpose(0, 2, 1)
+        plane = jnp.asarray(to_canvas(photo, canvas_size, Pixels(3))[0], jnp.float32).transpose(0, 2, 1)
         crops = jax.jit(jax.vmap(lambda box: crop_and_resize(plane, size, box, False, out)))(boxes)
         return np.asarray(crops).transpose(0, 1, 3, 2)
 
@@ -255,6 +257,29 @@ def test_other_channel_counts(channels):
     assert made.global_crops.shape == (4, 2, 24, 24, channels)
     assert made.local_crops.shape == (4, 3, 12, 12, channels)
     assert all(np.isfinite(crops).all() for crops in made)
+
+
+def test_bands_change_on_their_own():
+    """Every channel has factors of its own, and a channel's crop depends on no other channel."""
+    keys, canvas, sizes = inputs(5)
+    plain = BOXES_ONLY | {"jitter": 1.0, "global_solarize": (1.0, 1.0)}
+    crops = np.asarray(cropper(channels=5, **plain)(keys, canvas, sizes).global_crops)
+    other = canvas.copy()
+    other[..., 2] = 255 - other[..., 2]
+    changed = np.asarray(cropper(channels=5, **plain)(keys, other, sizes).global_crops)
+    np.testing.assert_allclose(np.delete(changed, 2, -1), np.delete(crops, 2, -1), atol=1e-5)
+    same = np.repeat(canvas[..., :1], 5, -1)
+    spread = np.ptp(np.asarray(cropper(channels=5, **plain)(keys, same, sizes).global_crops) * (STD * 2)[0], axis=-1)
+    assert np.median(spread) > 0.02, "equal channels get different factors"
+
+
+def test_channel_jitter_is_brightness_and_contrast():
+    image = jnp.asarray(np.random.default_rng(0).uniform(60, 120, (6, 4, 7)), jnp.float32)
+    factors = jnp.array([[1.0, 1.5, 1.0, 0.5], [1.0, 1.0, 0.5, 1.2]])
+    brightness, contrast = factors[..., None]
+    mean = image.mean((0, 2))[:, None]
+    expected = brightness * (mean + contrast * (image - mean))
+    np.testing.assert_allclose(photometric.channel_jitter(image, factors), expected, rtol=1e-5)
 
 
 def test_gray_images_stay_gray():

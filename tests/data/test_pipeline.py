@@ -11,6 +11,7 @@ from PIL import Image
 from dino_jax.data import decoding
 from dino_jax.data.decoding import DecodeError, decode, eval_image, to_canvas
 from dino_jax.data.pipeline import eval_batches, train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, open_source
 from dino_jax.data.sources.array_record import write_array_record
 from dino_jax.errors import UserError
@@ -52,7 +53,7 @@ def numbered(n):
 
 
 def take(source, steps, **options):
-    settings = {"batch_size": 4, "canvas_size": 4, "channels": 1, "seed": 0, **options}
+    settings = {"batch_size": 4, "canvas_size": 4, "pixels": Pixels(1), "seed": 0, **options}
     with train_batches(source, **settings) as batches:
         return [next(batches) for _ in range(steps)]
 
@@ -74,12 +75,12 @@ def test_eval_resize_and_center_crop_match_torchvision(golden):
         match[1]: int(match[2]) for key in arrays if (match := re.fullmatch(r"eval_(resize|centercrop)(\d+)", key))
     }
     resize, crop = sizes["resize"], sizes["centercrop"]
-    ours = eval_image(image, resize=resize, crop=crop, channels=3)
+    ours = eval_image(image, resize=resize, crop=crop, pixels=Pixels(3))
     np.testing.assert_array_equal(ours, arrays[f"eval_centercrop{crop}"])
     # The whole resized image, through the widest crop that fits inside it.
     expected = arrays[f"eval_resize{resize}"]
     top, left = (round((side - resize) / 2) for side in expected.shape[:2])
-    ours = eval_image(image, resize=resize, crop=resize, channels=3)
+    ours = eval_image(image, resize=resize, crop=resize, pixels=Pixels(3))
     np.testing.assert_array_equal(ours, expected[top : top + resize, left : left + resize])
 
 
@@ -87,35 +88,35 @@ def test_ordinary_formats_come_out_exactly():
     rgb = photo()
     gray = rgb[..., 0]
     for format in ("PNG", "BMP", "TIFF"):
-        np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb), format), 3), rgb)
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), 1), gray[..., None])
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), 3), np.dstack([gray] * 3))
+        np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb), format), Pixels(3)), rgb)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), Pixels(1)), gray[..., None])
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(gray)), Pixels(3)), np.dstack([gray] * 3))
     luma = np.asarray(Image.fromarray(rgb).convert("L"))
-    np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb)), 1)[..., 0], luma)
+    np.testing.assert_array_equal(decode(encoded(Image.fromarray(rgb)), Pixels(1))[..., 0], luma)
     one_bit = Image.fromarray(gray > 100)
-    np.testing.assert_array_equal(decode(encoded(one_bit), 1)[..., 0], (gray > 100) * 255)
+    np.testing.assert_array_equal(decode(encoded(one_bit), Pixels(1))[..., 0], (gray > 100) * 255)
 
 
 def test_cmyk_and_palette_become_rgb():
     picture = Image.fromarray(photo())
     palette = picture.quantize(64)
-    np.testing.assert_array_equal(decode(encoded(palette), 3), np.asarray(palette.convert("RGB")))
-    cmyk = decode(encoded(picture.convert("CMYK"), "JPEG", quality=95), 3)
+    np.testing.assert_array_equal(decode(encoded(palette), Pixels(3)), np.asarray(palette.convert("RGB")))
+    cmyk = decode(encoded(picture.convert("CMYK"), "JPEG", quality=95), Pixels(3))
     assert np.abs(cmyk.astype(int) - np.asarray(picture)).mean() < 5
 
 
 def test_transparency_is_composited_on_white():
     rgba = Image.fromarray(np.dstack([photo(), np.zeros((60, 80), np.uint8)]), "RGBA")
     rgba.putpixel((3, 2), (10, 20, 30, 255))
-    out = decode(encoded(rgba), 3)
+    out = decode(encoded(rgba), Pixels(3))
     assert out[2, 3].tolist() == [10, 20, 30]
     assert np.all(np.delete(out.reshape(-1, 3), 2 * 80 + 3, axis=0) == 255)
     gray_alpha = Image.new("LA", (4, 4), (0, 0))
-    assert np.all(decode(encoded(gray_alpha), 1) == 255)
+    assert np.all(decode(encoded(gray_alpha), Pixels(1)) == 255)
     gif = Image.new("P", (4, 4), 0)
     gif.putpalette([0, 0, 0, 200, 0, 0])
     gif.putpixel((1, 1), 1)
-    out = decode(encoded(gif, "GIF", transparency=0), 3)
+    out = decode(encoded(gif, "GIF", transparency=0), Pixels(3))
     assert out[0, 0].tolist() == [255, 255, 255]
     assert out[1, 1].tolist() == [200, 0, 0]
 
@@ -124,48 +125,48 @@ def test_deep_images_are_scaled_by_the_range_of_their_type():
     ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
     expected = np.round(ramp / 257).astype(np.uint8)[..., None]
     for format in ("PNG", "TIFF"):
-        np.testing.assert_array_equal(decode(encoded(Image.fromarray(ramp), format), 1), expected)
-    np.testing.assert_array_equal(decode(ramp, 3), np.repeat(expected, 3, -1))
+        np.testing.assert_array_equal(decode(encoded(Image.fromarray(ramp), format), Pixels(1)), expected)
+    np.testing.assert_array_equal(decode(ramp, Pixels(3)), np.repeat(expected, 3, -1))
     for floats in (ramp / np.float32(65535), ramp.astype(np.float64) / 65535):
-        np.testing.assert_allclose(decode(floats, 1), expected, atol=1)
+        np.testing.assert_allclose(decode(floats, Pixels(1)), expected, atol=1)
     half = np.full((4, 4), 0.5, np.float32)  # of one picture alone nobody could tell that this is gray
     for image in (half, encoded(Image.fromarray(half), "TIFF")):
-        assert np.all(decode(image, 1) == 128)
+        assert np.all(decode(image, Pixels(1)) == 128)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64, np.uint32, np.float32, np.float64, np.uint16])
-def test_with_a_stated_white_all_types_show_the_same_picture(dtype):
+def test_with_a_stated_range_all_types_show_the_same_picture(dtype):
     picture = photo(16, 24)
-    np.testing.assert_array_equal(decode(picture.astype(dtype), 3, white=255.0), picture)
-    np.testing.assert_array_equal(decode(picture, 3, white=4095.0), picture)  # 8 bits are always 0..255
+    np.testing.assert_array_equal(decode(picture.astype(dtype), Pixels(3, range=(0.0, 255.0))), picture)
+    np.testing.assert_array_equal(decode(picture, Pixels(3, range=(0.0, 4095.0))), picture)  # 8 bits are always 0..255
 
 
-def test_twelve_bits_in_sixteen_use_all_levels_with_a_stated_white():
+def test_twelve_bits_in_sixteen_use_all_levels_with_a_stated_range():
     scan = np.arange(4096, dtype=np.uint16).reshape(64, 64)
     file = encoded(Image.fromarray(scan), "TIFF")
-    assert len(np.unique(decode(file, 1))) == 17
-    assert len(np.unique(decode(file, 1, white=4095.0))) == 256
+    assert len(np.unique(decode(file, Pixels(1)))) == 17
+    assert len(np.unique(decode(file, Pixels(1, range=(0.0, 4095.0))))) == 256
 
 
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((4, 4), np.int32), "int32 pixels have no range of their own: state their level of white"),
+        (np.zeros((4, 4), np.int32), "int32 pixels have no range of their own: state the values of black and white"),
         (np.zeros((4, 4), np.int64), "int64 pixels have no range of their own"),
         (
             np.full((4, 4), 200.0, np.float32),
-            "float32 pixels from 0 to 200 do not fit 0..1: state their level of white",
+            "float32 pixels from 200 to 200 do not fit 0..1: state the values of black and white",
         ),
-        (np.full((4, 4), -0.5), "float64 pixels from -0.5 to 0 do not fit 0..1"),
+        (np.full((4, 4), -0.5), "float64 pixels from -0.5 to -0.5 do not fit 0..1"),
         (np.full((4, 4), np.nan), "float64 pixels from nan to nan do not fit 0..1"),
-        (np.full((4, 4), np.inf, np.float16), "float16 pixels from 0 to inf do not fit 0..1"),
+        (np.full((4, 4), np.inf, np.float16), "float16 pixels from inf to inf do not fit 0..1"),
     ],
 )
 def test_values_without_a_known_range_are_refused_by_their_type(image, message):
     with pytest.raises(DecodeError, match=message):
-        decode(image, 1)
+        decode(image, Pixels(1))
     with pytest.raises(DecodeError, match=message):
-        eval_image(image, resize=4, crop=4, channels=1)
+        eval_image(image, resize=4, crop=4, pixels=Pixels(1))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
@@ -187,25 +188,25 @@ def test_every_exif_orientation_is_applied(format):
         exif[decoding.ORIENTATION_TAG] = orientation
         options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 98}}.get(format, {})
         data = encoded(Image.fromarray(np.ascontiguousarray(stored)), format, exif=exif, **options)
-        out = decode(data, 3)
+        out = decode(data, Pixels(3))
         assert out.shape == upright.shape, orientation
         assert np.abs(out.astype(int) - upright).mean() < 3, orientation
-        canvas, size = to_canvas(data, 16, 3)
+        canvas, size = to_canvas(data, 16, Pixels(3))
         assert size == (64, 96)
-        assert np.abs(canvas.astype(int) - to_canvas(upright, 16, 3)[0]).mean() < 4, orientation
+        assert np.abs(canvas.astype(int) - to_canvas(upright, 16, Pixels(3))[0]).mean() < 4, orientation
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_damaged_exif_does_not_lose_the_image():
     data = encoded(Image.fromarray(photo()), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff garbage")
-    assert decode(data, 3).shape == (60, 80, 3)
+    assert decode(data, Pixels(3)).shape == (60, 80, 3)
 
 
 def test_first_frame_of_an_animation():
     frames = [Image.new("RGB", (6, 5), color) for color in ("red", "blue")]
     for format in ("GIF", "WEBP", "TIFF"):
         data = encoded(frames[0], format, save_all=True, append_images=frames[1:])
-        assert np.abs(decode(data, 3).astype(int) - [255, 0, 0]).max() <= 2, format
+        assert np.abs(decode(data, Pixels(3)).astype(int) - [255, 0, 0]).max() <= 2, format
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -217,7 +218,7 @@ def test_bombs_are_refused_before_anything_is_unpacked(monkeypatch):
     bomb = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(1000)))
     monkeypatch.setattr(Image.Image, "load", None)  # would fail if it were called
     with pytest.raises(DecodeError, match="20000 x 6000"):
-        decode(bomb, 3)
+        decode(bomb, Pixels(3))
 
 
 def test_memory_that_decoding_takes_is_bounded():
@@ -225,7 +226,7 @@ def test_memory_that_decoding_takes_is_bounded():
     Image.new("P", (9_000, 9_000)).save(transparent, "PNG", transparency=0)
     assert len(transparent.getvalue()) < 20_000
     with pytest.raises(DecodeError, match="decoding 9000 x 9000 pixels of P takes"):
-        decode(transparent.getvalue(), 3)
+        decode(transparent.getvalue(), Pixels(3))
 
 
 def test_what_cannot_be_decoded_says_so():
@@ -233,30 +234,30 @@ def test_what_cannot_be_decoded_says_so():
     png = encoded(Image.fromarray(photo()))
     for data in (b"", b"hello", jpeg[: len(jpeg) // 2], png[: len(png) // 2], jpeg[:20]):
         with pytest.raises(DecodeError):
-            decode(data, 3)
+            decode(data, Pixels(3))
     with pytest.raises(DecodeError, match="elongated"):
-        eval_image(encoded(Image.new("L", (60_000, 1))), resize=256, crop=224, channels=1)
+        eval_image(encoded(Image.new("L", (60_000, 1))), resize=256, crop=224, pixels=Pixels(1))
 
 
-def test_other_channel_counts_come_from_arrays_only():
+def test_any_number_of_channels_comes_from_arrays():
     stack = np.random.default_rng(0).integers(0, 256, (12, 10, 5), np.uint8)
-    np.testing.assert_array_equal(decode(stack, 5), stack)
-    canvas, size = to_canvas(stack, 6, 5)
+    np.testing.assert_array_equal(decode(stack, Pixels(5)), stack)
+    canvas, size = to_canvas(stack, 6, Pixels(5))
     assert canvas.shape == (6, 6, 5)
     assert size == (12, 10)
     for c in range(5):
-        np.testing.assert_array_equal(canvas[..., c], to_canvas(stack[..., c], 6, 1)[0][..., 0])
-    assert eval_image(stack, resize=8, crop=6, channels=5).shape == (6, 6, 5)
+        np.testing.assert_array_equal(canvas[..., c], to_canvas(stack[..., c], 6, Pixels(1))[0][..., 0])
+    assert eval_image(stack, resize=8, crop=6, pixels=Pixels(5)).shape == (6, 6, 5)
     for image in (stack, encoded(Image.fromarray(photo()))):
-        with pytest.raises(UserError, match="in_channels"):
-            decode(image, 4)
+        with pytest.raises(DecodeError, match="in_channels is 4"):
+            decode(image, Pixels(4))
 
 
 def test_jpeg_canvas_by_dct_downscaling_is_the_same_picture():
     image = photo(600, 900)
     data = encoded(Image.fromarray(image), "JPEG", quality=95)
     for side in (64, 100):
-        canvas, size = to_canvas(data, side, 3)
+        canvas, size = to_canvas(data, side, Pixels(3))
         exact = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC))
         assert size == (600, 900)
         assert np.abs(canvas.astype(int) - exact).mean() < 1.5
@@ -302,9 +303,9 @@ def test_processes_share_the_global_batch():
 @pytest.mark.slow
 def test_workers_change_nothing():
     source = Memory([encoded(Image.fromarray(photo(seed=i))) for i in range(7)])
-    options = {"canvas_size": 16, "channels": 3, "start_step": 1}
+    options = {"canvas_size": 16, "pixels": Pixels(3), "start_step": 1}
     assert_same(take(source, 5, workers=2, **options), take(source, 5, workers=0, **options))
-    settings = {"batch_size": 3, "resize": 20, "crop": 16, "channels": 3}
+    settings = {"batch_size": 3, "resize": 20, "crop": 16, "pixels": Pixels(3)}
     with eval_batches(source, workers=2, **settings) as two, eval_batches(source, workers=0, **settings) as none:
         assert_same(list(two), list(none))
 
@@ -378,7 +379,7 @@ def test_a_flipped_byte_in_an_array_record_replaces_that_image(tmp_path):
     source = open_source(f"array_record:{tmp_path}/part")
     bad = np.concatenate([batch.bad for batch in take(source, 13)])
     assert len(set(bad[bad >= 0].tolist())) == 1
-    with eval_batches(source, batch_size=10, resize=4, crop=4, channels=1) as batches:
+    with eval_batches(source, batch_size=10, resize=4, crop=4, pixels=Pixels(1)) as batches:
         assert sum(len(batch.index) for batch in batches) == 49
 
 
@@ -393,11 +394,11 @@ def test_mistakes_name_the_knob():
     with pytest.raises(UserError, match="data.workers"):
         take(numbered(10), 1, workers=-1)
     with pytest.raises(UserError, match="eval.crop 32 .* eval.resize 16"):
-        eval_batches(numbered(10), batch_size=4, resize=16, crop=32, channels=1)
+        eval_batches(numbered(10), batch_size=4, resize=16, crop=32, pixels=Pixels(1))
 
 
 def evaluated(source, **options):
-    with eval_batches(source, **{"batch_size": 4, "resize": 4, "crop": 4, "channels": 1, **options}) as batches:
+    with eval_batches(source, **{"batch_size": 4, "resize": 4, "crop": 4, "pixels": Pixels(1), **options}) as batches:
         return list(batches)
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.data.sources.tar import expand_braces, split_name
 from dino_jax.errors import UserError
@@ -58,7 +59,7 @@ def test_the_batches_are_those_of_a_folder_bit_for_bit(tmp_path):
     (tmp_path / "folder").mkdir()
     for i in range(15):
         (tmp_path / "folder" / f"{i:06}.jpg").write_bytes(jpeg(i))
-    reading = {"batch_size": 5, "canvas_size": 32, "channels": 3, "seed": 1, "start_step": 2}
+    reading = {"batch_size": 5, "canvas_size": 32, "pixels": Pixels(3), "seed": 1, "start_step": 2}
     with (
         train_batches(open_source(spec), **reading) as ours,
         train_batches(open_source(f"folder:{tmp_path}/folder"), **reading) as theirs,

@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, open_source
 from dino_jax.errors import UserError
 
-SETTINGS = {"batch_size": 2, "canvas_size": 8, "channels": 1, "seed": 0}
+SETTINGS = {"batch_size": 2, "canvas_size": 8, "pixels": Pixels(1), "seed": 0}
 AHEAD = 20  # more batches than are ready before they are asked for
 
 
@@ -99,7 +100,7 @@ from dino_jax.data.pipeline import train_batches
 from dino_jax.data.sources import open_source
 
 if __name__ == "__main__":
-    settings = {"batch_size": 2, "canvas_size": 8, "channels": 1, "seed": 0}
+    settings = {"batch_size": 2, "canvas_size": 8, "pixels": Pixels(1), "seed": 0}
     with train_batches(open_source("demo:test:1"), workers=2, **settings) as batches:
         for _ in range(4):
             next(batches)

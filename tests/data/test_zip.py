@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source, read_example
 from dino_jax.errors import UserError
 
@@ -43,7 +44,7 @@ def test_images_and_class_folders(archive):
 def test_the_batches_are_those_of_the_unpacked_folder(archive, tmp_path):
     with zipfile.ZipFile(archive) as file:
         file.extractall(tmp_path / "folder", NAMES)
-    reading = {"batch_size": 2, "canvas_size": 16, "channels": 3, "seed": 1}
+    reading = {"batch_size": 2, "canvas_size": 16, "pixels": Pixels(3), "seed": 1}
     with (
         train_batches(open_source(f"zip:{archive}"), workers=1, **reading) as ours,
         train_batches(open_source(f"folder:{tmp_path}/folder"), **reading) as theirs,

@@ -11,6 +11,7 @@ from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
 from dino_jax.data.decoding import to_canvas
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import folder, open_source
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
@@ -37,7 +38,7 @@ def source(tmp_path_factory):
 def stream(source, process_index=0, process_count=1):
     """The batches of an epoch."""
     order = {"seed": 0, "process_index": process_index, "process_count": process_count}
-    with train_batches(source, batch_size=BATCH, canvas_size=SIDE, channels=3, **order) as batches:
+    with train_batches(source, batch_size=BATCH, canvas_size=SIDE, pixels=Pixels(3), **order) as batches:
         return [next(batches) for _ in range(-(-len(source) // BATCH))]
 
 
@@ -79,7 +80,7 @@ def test_what_can_be_used_is_what_it_shows(shown, name):
     if pixels.ndim == 2:
         pixels = np.dstack([pixels] * 3)
     canvas, size = shown[0][name]
-    expected, shape = to_canvas(np.round(pixels).astype(np.uint8), SIDE, 3)
+    expected, shape = to_canvas(np.round(pixels).astype(np.uint8), SIDE, Pixels(3))
     assert tuple(size) == shape == pixels.shape[:2]
     assert np.abs(canvas.astype(int) - expected).mean() <= tolerance
 
@@ -105,11 +106,12 @@ def test_substitutes_are_the_same_for_everyone(source, batches):
 MEMORY = """
 import resource, sys
 from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.pixels import Pixels
 import zoo
-decode(zoo.USED["plain.jpg"][0], 3)
+decode(zoo.USED["plain.jpg"][0], Pixels(3))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
-    decode(zoo.BAD["bomb.png"][0], 3)
+    decode(zoo.BAD["bomb.png"][0], Pixels(3))
 except DecodeError as error:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, error)
 """

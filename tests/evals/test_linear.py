@@ -14,6 +14,7 @@ from PIL import Image
 from tolerances import assert_close
 
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
@@ -136,7 +137,7 @@ def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colors, folde
     source = open_source(config.train)
     features = np.array([np.array(Image.open(f"{folders}/train/{path}"))[0, 0] for path in source.paths])
     features = (features / 255 - 0.5) / 0.25
-    with train_batches(source, batch_size=24, canvas_size=8, channels=3, seed=0) as batches:
+    with train_batches(source, batch_size=24, canvas_size=8, pixels=Pixels(3), seed=0) as batches:
         order = [next(batches).index for _ in range(6)]
     probe = linear.design(colors, config, 3, 48, 1)
     start, end = linear_heads.init_heads(probe, {})["cls_1"]["kernel"], saved(tmp_path)

@@ -4,6 +4,7 @@ import pytest
 from tiny import tiny_config
 
 from dino_jax.checkpoints import model_card
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
@@ -38,7 +39,7 @@ def features(backbone, **changes):
     mean, std = (backbone.card["preprocessing"][key] for key in ("mean", "std"))
     augment = probe.global_crops(tiny_config().crops, mean, std)
     keys = ("images", "pairs", "seed", "canvas_size", "batch_size", "workers")
-    reading = probe.Reading(channels=1, white=0.0, **{key: config[key] for key in keys})
+    reading = probe.Reading(pixels=Pixels(1), **{key: config[key] for key in keys})
     source = open_source(config.source)
     return probe.crop_features(backbone.model.apply, backbone.variables, augment, source, make_mesh(), reading)
 

@@ -82,8 +82,8 @@ def test_a_step_that_takes_too_much_memory_is_divided():
 
 def test_scans_of_12_bits_get_their_level_of_white():
     scans = DEMO._replace(brightest=4_000.0, white=65_535.0)
-    assert choose(scans, LAPTOP).data.white == 4_095
-    assert choose(scans._replace(brightest=60_000.0), LAPTOP).data.white == 0
+    assert choose(scans, LAPTOP).data.range == (0, 4_095)
+    assert choose(scans._replace(brightest=60_000.0), LAPTOP).data.range == (0, 0)
 
 
 @pytest.mark.parametrize("side", [1, 28, 40, 64, 96, 150, 224, 3_000])

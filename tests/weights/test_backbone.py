@@ -201,7 +201,7 @@ def test_preprocess_of_one_picture_in_any_type_is_the_same(rgb_backbone):
     picture = np.random.default_rng(0).integers(0, 256, (40, 40, 3)).astype(np.uint8)
     expected = rgb_backbone.preprocess([picture])
     for dtype in (np.int32, np.int64, np.uint16, np.float32):
-        same = rgb_backbone.preprocess([picture.astype(dtype)], white=255)
+        same = rgb_backbone.preprocess([picture.astype(dtype)], range=(0, 255))
         np.testing.assert_array_equal(same, expected)
     np.testing.assert_array_equal(rgb_backbone.preprocess([picture / np.float32(255)]), expected)
     with pytest.raises(UserError, match=r"image 0 .*int32 pixels have no range"):

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 import numpy as np
 from PIL import Image
 
+from dino_jax.data.array_files import NPY, NPZ, TIFF
 from dino_jax.data.sources.base import KNOB, Example, Source
 from dino_jax.errors import UserError
 
@@ -44,7 +45,7 @@ class ArrayRecordSource(Source):
         try:
             self.records = ArrayRecordDataSource(paths)
             first = self.records[0]
-            Image.open(io.BytesIO(_split_record(first)[2]))
+            _require_image(_split_record(first)[2])
         except Exception as error:  # its C++ reader raises bare RuntimeErrors
             raise UserError(
                 f"{KNOB}=array_record:{pattern}: {paths[0]} does not start with an image or a labeled image "
@@ -81,7 +82,7 @@ def _split_record(record: bytes) -> tuple[int, int, bytes]:
 
 
 def write_array_record(source: Source, path: str) -> None:
-    """Writes all examples of a source to one file that `array_record:PATH` reads; arrays are stored as PNG.
+    """Writes all examples of a source to one file that `array_record:PATH` reads; arrays are stored as PNG or .npy.
 
     `dino-jax prepare` writes a large source in parallel, to many files.
     """
@@ -100,7 +101,7 @@ def write_examples(examples: Iterable[Example], num_classes: int, path: str) -> 
         writer = ArrayRecordWriter(path, "group_size:1")  # one record a group: random access costs no more
     for image, label in examples:
         if isinstance(image, np.ndarray):
-            image = _png(image)
+            image = _encoded(image)
         with as_os_error():
             writer.write(HEADER.pack(MAGIC, label, num_classes) + image)
         written += 1
@@ -109,13 +110,21 @@ def write_examples(examples: Iterable[Example], num_classes: int, path: str) -> 
     return written
 
 
-def _png(image: np.ndarray) -> bytes:
+def _encoded(image: np.ndarray) -> bytes:
+    """Returns an array [H, W] or [H, W, C] as a PNG, which is smaller, or as .npy if PNG cannot hold it."""
     buffer = io.BytesIO()
     try:
         Image.fromarray(image[..., 0] if image.shape[2:] == (1,) else image).save(buffer, "PNG")
-    except (TypeError, OSError) as error:
-        raise UserError(f"data.source: arrays {image.dtype} {list(image.shape)} cannot be stored as PNG") from error
+    except (TypeError, OSError):
+        buffer = io.BytesIO()
+        np.save(buffer, image, allow_pickle=False)
     return buffer.getvalue()
+
+
+def _require_image(content: bytes) -> None:
+    """Raises an error of any type if the content begins neither like an image nor like an array."""
+    if not content.startswith((NPY, NPZ, *TIFF)):  # Pillow does not know every TIFF
+        Image.open(io.BytesIO(content))
 
 
 @contextmanager

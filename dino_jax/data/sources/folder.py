@@ -12,6 +12,7 @@ from dino_jax.data.sources.base import KNOB, Example, Source
 from dino_jax.errors import UserError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
+ARRAY_EXTENSIONS = (".npy", ".npz")
 SYSTEM_FOLDERS = ("@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "#recycle")
 MAX_FILE = 512 * 2**20  # bytes; larger files are replaced like damaged ones, so that one cannot fill the memory
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line ends, bytes that are not UTF-8
@@ -80,7 +81,21 @@ def printable(name: str) -> str:
 
 def is_image(name: str) -> bool:
     """Whether a file's name says that it is an image that Pillow can read without running other programs."""
-    return os.path.splitext(name)[1].lower() in IMAGE_EXTENSIONS
+    return _extension(name) in IMAGE_EXTENSIONS
+
+
+def images_of(names: list[str]) -> list[str]:
+    """Returns the names of pictures; if there are none, those of arrays. Beside pictures, arrays are something else."""
+    return list(filter(is_image, names)) or [name for name in names if is_array(name)]
+
+
+def is_array(name: str) -> bool:
+    """Whether a file's name says that it holds a NumPy array, which may be an image: see `images_of`."""
+    return _extension(name) in ARRAY_EXTENSIONS
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
 
 
 def is_ignored(name: str) -> bool:
@@ -140,16 +155,21 @@ def image_paths(root: str | os.PathLike[str], what: str, nested: bool = True) ->
             if _is_folder(entry):
                 if nested:
                     pending.append(os.path.join(folder, entry.name))
-            elif not is_image(entry.name):
-                others[os.path.splitext(entry.name)[1].lower() or "no extension"] += 1
+            elif not (is_image(entry.name) or is_array(entry.name)):
+                others[_extension(entry.name) or "no extension"] += 1
             elif _is_file(entry):
                 paths.append(os.path.join(folder, entry.name))
+    images = images_of(paths)
+    if len(images) < len(paths):
+        others.update(_extension(path) for path in paths if is_array(path))
     listing = ", ".join(f"{count:,} x {extension}" for extension, count in others.most_common(4))
-    if not paths:
-        raise UserError(f"{what}: no images ({' '.join(IMAGE_EXTENSIONS)}) there, found {listing or 'nothing'}")
+    if not images:
+        raise UserError(
+            f"{what}: no images ({' '.join(IMAGE_EXTENSIONS + ARRAY_EXTENSIONS)}) there, found {listing or 'nothing'}"
+        )
     if others:
         print(f"{root}: passed over {others.total():,} files that are no images ({listing})", file=sys.stderr)
-    return sorted(paths)
+    return sorted(images)
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 
 from dino_jax import atomic
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.folder import check_file_size, is_ignored, is_image
+from dino_jax.data.sources.folder import check_file_size, images_of, is_ignored
 from dino_jax.errors import UserError, listed
 from dino_jax.json_files import TEXT, WHOLE, Kind, read_object
 from dino_jax.progress import progress
@@ -203,10 +203,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 def _sample(tar: tarfile.TarFile, key: str, group: Mapping[str, tarfile.TarInfo]) -> Iterator[Sample]:
     """Yields the sample of a group of members, if one of them is an image."""
-    for extension, member in group.items():
-        if is_image(f"x.{extension}"):
-            yield Sample(key, member.offset_data, member.size, _label(tar, group))
-            return
+    if names := images_of([f"x.{extension}" for extension in group]):
+        member = group[names[0].removeprefix("x.")]
+        yield Sample(key, member.offset_data, member.size, _label(tar, group))
 
 
 def _label(tar: tarfile.TarFile, group: Mapping[str, tarfile.TarInfo]) -> int:

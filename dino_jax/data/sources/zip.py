@@ -5,7 +5,7 @@ import zipfile
 from typing import Any
 
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.folder import check_file_size, class_folders, is_ignored, is_image, printable
+from dino_jax.data.sources.folder import check_file_size, class_folders, images_of, is_ignored, printable
 from dino_jax.errors import UserError
 
 
@@ -24,11 +24,8 @@ class ZipSource(Source):
             raise UserError(f"{what}: no zip archive, or cut off ({error}): copy it again") from error
         except OSError as error:
             raise UserError(f"{what}: cannot be read: {error.strerror or error}") from error
-        self.names = sorted(
-            member.filename
-            for member in members
-            if is_image(member.filename) and not any(map(is_ignored, member.filename.split("/")))
-        )
+        names = [member.filename for member in members if not any(map(is_ignored, member.filename.split("/")))]
+        self.names = sorted(images_of(names))
         if not self.names:
             raise UserError(f"{what}: no images among its {len(members):,} files")
         self.class_names, self.labels = class_folders(self.names, "/")

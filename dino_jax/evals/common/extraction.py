@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dino_jax.data.pipeline import EvalBatch, eval_batches
+from dino_jax.data.pixels import Pixels, to_unit
 from dino_jax.data.sources import Source, Subset, read_example
 from dino_jax.distributed.sharding import replicate, shard_batch
 from dino_jax.errors import UserError
@@ -46,10 +47,9 @@ def extract_source(
     batch_size: int,
     resize: int,
     crop: int,
-    channels: int,
+    pixels: Pixels,
     mean: Sequence[float],
     std: Sequence[float],
-    white: float = 0.0,
     workers: int = 0,
     cache: FeatureCache | None = None,
 ) -> FeatureTable:
@@ -75,8 +75,7 @@ def extract_source(
             batch_size=batch_size,
             resize=resize,
             crop=crop,
-            channels=channels,
-            white=white,
+            pixels=pixels,
             workers=workers,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
@@ -121,8 +120,7 @@ def extract_with_backbone(
         what,
         mesh,
         batch_size=config.batch_size,
-        channels=backbone.config["in_channels"],
-        white=backbone.white,
+        pixels=backbone.pixels,
         mean=trained["mean"],
         std=trained["std"],
         workers=config.workers,
@@ -245,8 +243,8 @@ def images_in(batch: EvalBatch) -> int:
 def _forward(
     apply_fn: Callable[..., Any], variables: Any, images: jax.Array, mean: jax.Array, std: jax.Array
 ) -> jax.Array:
-    """uint8 [b, H, W, C], split over the devices -> float32 [b, D], split the same way."""
-    return apply_fn(variables, (images / jnp.float32(255) - mean) / std).astype(jnp.float32)
+    """Pixels [b, H, W, C], split over the devices -> float32 [b, D], split the same way."""
+    return apply_fn(variables, (to_unit(images) - mean) / std).astype(jnp.float32)
 
 
 def _fetch(output: jax.Array, n: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from dino_jax import atomic
 from dino_jax.data.decoding import DecodeError, decode
+from dino_jax.data.pixels import WHITE, Pixels
 from dino_jax.data.sources import folder
 from dino_jax.distributed.sharding import make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
@@ -45,17 +46,22 @@ def crop_to_patches(images: np.ndarray, patch: int) -> np.ndarray:
 def resize(
     image: np.ndarray, height: int, width: int, method: Image.Resampling = Image.Resampling.BICUBIC
 ) -> np.ndarray:
-    """Resizes uint8 [H, W, C] to uint8 [height, width, C], any number of channels, with antialiasing."""
+    """Resizes pixels [H, W, C] to [height, width, C], any dtype of `WHITE` and any C, with antialiasing."""
     if image.shape[:2] == (height, width):
         return image
-    channels = [Image.fromarray(image[..., c]).resize((width, height), method) for c in range(image.shape[2])]
-    return np.stack([np.asarray(channel) for channel in channels], -1)
+    bands = image if image.dtype == np.uint8 else image.astype(np.float32)
+    resized = [Image.fromarray(bands[..., c]).resize((width, height), method) for c in range(image.shape[2])]
+    stacked = np.stack([np.asarray(band) for band in resized], -1)
+    if image.dtype == np.uint8:
+        return stacked
+    stacked = np.clip(stacked, 0, WHITE[image.dtype.name])
+    return stacked if image.dtype == np.float32 else np.round(stacked).astype(image.dtype)
 
 
-def read_image(path: Path, channels: int, knob: str, white: float = 0.0) -> np.ndarray:
-    """Reads an image file as uint8 [H, W, channels], see `decode`. Raises UserError with the knob if it can't."""
+def read_image(path: Path, pixels: Pixels, knob: str) -> np.ndarray:
+    """Reads an image file as [H, W, channels], see `decode`. Raises UserError with the knob if it can't."""
     try:
-        return decode(folder.read_file(path), channels, white)
+        return decode(folder.read_file(path), pixels)
     except (OSError, DecodeError) as error:
         raise UserError(f"{knob}: {path} can't be read as a picture ({error})") from error
 
@@ -96,7 +102,7 @@ def patch_size(backbone: Backbone) -> int:
 
 
 def normalize_images(backbone: Backbone, images: np.ndarray) -> np.ndarray:
-    """Normalizes uint8 [B, H, W, C] to float32 as the backbone was trained."""
+    """Normalizes pixels [B, H, W, C] to float32 as the backbone was trained."""
     as_trained = backbone.card["preprocessing"]
     return normalize(images, as_trained["mean"], as_trained["std"])
 
@@ -108,7 +114,7 @@ def map_images(
 
     Batches are split over the devices of this process; `batch_size` is rounded up to a multiple of their number.
 
-    images: uint8 [H, W, C], all of one size; at most a batch of them is held in memory.
+    images: pixels [H, W, C], all of one size; at most a batch of them is held in memory.
     """
     mesh, images = make_mesh().local_mesh, iter(images)
     backbone = dataclasses.replace(backbone, variables=replicate(jax.device_get(backbone.variables), mesh))
@@ -136,11 +142,6 @@ def patch_grid(backbone: Backbone, images: jax.Array | np.ndarray) -> jax.Array:
 def upsample(maps: np.ndarray, factor: int) -> np.ndarray:
     """Repeats each value: [..., h, w] -> [..., h * factor, w * factor]."""
     return maps.repeat(factor, axis=-2).repeat(factor, axis=-1)
-
-
-def to_rgb(image: np.ndarray) -> np.ndarray:
-    """Uint8 [H, W, C] -> uint8 [H, W, 3]: one channel becomes gray, and of more than three the first three are used."""
-    return np.broadcast_to(image, (*image.shape[:2], 3)) if image.shape[-1] == 1 else image[..., :3]
 
 
 def heatmap(values: np.ndarray) -> np.ndarray:

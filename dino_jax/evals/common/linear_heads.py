@@ -14,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dino_jax.data.multicrop import BOX_NUMBERS, crop_and_resize, random_box
+from dino_jax.data.pixels import Pixels, to_levels
 from dino_jax.distributed.sharding import AXES
 from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone, normalize
@@ -41,7 +42,7 @@ class Probe(NamedTuple):
     kinds: tuple[Kind, ...]
     official: Kind  # what the reference's commands read, see `official_kind`
     config: ConfigDict  # with all sizes set
-    white: float
+    pixels: Pixels
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
@@ -61,7 +62,7 @@ class ProbeState:
 class TrainRows(NamedTuple):
     """Fields of a training batch that are sent to the devices."""
 
-    canvas: Array  # uint8 [B, S, S, channels]
+    canvas: Array  # pixels.dtype [B, S, S, channels]
     size: Array  # float32 [B, 2]
     position: Array  # int32 [B]
     label: Array  # int32 [B]
@@ -70,7 +71,7 @@ class TrainRows(NamedTuple):
 class EvalRows(NamedTuple):
     """Fields of a test batch that are sent to the devices."""
 
-    images: Array  # uint8 [B, crop, crop, channels]
+    images: Array  # pixels.dtype [B, crop, crop, channels]
     label: Array  # int32 [B], -1 in padding
 
 
@@ -126,8 +127,9 @@ def random_crops(probe: Probe, step: jax.Array, rows: TrainRows) -> jax.Array:
         box = random_box(numbers[:BOX_NUMBERS], size, config.scale)
         return crop_and_resize(plane, size, box, numbers[BOX_NUMBERS] < config.flip, config.crop)
 
-    planes = jnp.swapaxes(rows.canvas, 2, 3).astype(jnp.float32)
-    return normalize(jnp.swapaxes(jax.vmap(crop)(rows.position, planes, rows.size), 2, 3), probe.mean, probe.std)
+    planes = to_levels(jnp.swapaxes(rows.canvas, 2, 3))
+    levels = jnp.swapaxes(jax.vmap(crop)(rows.position, planes, rows.size), 2, 3)
+    return normalize(levels / 255, probe.mean, probe.std)
 
 
 def logits(head: dict[str, Any], features: jax.Array) -> jax.Array:

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image
+from dino_jax.data.pixels import to_rgb
 from dino_jax.data.sources import Source, read_example, spread
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.evals.attention import attention_maps, overlay
 from dino_jax.evals.common.extraction import cls_features, extract_source
-from dino_jax.evals.common.images import fit_to_patches, heatmap, normalize_images, patch_grid, to_rgb, upsample
+from dino_jax.evals.common.images import fit_to_patches, heatmap, normalize_images, patch_grid, upsample
 from dino_jax.evals.common.neighbors import nearest
 from dino_jax.evals.patch_pca import patch_components
 from dino_jax.weights.backbone import Backbone
@@ -36,10 +37,9 @@ def neighbors(backbone: Backbone, source: Source, queries: int = QUERIES, bank_s
         batch_size=min(256, len(bank)),
         resize=card["resize"],
         crop=card["crop"],
-        channels=backbone.config["in_channels"],
         mean=card["mean"],
         std=card["std"],
-        white=backbone.white,
+        pixels=backbone.pixels,
     )
     chosen = np.linspace(0, len(table.records) - 1, min(queries, len(table.records))).astype(int)
     count = min(NEIGHBORS + 1, len(table.records))
@@ -60,7 +60,8 @@ def attention(backbone: Backbone, source: Source) -> list[Row]:
         maps = attention_maps(backbone, normalize_images(backbone, image[None]))[0]
         factor = len(image) // maps.shape[1]
         heads = [(f"head {i + 1}", heatmap(upsample(one, factor))) for i, one in enumerate(maps)]
-        rows.append([("image", to_rgb(image)), ("mean", overlay(image, maps)), *heads])
+        picture = to_rgb(image, backbone.pixels.shown)
+        rows.append([("image", picture), ("mean", overlay(picture, maps)), *heads])
     return rows
 
 
@@ -71,23 +72,23 @@ def components(backbone: Backbone, source: Source) -> list[Row]:
     rows: list[Row] = []
     for image, found in zip(images, patch_components(tokens)[0], strict=True):
         colors = upsample(np.moveaxis((255 * found).astype(np.uint8), -1, 0), len(image) // len(found))
-        rows.append([("image", to_rgb(image)), ("components", np.moveaxis(colors, 0, -1))])
+        rows.append([("image", to_rgb(image, backbone.pixels.shown)), ("components", np.moveaxis(colors, 0, -1))])
     return rows
 
 
 def shown(backbone: Backbone, source: Source, record: int) -> np.ndarray:
     """Returns an image as the network sees it for evaluation, uint8 [S, S, 3]."""
-    return to_rgb(_read(backbone, source, record))
+    return to_rgb(_read(backbone, source, record), backbone.pixels.shown)
 
 
 def _read(backbone: Backbone, source: Source, record: int) -> np.ndarray:
-    card, channels = backbone.card["preprocessing"], backbone.config["in_channels"]
+    card = backbone.card["preprocessing"]
     image = read_example(source, record).image
-    return eval_image(image, resize=card["resize"], crop=card["crop"], channels=channels, white=backbone.white)
+    return eval_image(image, resize=card["resize"], crop=card["crop"], pixels=backbone.pixels)
 
 
 def _for_patches(backbone: Backbone, source: Source) -> list[np.ndarray]:
-    """Returns six images, uint8 [H, W, C], whose sides are multiples of the patch size."""
+    """Returns six images [H, W, C] whose sides are multiples of the patch size."""
     size, patch = max(SIDE, backbone.card["preprocessing"]["crop"]), backbone.patch_size or 1
     images, bank = [], spread(source, SHOWN)
     for record in range(len(bank)):

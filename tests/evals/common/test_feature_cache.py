@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, Source, open_source
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
@@ -51,7 +52,7 @@ def read(monkeypatch):
 
 
 def table(source, where, key="key", apply=mean_color):
-    settings = {"batch_size": 4, "resize": 8, "crop": 8, "channels": 3, "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    settings = {"batch_size": 4, "resize": 8, "crop": 8, "pixels": Pixels(3), "mean": (0.5,) * 3, "std": (0.5,) * 3}
     store = feature_cache.FeatureCache(where, key) if where else None
     return extraction.extract_source(apply, {}, source, "test", make_mesh(), cache=store, **settings)
 
