@@ -1,4 +1,4 @@
-"""Twelve channels of 16 bits: training for two minutes on made images, k-NN against raw pixels and an untrained network.
+"""Twelve channels of 16 bits: two minutes of training on made images, k-NN against raw pixels and no training.
 
     python -m benchmarks.bands [--minutes=2] [--folder=runs/bands]
 

@@ -319,14 +319,9 @@ def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, s
     if start >= steps_of(config.epochs, steps_per_epoch):
         resumed += ", which is the last: nothing left to train"
     uniform, channels = math.log(config.head.out_dim), config.model.in_channels
-    augmented = (
-        ""
-        if channels in PICTURES
-        else (
-            f"\n{channels} channels: brightness and contrast change in each channel on its own; no saturation, hue, grayscale or "
-            "solarization"
-        )
-    )
+    augmented = ""
+    if channels not in PICTURES:
+        augmented = f"\n{channels} channels: each has its own brightness and contrast; none of the operations on colors"
     return (
         f"{config.model.arch}, {count / 1e6:.1f} M parameters, on {jax.device_count()} x {device.device_kind} "
         f"({setup.method.backbone.dtype}), {jax.process_count()} process(es)\n"
