@@ -58,14 +58,14 @@ def test_training_from_the_files_is_training_from_the_source(folder, tmp_path):
 
 def test_images_are_made_smaller_in_their_own_shape():
     large = np.asarray(Image.fromarray(photo()).resize((300, 200), Image.Resampling.BICUBIC))
-    made = smaller(encoded(large), 40, 3)
+    made = smaller(encoded(large), 40, Pixels(3))
     assert Image.open(io.BytesIO(made)).size == (60, 40)
     ours, theirs = (to_canvas(image, 40, Pixels(3))[0].astype(int) for image in (made, large))
     assert np.abs(ours - theirs).mean() < 2
-    assert smaller(encoded(large), 200, 3) == encoded(large)
-    assert smaller(large, 256, 3) is large
+    assert smaller(encoded(large), 200, Pixels(3)) == encoded(large)
+    assert smaller(large, 256, Pixels(3)) is large
     with pytest.raises(UserError, match="--canvas_size=4 makes JPEGs"):
-        smaller(np.zeros((8, 8, 5), np.uint8), 4, 5)
+        smaller(np.zeros((8, 8, 5), np.uint8), 4, Pixels(5))
 
 
 def test_what_cannot_be_decoded_is_left_out_and_named(folder, tmp_path):

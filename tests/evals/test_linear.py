@@ -273,7 +273,7 @@ from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone
 from dino_jax.evals import linear
 assert jax.device_count() == 4
-card = {"architecture": {"arch": "resnet18"}}
+card = {"architecture": {"arch": "resnet18", "in_channels": 1}}
 card |= {"preprocessing": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}}
 def pixels(variables, images, n, method):
     return [Tokens(cls=images.reshape(len(images), -1), registers=None, patches=None, grid=(1, 1))]
