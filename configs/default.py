@@ -106,7 +106,9 @@ def get_config() -> ConfigDict:
     config.crops.global_solarize = (0.0, 0.2)  # probability in the first and in the second global crop
 
     config.data = ConfigDict()  # images and how they are read
-    config.data.source = ""  # folder:PATH | tfds:NAME[:SPLIT] | array_record:GLOB | wds:SHARDS.tar | zip:PATH | demo
+    # folder:PATH | tfds:NAME[:SPLIT] | array_record:GLOB | wds:SHARDS.tar | parquet:FILES | hf:NAME[:SPLIT] |
+    # zip:PATH | demo
+    config.data.source = ""
     # Pixels. A longer side of an image is squeezed to this before crops are taken, which makes them softer; a shorter
     # one is kept. 512 holds ImageNet's images (about 500 x 375). Host memory, transfer and crops grow with its square.
     config.data.canvas_size = 512

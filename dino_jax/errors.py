@@ -7,11 +7,13 @@ from contextlib import contextmanager
 EXTRAS = {
     "array_record": "train",
     "av": "video",
+    "datasets": "hf",
     "grain": "train",
     "imagecodecs": "bands",
     "matplotlib": "plots",
     "ml_collections": "train",
     "optax": "train",
+    "pyarrow": "parquet",
     "scipy": "train",
     "tensorboardX": "train",
     "tensorflow_datasets": "tfds",

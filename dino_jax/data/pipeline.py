@@ -11,6 +11,7 @@ import grain
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image, to_canvas
+from dino_jax.data.order import shuffled
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, read_example
 from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
@@ -77,7 +78,7 @@ def train_batches(
             f"batch_size {batch_size} does not divide over {process_count} processes: "
             f"set --config.batch_size to a multiple of {process_count}"
         )
-    records = grain.MapDataset.range(len(source)).seed(seed).shuffle().repeat()[process_index::process_count]
+    records = shuffled(source, seed)[process_index::process_count]
     batches = records.batch(batch_size // process_count, drop_remainder=True)
     positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
     load = partial(_load_train, source=source, positions=positions, canvas_size=canvas_size, pixels=pixels)

@@ -13,7 +13,9 @@ from dino_jax.data.sources.array_record import ArrayRecordSource
 from dino_jax.data.sources.base import KNOB, Example, Source, SourceType, read_example
 from dino_jax.data.sources.demo import DemoSource
 from dino_jax.data.sources.folder import FolderSource
+from dino_jax.data.sources.huggingface import HuggingFaceSource
 from dino_jax.data.sources.labeled import LabeledSource
+from dino_jax.data.sources.parquet import ParquetSource
 from dino_jax.data.sources.subset import Subset, spread
 from dino_jax.data.sources.tar import TarSource
 from dino_jax.data.sources.tfds import TfdsSource
@@ -38,6 +40,8 @@ SCHEMES: dict[str, SourceType] = {
     "tfds": TfdsSource,
     "array_record": ArrayRecordSource,
     "wds": TarSource,
+    "parquet": ParquetSource,
+    "hf": HuggingFaceSource,
     "zip": ZipSource,
     "demo": DemoSource,
 }
@@ -50,9 +54,13 @@ def open_source(spec: str) -> Source:
     tfds:NAME[:SPLIT]    a prepared TFDS dataset, by name or by its folder;         tfds:imagenet2012:train[:10%]
                          SPLIT defaults to train                                    tfds:/data/my_set/1.0.0:train
     array_record:GLOB    ArrayRecord files (layout: sources/array_record.py)        array_record:/data/train-*
-    wds:SHARDS.tar       WebDataset shards, with {000..127} or *; labels of     wds:/data/train-{000..127}.tar
+    wds:SHARDS.tar       WebDataset shards, with {000..127} or *; labels of         wds:/data/train-{000..127}.tar
                          .cls or .json
-    zip:PATH             images in a zip archive; folders give labels           zip:/data/photos.zip
+    parquet:FILES        rows of Parquet files; ?image=COLUMN and ?label=COLUMN     parquet:/data/train-*.parquet
+                         name the columns where they are not found by themselves
+    hf:NAME[:SPLIT]      a data set in the local cache of Hugging Face's datasets,  hf:cifar10:train
+                         or a folder that save_to_disk wrote
+    zip:PATH             images in a zip archive; folders give labels               zip:/data/photos.zip
     demo[:SPLIT]         the bundled demo images, train (default) or test           demo:test
 
     A suffix `?labels=FILE.csv` takes labels from a file with the columns name and label: see `LabeledSource`.

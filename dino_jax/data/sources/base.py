@@ -9,6 +9,8 @@ from dino_jax.errors import UserError
 
 KNOB = "data.source (or evals.knn.train, evals.knn.test)"  # settings that hold a specification, for error messages
 
+WINDOW = 4_096  # records of a source with groups that training shuffles together, at least
+
 
 class Example(NamedTuple):
     """One image as stored: an encoded file (bytes) or an array [H, W] or [H, W, C]; label -1 if there is none."""
@@ -26,6 +28,8 @@ class Source(Protocol):
 
     num_classes: int  # 0 = no labels
     class_names: Sequence[str] = ()  # names of the classes 0 .. num_classes - 1, empty if the source has none
+    # Numbers of records of the groups that storage reads as a whole, int [g], in order. None: single records are cheap.
+    groups: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Returns the number of images."""

@@ -13,6 +13,7 @@ class Subset(Source):
         self.records = records
         self.num_classes = source.num_classes
         self.class_names = source.class_names
+        self.groups = None if source.groups is None else _groups_of(records, source.groups)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -31,6 +32,12 @@ class Subset(Source):
     def identity(self, i: int) -> str:
         """The identity in the underlying source."""
         return self.source.identity(int(self.records[i]))
+
+
+def _groups_of(records: np.ndarray, groups: np.ndarray) -> np.ndarray | None:
+    """Returns the groups of some records, given the groups of all, if the records are in the order of the groups."""
+    group = np.searchsorted(np.cumsum(groups), records, side="right")
+    return np.unique(group, return_counts=True)[1] if np.all(np.diff(group) >= 0) else None
 
 
 def spread(source: Source, most: int) -> Subset:

@@ -5,11 +5,9 @@ Random access needs to know where each image starts, so an index of each tar is 
 modification time of the tar changes.
 """
 
-import glob
 import hashlib
 import json
 import os
-import re
 import sys
 import tarfile
 from collections.abc import Iterator, Mapping
@@ -22,6 +20,7 @@ import numpy as np
 from dino_jax import atomic
 from dino_jax.data.sources.base import KNOB, Example, Source
 from dino_jax.data.sources.folder import check_file_size, images_of, is_ignored
+from dino_jax.data.sources.patterns import matching_files
 from dino_jax.errors import UserError, listed
 from dino_jax.json_files import TEXT, WHOLE, Kind, read_object
 from dino_jax.progress import progress
@@ -29,7 +28,6 @@ from dino_jax.progress import progress
 VERSION = 1  # of the index
 INDEXERS = 8  # tar files that are indexed at a time
 LABEL_KEYS = ("label", "cls", "class")  # of a sample's .json
-BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 class Sample(NamedTuple):
@@ -52,7 +50,7 @@ class TarSource(Source):
 
     def __init__(self, pattern: str):
         what = f"{KNOB}=wds:{pattern}"
-        self.paths = shard_paths(pattern, what)
+        self.paths = matching_files(pattern, what)
         with ThreadPoolExecutor(INDEXERS) as pool:
             indexes = list(progress(pool.map(lambda path: index_of(path, what), self.paths), len(self.paths), "index"))
         samples = [sample for index, _ in indexes for sample in index]
@@ -108,32 +106,6 @@ def _is_sample(row: Any) -> bool:
 
 
 SAMPLES = Kind("a list of samples", lambda value: isinstance(value, list) and all(map(_is_sample, value)))
-
-
-def shard_paths(pattern: str, what: str) -> list[str]:
-    """Expands {000..999}, * and commas. Raises UserError, which begins with `what`, if a file is missing."""
-    paths = []
-    for part in pattern.split(","):
-        for name in expand_braces(os.path.expanduser(part)):
-            found = sorted(glob.glob(name)) if glob.has_magic(name) else [name]
-            if not found or not os.path.isfile(found[0]):
-                raise UserError(f"{what}: no file {name}")
-            paths += found
-    return paths
-
-
-def expand_braces(pattern: str) -> list[str]:
-    """Returns the names that a pattern with {first..last} stands for: {008..010} gives 008, 009, 010."""
-    found = BRACES.search(pattern)
-    if not found:
-        return [pattern]
-    first, last = found.groups()
-    numbers = range(int(first), int(last) + 1)
-    return [
-        name
-        for number in numbers
-        for name in expand_braces(f"{pattern[: found.start()]}{number:0{len(first)}}{pattern[found.end() :]}")
-    ]
 
 
 def index_of(path: str, what: str) -> tuple[list[Sample], str]:
