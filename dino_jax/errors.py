@@ -7,10 +7,12 @@ from contextlib import contextmanager
 EXTRAS = {
     "array_record": "train",
     "av": "video",
+    "gcsfs": "gcs",
     "grain": "train",
     "matplotlib": "plots",
     "ml_collections": "train",
     "optax": "train",
+    "s3fs": "s3",
     "scipy": "train",
     "tensorboardX": "train",
     "tensorflow_datasets": "tfds",

@@ -64,6 +64,13 @@ def load_weights(
     Raises:
         UserError: the path cannot be read or is incomplete, or num_heads contradicts what it states.
     """
+    with checkpoints.fetched_run(path, lambda export, step: not training and exported_step(export) >= step) as local:
+        return _load(local, training, heads, image_size, in_channels, num_heads)
+
+
+def _load(
+    path: Path, training: bool, heads: bool, image_size: int | None, in_channels: int | None, num_heads: int | None
+) -> Pretrained:
     path = require_path(path)
     if weights := path if path.is_file() else _huggingface_file(path):
         tensors = tensor_files.read(weights)
