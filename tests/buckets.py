@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from processes import free_port
 
+# gcsfs reads it when it is imported, and would ask Google for the bucket's type.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 BUCKET = "bucket"
 SERVERS = {
     "gs": (
@@ -47,7 +49,6 @@ class Bucket:
                 "STORAGE_EMULATOR_HOST": here,
                 "NO_GCE_CHECK": "true",
                 "GOOGLE_CLOUD_PROJECT": "test",
-                "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # gcsfs would ask Google for the bucket's type
             },
             "s3": {
                 "AWS_ENDPOINT_URL": here,
@@ -102,17 +103,24 @@ class Proxy:
         self.server, self.port = server, free_port()
         self.fault: Fault | None = None
         self.requests: list[str] = []
+        self.one_at_a_time = threading.Lock()  # the server of GCS loses objects that are sent at the same time
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """Serves during the block."""
-        with ThreadingHTTPServer(("127.0.0.1", self.port), type("Handler", (_Handler,), {"proxy": self})) as server:
-            server.daemon_threads = True
+        with _Server(("127.0.0.1", self.port), type("Handler", (_Handler,), {"proxy": self})) as server:
             threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
             try:
                 yield
             finally:
                 server.shutdown()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Prints nothing: clients may be killed."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -128,9 +136,10 @@ class _Handler(BaseHTTPRequestHandler):
             return
         connection = http.client.HTTPConnection("127.0.0.1", self.proxy.server)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "transfer-encoding"}
-        connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
-        answer = connection.getresponse()
-        data = answer.read()
+        with self.proxy.one_at_a_time:
+            connection.request(self.command, self.path, body, headers | {"Content-Length": str(len(body))})
+            answer = connection.getresponse()
+            data = answer.read()
         self.send_response(answer.status)
         for name, value in answer.getheaders():
             if name.lower() not in ("transfer-encoding", "content-length", "connection", "server", "date"):
