@@ -56,6 +56,12 @@ def test_objects_are_written_read_listed_and_removed(store, tmp_path):
     assert list(store.sizes()) == ["d/empty"]
 
 
+@pytest.mark.parametrize("data", [b"", b"a\r", b"a\n", b"a\r\n", b"\x00--"])
+def test_all_bytes_arrive(store, data):
+    store.write("a", data)
+    assert store.read("a") == data
+
+
 @pytest.mark.parametrize("what", [buckets.error(503), buckets.error(500), buckets.reset], ids=["503", "500", "reset"])
 def test_a_store_that_refuses_is_asked_again(place, store, what):
     with place.faulty(times(2, what)):

@@ -23,7 +23,6 @@ from dino_jax.errors import UserError, listed
 from dino_jax.ownership import LOCK
 from dino_jax.storage import Store, is_remote, local_folder
 
-ATTEMPTS = 3  # to send a file that the store takes but does not list
 PERIOD = 15.0  # seconds between two looks for changed files
 EXPORT, CHECKPOINTS = "export", "checkpoints"
 COMPLETE = re.compile(rf"({EXPORT}|{CHECKPOINTS}/\d+(\.damaged)?)/")  # folders that are sent whole, before the file
@@ -200,18 +199,10 @@ class _StoreMirror(Mirror):
         files = {path.relative_to(self.local).as_posix(): path for path in paths}
         sizes = {file: path.stat().st_size for file, path in files.items()}
         self._remove_folder(name)
-        missing = set(sizes)
-        for _ in range(ATTEMPTS):
-            self._store.upload({file: files[file] for file in missing})
-            there = self._store.sizes(name)
-            missing = {file for file, size in sizes.items() if there.get(file) != size}
-            if not missing:
-                break
-            print(f"{self._store.url} has lost {listed(sorted(missing))}: sent again", file=sys.stderr, flush=True)
-        else:
-            raise UserError(
-                f"{self._store.url}/{name}: the store does not keep what it is sent: check it, or start again"
-            )
+        self._store.upload(files)
+        there = self._store.sizes(name)
+        if changed := sorted(file for file, size in sizes.items() if there.get(file) != size):
+            raise UserError(f"{self._store.url} does not hold what it was sent ({listed(changed)}): check the store")
         if manifest:
             self._store.write(f"{name}/{MANIFEST}", manifest.encode())
         self._complete[name] = manifest
