@@ -88,8 +88,14 @@ class Store:
     def sizes(self, folder: str = "") -> dict[str, int]:
         """Returns name -> bytes of all objects, or of those in a folder."""
         found = self._patiently(lambda: _or_none(lambda: self._fs.find(self._path(folder), detail=True))) or {}
-        start = len(self._root) + 1
-        return {name[start:]: one["size"] for name, one in sorted(found.items()) if one["type"] == "file"}
+        start, inside = len(self._root) + 1, f"{self._path(folder)}/"
+        sizes = {name: one["size"] for name, one in sorted(found.items()) if one["type"] == "file"}
+        # An object may have any name. The copies of those that are given away stay in their folder.
+        return {
+            name[start:]: size
+            for name, size in sizes.items()
+            if name.startswith(inside) and ".." not in name.split("/")
+        }
 
     def upload(self, files: Mapping[str, Path]) -> None:
         """Sends files, name -> path."""

@@ -56,6 +56,18 @@ def test_objects_are_written_read_listed_and_removed(store, tmp_path):
     assert list(store.sizes()) == ["d/empty"]
 
 
+def test_a_folder_is_no_prefix(store):
+    for name in ("1/a", "10/a", "1"):
+        store.write(name, b"")
+    assert list(store.sizes("1")) == ["1/a"]
+    assert not Store(store.url[:-1]).sizes()
+
+
+def test_a_copy_stays_in_its_folder(store, monkeypatch):
+    monkeypatch.setattr(store._fs, "find", lambda path, detail: {f"{path}/../a": {"size": 1, "type": "file"}})
+    assert not store.sizes()
+
+
 @pytest.mark.parametrize("data", [b"", b"a\r", b"a\n", b"a\r\n", b"\x00--"])
 def test_all_bytes_arrive(store, data):
     store.write("a", data)

@@ -48,7 +48,11 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(folder: str | Path, require_owned: Callable[[], None] | None = None) -> Iterator[Mirror]:
+def mirrored(
+    folder: str | Path,
+    require_owned: Callable[[], None] | None = None,
+    covers: Covers = lambda export, step: False,
+) -> Iterator[Mirror]:
     """Yields the local side of a folder: the folder itself, or a temporary copy of one in a store.
 
     The copy begins with the store's small files, its export and its newest intact checkpoint. Process 0 sends what
@@ -58,6 +62,7 @@ def mirrored(folder: str | Path, require_owned: Callable[[], None] | None = None
         folder: a local path or a URL.
         require_owned: raises UserError if this process may no longer write (`lease.exclusive`). Without it, unfinished
             folders in the store are left alone, because another process may be sending them.
+        covers: of an export's folder and a checkpoint's step, whether the export makes the checkpoint unnecessary.
 
     Raises UserError if the store cannot be used.
     """
@@ -66,7 +71,7 @@ def mirrored(folder: str | Path, require_owned: Callable[[], None] | None = None
         return
     with local_folder(str(folder)) as local:
         mirror = _StoreMirror(Store(str(folder)), local, require_owned)
-        mirror.fetch()
+        mirror.fetch(covers)
         with mirror.sending():
             yield mirror
 
@@ -75,7 +80,7 @@ def mirrored(folder: str | Path, require_owned: Callable[[], None] | None = None
 def fetched_run(path: str | Path, covers: Covers) -> Iterator[Path]:
     """Yields a local copy of what `weights.load` reads of a folder: of a run, an export, or Hugging Face's.
 
-    covers: of an export's folder and a checkpoint's step, whether the export makes the checkpoint unnecessary.
+    covers: see `mirrored`.
     """
     if not is_remote(path):
         yield Path(path)
@@ -103,12 +108,12 @@ class _StoreMirror(Mirror):
         self._complete: dict[str, str] = {}  # folder -> its manifest
         self._working, self._stop = threading.Lock(), threading.Event()
 
-    def fetch(self) -> None:
+    def fetch(self, covers: Covers) -> None:
         """Fills the local folder."""
         sizes = self._store.sizes()
         self.local.mkdir(exist_ok=True)
         self._store.download([name for name in sizes if not name.startswith(NOT_FETCHED)], self.local)
-        fetched = _fetch_complete(self._store, self.local, sizes, lambda export, step: False)
+        fetched = _fetch_complete(self._store, self.local, sizes, covers)
         self._complete = {name: _manifest(self.local / name) for name in fetched}
         self._sent = dict(self._small_files())
         if self._require_owned and jax.process_index() == 0:
@@ -262,4 +267,5 @@ def _manifest(folder: Path) -> str:
 def _whole(x: Any) -> Any:
     if not isinstance(x, jax.Array):
         return x
-    return np.asarray(x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True))
+    # A copy, because a CPU device may alias the host's memory, and the next step overwrites the state.
+    return np.array(x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True))

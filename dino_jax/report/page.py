@@ -22,6 +22,7 @@ from dino_jax.provenance import flat
 from dino_jax.report.charts import Chart, Curve, svg
 from dino_jax.report.crops import load_crops, picture
 from dino_jax.weights.backbone import Backbone, load_backbone
+from dino_jax.weights.load import covers
 
 CROPPED = 4  # images whose crops are shown
 SHEETS = {
@@ -67,7 +68,7 @@ def write_report(workdir: str | Path) -> str:
     Raises:
         UserError: there is no log, or the page cannot be written.
     """
-    with checkpoints.mirrored(workdir) as mirror:
+    with checkpoints.mirrored(workdir, covers=covers) as mirror:
         _write(mirror.local)
     return f"{str(workdir).rstrip('/')}/report.html"
 
