@@ -46,9 +46,11 @@ NO_LIMITS = ConfigDict({"seconds": 0.0, "slow_seconds": 0.0})  # of the watchdog
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
     """Defines the flags for checkpoint and results, and returns the settings of the protocol on the command line."""
-    flags.DEFINE_string("checkpoint", None, "a run, an export, or a weights file (docs/weights.md)")
+    flags.DEFINE_string("checkpoint", None, "a run, an export, or a weights file (docs/weights.md), also in a bucket")
     flags.DEFINE_integer("num_heads", None, "attention heads, if a weights file does not state them")
-    flags.DEFINE_string("out", None, "folder for results.json and pictures; default: CHECKPOINT/eval/PROTOCOL")
+    flags.DEFINE_string(
+        "out", None, "folder for results.json and pictures, also in a bucket; default: CHECKPOINT/eval/PROTOCOL"
+    )
     named = [
         argument
         for before, argument in zip(["", *arguments], arguments, strict=False)

@@ -1,7 +1,9 @@
 """Runs with their workdir in a bucket: what holds in a local folder holds there."""
 
 import json
+import subprocess
 import time
+from pathlib import Path
 
 import buckets
 import numpy as np
@@ -15,7 +17,7 @@ from tiny import tiny_config, tiny_flags
 from benchmarks import chaos
 from dino_jax import load_backbone, storage
 from dino_jax.checkpoints import mirror
-from dino_jax.commands import convert, diagnose, evaluate, replay, report
+from dino_jax.commands import convert, diagnose, evaluate, replay, report, suggest
 from dino_jax.errors import UserError
 from dino_jax.lease import exclusive
 from dino_jax.ownership import LOCK
@@ -199,6 +201,25 @@ def test_an_answer_that_is_cut_off_is_asked_for_again(killed, place, capfd):
         load_backbone(killed[0])
     assert left == [0]
     assert "damaged" not in capfd.readouterr().err
+
+
+def test_suggested_settings_are_kept_there(place, monkeypatch):
+    calls = []
+
+    def write(program, check):
+        calls.append(program)
+        [output] = [one.partition("=")[2] for one in program if one.startswith("--output=")]
+        Path(output).write_text("# a recipe")
+        return subprocess.CompletedProcess(program, 0)
+
+    monkeypatch.setattr(suggest.subprocess, "run", write)
+    for _ in range(2):
+        arguments = ["--config=auto", f"--workdir={place.url}/auto", "--config.data.source=demo"]
+        with suggest.automatic(arguments) as (recipe, *others):
+            assert Path(recipe.partition("=")[2]).read_text() == "# a recipe"
+            assert others == arguments[1:]
+    assert len(calls) == 1
+    assert Store(f"{place.url}/auto").read("suggested.py") == b"# a recipe"
 
 
 def test_a_second_run_is_refused(place):
