@@ -18,6 +18,8 @@ FLOORS = (
     "json_files",
     "atomic",
     "ownership",
+    "storage",
+    "lease",
     "models",
     "data",
     "checkpoints",

@@ -5,7 +5,8 @@ workdir/
   checkpoints/STEP/    state (Orbax), metadata (config and versions), manifest.json (a hash of each file)
   export/              variables (Orbax), card.json (architecture, preprocessing, provenance), manifest.json
 
-All processes must see the workdir and call these functions. Only process 0 writes JSON.
+All processes must see the workdir and call these functions. Only process 0 writes JSON. For a workdir in an object
+store, `mirrored` gives each process a local copy.
 """
 
 from dino_jax.checkpoints.export import model_card, write_export
@@ -22,11 +23,15 @@ from dino_jax.checkpoints.manager import (
     tree_of,
     write_config,
 )
+from dino_jax.checkpoints.mirror import Mirror, fetched_run, mirrored
 
 __all__ = [
     "MANIFEST",
     "Manager",
+    "Mirror",
     "damage",
+    "fetched_run",
+    "mirrored",
     "model_card",
     "newest_intact",
     "open_manager",

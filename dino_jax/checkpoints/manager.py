@@ -56,15 +56,13 @@ def open_manager(workdir: str | Path, checkpoint: Any) -> Manager:
 
     checkpoint: config.checkpoint. The manager keeps the newest `keep_last` checkpoints and, unless `keep_every_steps`
     is 0, those of every multiple of it. It removes incomplete checkpoints of killed runs. The caller decides when to
-    save. Raises UserError if keep_last is less than 1, or the workdir is not a local path or cannot be written.
+    save. Raises UserError if keep_last is less than 1, or the workdir cannot be written.
     """
     if checkpoint.keep_last < 1:
         raise UserError(
             f"checkpoint.keep_last is {checkpoint.keep_last}: a run needs its newest checkpoint; "
             "set --config.checkpoint.keep_last to 1 or more"
         )
-    if "://" in str(workdir):
-        raise UserError(f"--workdir={workdir} is not a local path: mount the bucket and give the mounted path")
     directory = Path(workdir).resolve() / "checkpoints"
     with atomic.disk_errors(f"to --workdir={workdir}", "give another folder"):
         directory.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,8 @@ COMMANDS = {
     "replay": "repeat a step whose loss or gradient was not finite and report the cause",
 }
 HELP = ("--help", "-help", "-h")
+PATHS = ("workdir", "checkpoint", "out", "output", "report")  # flags that are paths
+IN_STORES = {"train": ("workdir",), "evaluate": ("checkpoint", "out")}  # those that may be in an object store
 
 
 class Settings(NamedTuple):
@@ -128,6 +130,12 @@ def required(flag: str, value: str | None) -> str:
     return value
 
 
+def require_local(knob: str, path: str) -> None:
+    """Raises a UserError if a command would write to an object store that cannot."""
+    if "://" in path:
+        raise UserError(f"{knob}: {path} is not a local path: give one, and copy the result")
+
+
 def require_no_arguments(arguments: Sequence[str]) -> None:
     """Raises a UserError if something on the command line is not a flag."""
     if arguments:
@@ -166,9 +174,11 @@ def _parse(name: str, settings: Settings | None, arguments: list[str]) -> list[s
         positional = flags.FLAGS([name, *arguments])[1:]
         if settings:
             _expand_home(settings.config)
-        for flag in ("workdir", "checkpoint", "out", "output", "report"):
+        for flag in PATHS:
             if flag in flags.FLAGS and flags.FLAGS[flag].value:
-                flags.FLAGS[flag].value = os.path.expanduser(str(flags.FLAGS[flag].value))
+                flags.FLAGS[flag].value = path = os.path.expanduser(str(flags.FLAGS[flag].value))
+                if flag not in IN_STORES.get(name, ()):
+                    require_local(f"--{flag}", path)
         return [os.path.expanduser(argument) for argument in positional]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         text = str(error)

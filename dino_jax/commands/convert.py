@@ -43,6 +43,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError(f"usage: dino-jax convert {USAGE}, with FORM one of {', '.join(FORMS)}")
     values = flags.FLAGS
     source, target, form = arguments[0], Path(arguments[1]), cli.required("to", values.to)
+    cli.require_local("TARGET", arguments[1])
     for path in (target, Path(f"{target}.tmp"), Path(f"{target}.json")):  # paths that some form writes
         if path.exists():
             raise UserError(f"{path} exists: remove it or give another TARGET")

@@ -11,10 +11,10 @@ WORKDIR/health.json while it trains.
 
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
+from dino_jax import storage
 from dino_jax.errors import UserError
 from dino_jax.health import monitor
 from dino_jax.health.logs import read_log
@@ -32,7 +32,8 @@ def main(arguments: Sequence[str]) -> None:
     """Reads the log and prints the verdict."""
     if len(arguments) != 1:
         raise UserError(f"usage: dino-jax diagnose {USAGE}, where LOG is a workdir or a file of metrics")
-    values, log = flags.FLAGS, read_log(Path(arguments[0]))
+    with storage.fetched(arguments[0], lambda name: "/" not in name) as path:
+        values, log = flags.FLAGS, read_log(path)
     settings = dict(log.settings) | ({"head.out_dim": values.prototypes} if values.prototypes else {})
     health = monitor.of_log(settings, log.total_steps, log.images, log.rows)
     report = health.report()

@@ -29,14 +29,14 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dino_jax import atomic, recipes
+from dino_jax import atomic, checkpoints, recipes, storage
 from dino_jax.commands import cli
 from dino_jax.distributed import consistency, processes
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import UserError
 from dino_jax.evals import DIVIDED, PROTOCOLS
+from dino_jax.lease import exclusive
 from dino_jax.limits import check_numbers
-from dino_jax.ownership import owned
 from dino_jax.training import config_checks
 from dino_jax.weights.backbone import load_backbone
 
@@ -46,9 +46,11 @@ NO_LIMITS = ConfigDict({"seconds": 0.0, "slow_seconds": 0.0})  # of the watchdog
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
     """Defines the flags for checkpoint and results, and returns the settings of the protocol on the command line."""
-    flags.DEFINE_string("checkpoint", None, "a run, an export, or a weights file (docs/weights.md)")
+    flags.DEFINE_string("checkpoint", None, "a run, an export, or a weights file (docs/weights.md), also in a bucket")
     flags.DEFINE_integer("num_heads", None, "attention heads, if a weights file does not state them")
-    flags.DEFINE_string("out", None, "folder for results.json and pictures; default: CHECKPOINT/eval/PROTOCOL")
+    flags.DEFINE_string(
+        "out", None, "folder for results.json and pictures, also in a bucket; default: CHECKPOINT/eval/PROTOCOL"
+    )
     named = [
         argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
@@ -77,30 +79,34 @@ def main(arguments: Sequence[str]) -> None:
         del config.distributed  # results do not depend on it
     processes.set_cpu_device_count(config.get("batch_size", 0), distributed.num_processes)
     processes.initialize(distributed)
-    # The results of a weights file are written next to it, to a folder with its name.
-    folder = Path(checkpoint) if Path(checkpoint).is_dir() else Path(checkpoint).with_suffix("")
-    out = Path(flags.FLAGS.out or folder / "eval" / protocol)
+    out = flags.FLAGS.out or f"{results_folder(checkpoint)}/eval/{protocol}"
     with Watchdog(NO_LIMITS, distributed.heartbeat):
         consistency.require_same(lambda: {"protocol": protocol} | consistency.settings(config))
         evaluate(protocol, checkpoint, config, out, flags.FLAGS.num_heads)
 
 
-def evaluate(protocol: str, checkpoint: str, config: ConfigDict, out: Path, num_heads: int | None = None) -> None:
+def results_folder(checkpoint: str) -> str:
+    """Returns the folder with the results of a checkpoint: its own, or for a file one beside it with its name."""
+    is_file = storage.Store(checkpoint).is_file() if storage.is_remote(checkpoint) else not Path(checkpoint).is_dir()
+    return os.path.splitext(checkpoint)[0] if is_file else checkpoint.rstrip("/")
+
+
+def evaluate(protocol: str, checkpoint: str, config: ConfigDict, out: str | Path, num_heads: int | None = None) -> None:
     """Evaluates on all processes. Process 0 prints and writes to `out`; the others to a folder that does not last."""
     first = jax.process_index() == 0
     with ExitStack() as context:
 
-        def own() -> bool:
-            context.enter_context(owned(out, "--out"))
-            return True
+        def own() -> checkpoints.Mirror:
+            require_owned = context.enter_context(exclusive(out, "--out"))
+            return context.enter_context(checkpoints.mirrored(out, require_owned))
 
         if not first:
             context.enter_context(redirect_stdout(context.enter_context(open(os.devnull, "w"))))
             out = Path(context.enter_context(tempfile.TemporaryDirectory()))
-        processes.on_every_process(own, size=int)
+        mirror = processes.on_every_process(own, size=lambda _: 1)
         backbone = load_backbone(checkpoint, num_heads=num_heads)
         if first or protocol in DIVIDED:
-            results = PROTOCOLS[protocol].run(backbone, config, out)
+            results = PROTOCOLS[protocol].run(backbone, config, mirror.local)
             record = {
                 "protocol": protocol,
                 "time": time.strftime("%Y-%m-%d %H:%M:%S"),
@@ -108,7 +114,8 @@ def evaluate(protocol: str, checkpoint: str, config: ConfigDict, out: Path, num_
                 **results,
                 "model": backbone.card,
             }
-            atomic.write_json(out / "results.json", record)
+            atomic.write_json(mirror.local / "results.json", record)
+            mirror.flush()
             print(f"written to {out}")
         if jax.process_count() > 1:  # process 0 stays until all are done, because JAX ends the others with it
             multihost_utils.sync_global_devices("evaluated")

@@ -22,6 +22,7 @@ from absl import flags
 from PIL import Image
 
 from dino_jax import atomic
+from dino_jax.commands import cli
 from dino_jax.commands.pixel_flags import define_range, range_of
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.pixels import Pixels
@@ -136,6 +137,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec, out] = flags.FLAGS, arguments
+    cli.require_local("OUT", out)
     with owned(out, "OUT"):
         done = prepare(
             spec,

@@ -7,6 +7,7 @@ from the initial state. It computes the same batches, because their order and al
 and the step.
 """
 
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dino_jax import checkpoints
+from dino_jax import checkpoints, storage
 from dino_jax.data.sources import open_source
 from dino_jax.distributed import fsdp, processes, sharding
 from dino_jax.errors import UserError
@@ -47,7 +48,8 @@ def replay(file: str | Path) -> Report:
     The result is bit-identical to the run's on devices of the same kind and number, and equal up to rounding on others.
     Raises UserError if the file is not a replay file, the checkpoint is missing or damaged, or the images have changed.
     """
-    recorded = nonfinite.read_replay_file(file)
+    with storage.fetched(file) as path:
+        recorded = nonfinite.read_replay_file(path)
     config, step, start = ConfigDict(recorded["config"]), recorded["step"], recorded["checkpoint"]
     try:
         check_config(config, jax.device_count())
@@ -56,7 +58,7 @@ def replay(file: str | Path) -> Report:
     source = open_source(config.data.source)
     setup = build_setup(config, loop.steps_in_epoch(source, config))
     mesh = sharding.make_mesh(fsdp=config.fsdp)
-    state = state_after(start, Path(file).parent, setup, mesh)
+    state = state_after(start, os.path.dirname(file) or ".", setup, mesh)
 
     run_step = jax.jit(partial(train_step, setup, mesh), donate_argnums=0)
     with loop.batches_from(start, source, config) as batches:
@@ -82,16 +84,16 @@ def replay(file: str | Path) -> Report:
     return Report({name: float(value) for name, value in jax.device_get(metrics).items()}, module_norms(grads), images)
 
 
-def state_after(step: int, workdir: Path, setup: Setup, mesh: Mesh) -> State:
+def state_after(step: int, workdir: str, setup: Setup, mesh: Mesh) -> State:
     """Returns the run's state after a saved step, or the initial state for step 0."""
     if not step:
         return loop.first_state(setup, mesh)[0][0]
-    folder = workdir / "checkpoints" / str(step)
-    if not folder.is_dir() or (problem := checkpoints.damage(folder)):
-        condition = f"damaged ({problem})" if folder.is_dir() else "missing"
-        raise UserError(f"checkpoint {folder}, where the replay starts, is {condition}: restore a copy")
-    target = abstract_state(setup, mesh)
-    return fsdp.place(checkpoints.restore_arrays(folder / "state", target), mesh)
+    with storage.fetched(f"{workdir}/checkpoints/{step}") as folder:
+        if not folder.is_dir() or (problem := checkpoints.damage(folder)):
+            condition = f"damaged ({problem})" if folder.is_dir() else "missing"
+            raise UserError(f"checkpoint {folder}, where the replay starts, is {condition}: restore a copy")
+        target = abstract_state(setup, mesh)
+        return fsdp.place(checkpoints.restore_arrays(folder.resolve() / "state", target), mesh)
 
 
 def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, jax.Array]:
@@ -146,7 +148,8 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 1:
         raise UserError(f"usage: dino-jax replay {USAGE}")
     [file] = arguments
-    config = nonfinite.read_replay_file(file)["config"]
+    with storage.fetched(file) as path:
+        config = nonfinite.read_replay_file(path)["config"]
     processes.set_cpu_device_count(config["batch_size"], config["accum_steps"])  # as the trainer does
     metrics, grad_norms, images = replay(file)
     print(", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "param_norm", "lr")))

@@ -9,9 +9,11 @@ setting. `dino-jax train --config=auto --hours=8` does both at once. Run it on t
 """
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from pathlib import Path
 from textwrap import indent, wrap
@@ -20,7 +22,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from dino_jax import atomic
+from dino_jax import atomic, storage
 from dino_jax.commands import cli
 from dino_jax.data.sources import open_source
 from dino_jax.distributed.processes import set_cpu_device_count
@@ -90,7 +92,8 @@ def recipe(choices: Sequence[Choice], command: str, machine: str) -> str:
     )
 
 
-def automatic(arguments: Sequence[str]) -> list[str]:
+@contextmanager
+def automatic(arguments: Sequence[str]) -> Iterator[list[str]]:
     """Replaces --config=auto by the recipe WORKDIR/suggested.py, which this command writes if it is not there.
 
     The command runs in a process of its own, so that its measurements leave no memory behind. A run that resumes
@@ -101,7 +104,8 @@ def automatic(arguments: Sequence[str]) -> list[str]:
     """
     name, others = cli.split_recipe(arguments)
     if name != AUTO or cli.wants_help(arguments):
-        return list(arguments)
+        yield list(arguments)
+        return
     given = _values(others)
     if any(flag.startswith("config.distributed") for flag in given):
         raise UserError(
@@ -109,13 +113,16 @@ def automatic(arguments: Sequence[str]) -> list[str]:
         )
     workdir = cli.required("workdir", given.get("workdir"))
     source = cli.required("config.data.source", given.get("config.data.source"))
-    path = Path(workdir).expanduser() / "suggested.py"
-    if not path.exists():
-        hours = [f"--hours={given['hours']}"] if "hours" in given else []
-        program = [sys.executable, "-m", "dino_jax", "suggest", source, f"--output={path}", *hours]
-        if subprocess.run(program, check=False).returncode:
-            raise UserError("--config=auto: no settings could be suggested, for the reason above")
-    return [f"--config={path}", *others]
+    recipe_file = f"{os.path.expanduser(workdir)}/suggested.py"
+    with storage.fetched(recipe_file) as path:
+        if not path.exists():
+            hours = [f"--hours={given['hours']}"] if "hours" in given else []
+            program = [sys.executable, "-m", "dino_jax", "suggest", source, f"--output={path}", *hours]
+            if subprocess.run(program, check=False).returncode:
+                raise UserError("--config=auto: no settings could be suggested, for the reason above")
+            if storage.is_remote(workdir):
+                storage.Store(workdir).write("suggested.py", path.read_bytes())
+        yield [f"--config={path}", *others]
 
 
 def _literal(value: Any) -> str:

@@ -20,9 +20,10 @@ USAGE = "--workdir=FOLDER [--config=RECIPE] [--config.KEY=VALUE ...]"
 
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
     """Defines the flag for the workdir, and returns a recipe's settings."""
-    flags.DEFINE_string("workdir", None, "folder for checkpoints, metrics and the exported backbone")
+    flags.DEFINE_string("workdir", None, "folder, gs:// or s3:// path for checkpoints, metrics and the export")
     flags.DEFINE_float("hours", 1.0, "time for the training, with --config=auto only", lower_bound=0.001)
-    return cli.recipe(suggest.automatic(arguments), default="default")
+    with suggest.automatic(arguments) as chosen:
+        return cli.recipe(chosen, default="default")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from dino_jax import atomic, provenance, recipes
+from dino_jax import atomic, checkpoints, provenance, recipes
 from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals.common import pictures
@@ -22,6 +22,7 @@ from dino_jax.provenance import flat
 from dino_jax.report.charts import Chart, Curve, svg
 from dino_jax.report.crops import load_crops, picture
 from dino_jax.weights.backbone import Backbone, load_backbone
+from dino_jax.weights.load import covers
 
 CROPPED = 4  # images whose crops are shown
 SHEETS = {
@@ -59,7 +60,7 @@ ATTENTION = "Of CLS in the last block, over the image and by head."
 COMPONENTS = "The first three principal components of the patches of all these images, as red, green and blue."
 
 
-def write_report(workdir: str | Path) -> Path:
+def write_report(workdir: str | Path) -> str:
     """Writes WORKDIR/report.html from the log, the export and the training source of a run. Returns its path.
 
     Pictures are left out, with a line that says why, where the export or the images cannot be read.
@@ -67,7 +68,12 @@ def write_report(workdir: str | Path) -> Path:
     Raises:
         UserError: there is no log, or the page cannot be written.
     """
-    workdir = Path(workdir)
+    with checkpoints.mirrored(workdir, covers=covers) as mirror:
+        _write(mirror.local)
+    return f"{str(workdir).rstrip('/')}/report.html"
+
+
+def _write(workdir: Path) -> None:
     log = read_log(workdir)
     health = monitor.of_log(log.settings, log.total_steps, log.images, log.rows)
     sections = [_head(workdir, log, health), *_charts(log)]
@@ -78,10 +84,8 @@ def write_report(workdir: str | Path) -> Path:
         '<link rel="icon" href="data:,"><meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<style>{STYLE}</style></head><body>{''.join(sections)}</body></html>\n"
     )
-    target = workdir / "report.html"
-    with atomic.file(target) as unfinished:
+    with atomic.file(workdir / "report.html") as unfinished:
         unfinished.write_text(page, encoding="utf-8")
-    return target
 
 
 def _head(workdir: Path, log: Log, health: monitor.Monitor) -> str:

@@ -14,6 +14,7 @@ from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
 from dino_jax.models.registry import given_sizes, sizes_of, sizes_on_card
+from dino_jax.storage import is_remote
 from dino_jax.weights import load
 from dino_jax.weights.pretrained import Pretrained, Weights
 
@@ -30,9 +31,10 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     targets = {"image_size": config.crops.global_size, "in_channels": config.model.in_channels}
     changes = {name: targets[name] for name in ADAPTATIONS if name in config.init_adapt.split(",")}
     # Check first that all processes see the same kind of path, because reading a run's checkpoints is collective.
-    on_every_process(
-        lambda: load.require_path(config.init_from), size=lambda path: int((path / "checkpoints").is_dir())
-    )
+    if not is_remote(config.init_from):
+        on_every_process(
+            lambda: load.require_path(config.init_from), size=lambda path: int((path / "checkpoints").is_dir())
+        )
     num_heads = config.model.num_heads or None  # for a file that does not state them
     read = partial(load.load_weights, config.init_from, heads=config.init_heads, num_heads=num_heads, **changes)
     pretrained = on_every_process(read, size=_checksum)

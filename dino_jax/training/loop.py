@@ -21,7 +21,7 @@ from dino_jax.distributed.preemption import Interrupted, StopSignal
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import Stopped, UserError
 from dino_jax.health import signals
-from dino_jax.ownership import owned
+from dino_jax.lease import exclusive
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.evaluators import build_evaluators
 from dino_jax.training.flops import peak_flops
@@ -57,17 +57,18 @@ def train(config: ConfigDict, workdir: str | Path) -> State:
         consistency.require_same(lambda: consistency.settings(config))
         check_config(config, jax.device_count())
 
-        def own() -> bool:
-            if jax.process_index() == 0:
-                context.enter_context(owned(workdir, "--workdir"))
-            return True
+        def own() -> checkpoints.Mirror:
+            first = jax.process_index() == 0
+            require_owned = context.enter_context(exclusive(workdir, "--workdir")) if first else None
+            return context.enter_context(checkpoints.mirrored(workdir, require_owned))
 
-        processes.on_every_process(own, size=int)
-        return train_watched(config, workdir, watchdog)
+        mirror = processes.on_every_process(own, size=lambda _: 1)
+        return train_watched(config, mirror, watchdog)
 
 
-def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -> State:
+def train_watched(config: ConfigDict, mirror: checkpoints.Mirror, watchdog: Watchdog) -> State:
     """Runs `train` in a workdir that this run owns."""
+    workdir = mirror.local
     source = processes.on_every_process(lambda: open_source(config.data.source), size=len)
     consistency.require_same(lambda: consistency.data(source))
     steps_per_epoch = steps_in_epoch(source, config)
@@ -86,7 +87,7 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
         (state, start), origin = resumed(*restored, setup, mesh, workdir) if restored else first_state(setup, mesh)
         checkpoints.write_config(workdir, config)
         logger = context.enter_context(
-            Logger(RunInfo(Path(workdir), config, total_steps, steps_per_epoch, start, len(source)))
+            Logger(RunInfo(workdir, config, total_steps, steps_per_epoch, start, len(source)))
         )
         logger.info(describe(setup, state, source, steps_per_epoch, start) + origin)
         evaluators = build_evaluators(setup, source, mesh, steps_per_epoch, logger.info)
@@ -99,7 +100,9 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
                 guard.finish(done)
             checkpoints.require_workdir(workdir)
             watchdog.beat("checkpoint", done)
-            checkpoints.save(manager, done, state, config)
+            manager.wait_until_finished()
+            mirror.flush()  # the checkpoint before, which the save of this one may remove
+            checkpoints.save(manager, done, mirror.on_writer(state), config)
             guard.last_saved = done
 
         def evaluate() -> None:
@@ -134,12 +137,13 @@ def train_watched(config: ConfigDict, workdir: str | Path, watchdog: Watchdog) -
                 if done:
                     save()
                 manager.wait_until_finished()
+                mirror.flush()
                 stop.saved()
                 # Printed before the readers are closed, because a reader that hangs delays closing.
                 logger.info(f"stopped by a signal after step {done:,}: the same command resumes here")
         watchdog.beat("export", done)
         manager.wait_until_finished()
-        export_teacher(workdir, state, config)
+        export_teacher(mirror, state, config)
         logger.info(logger.summary())
     if stopped:
         raise Stopped
@@ -305,10 +309,11 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
     )
 
 
-def export_teacher(workdir: str | Path, state: State, config: ConfigDict) -> None:
-    """Exports the teacher's backbone to `workdir/export`."""
+def export_teacher(mirror: checkpoints.Mirror, state: State, config: ConfigDict) -> None:
+    """Exports the teacher's backbone to the workdir's folder `export`."""
     card = checkpoints.model_card(config, int(state.step))
-    checkpoints.write_export(Path(workdir) / "export", {"variables": backbone_variables(state, "teacher")}, card)
+    variables = mirror.on_writer(backbone_variables(state, "teacher"))
+    checkpoints.write_export(mirror.local / "export", {"variables": variables}, card)
 
 
 def describe(setup: Setup, state: State, source: Source, steps_per_epoch: int, start: int) -> str:

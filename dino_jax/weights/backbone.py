@@ -132,7 +132,7 @@ def load_backbone(
     Args:
         path: a run's workdir (loads the teacher) or its `export` folder; a .pth or .safetensors file from the official
             code (a bare backbone, or the teacher of a full checkpoint), timm, torchvision (ResNet) or Hugging Face
-            (`ViTModel`); or a Hugging Face folder.
+            (`ViTModel`); or a Hugging Face folder. All of them may also lie in an object store (gs://, s3://).
         image_size: pixels; adapts the weights to another image size, see `load.load_weights`.
         in_channels: adapts the weights to another number of channels, see `load.load_weights`.
         num_heads: attention heads of a ViT whose file does not state them. By default, the heads of the named ViT with

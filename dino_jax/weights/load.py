@@ -64,6 +64,13 @@ def load_weights(
     Raises:
         UserError: the path cannot be read or is incomplete, or num_heads contradicts what it states.
     """
+    with checkpoints.fetched_run(path, lambda export, step: not training and covers(export, step)) as local:
+        return _load(local, training, heads, image_size, in_channels, num_heads)
+
+
+def _load(
+    path: Path, training: bool, heads: bool, image_size: int | None, in_channels: int | None, num_heads: int | None
+) -> Pretrained:
     path = require_path(path)
     if weights := path if path.is_file() else _huggingface_file(path):
         tensors = tensor_files.read(weights)
@@ -98,6 +105,11 @@ def exported_step(folder: Path) -> int:
     """
     step = read_card(folder)["provenance"].get("step", -1)
     return step if isinstance(step, int) else -1
+
+
+def covers(export: Path, step: int) -> bool:
+    """Returns whether an export is at least as new as the checkpoint of a step."""
+    return exported_step(export) >= step
 
 
 def read_card(folder: Path) -> dict[str, Any]:

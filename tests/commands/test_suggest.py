@@ -71,13 +71,14 @@ def test_a_recipe_has_the_reasons_and_loads(tmp_path):
 )
 def test_auto_names_what_is_missing(arguments, words):
     with pytest.raises(UserError, match=words):
-        suggest.automatic(arguments)
+        suggest.automatic(arguments).__enter__()
 
 
 def test_other_recipes_pass_unchanged():
     arguments = ["--config=vits16", "--workdir=w"]
-    assert suggest.automatic(arguments) == arguments
-    assert suggest.automatic(["--config=auto", "--help"]) == ["--config=auto", "--help"]
+    for same in (arguments, ["--config=auto", "--help"]):
+        with suggest.automatic(same) as found:
+            assert found == same
 
 
 def test_mistakes_are_one_line(tmp_path):

@@ -2,6 +2,7 @@ import json
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 from tiny import KNN, tiny_config
@@ -23,7 +24,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(workdir):
-    return write_report(workdir).read_text()
+    return Path(write_report(workdir)).read_text()
 
 
 def test_it_shows_verdict_curves_and_pictures(page):
@@ -60,7 +61,7 @@ def test_pictures_are_shown_at_start_middle_and_end(workdir, page):
 
 def test_a_run_without_an_export_or_images_has_a_page_too(workdir, tmp_path):
     copy = shutil.copytree(workdir, tmp_path / "copy", ignore=shutil.ignore_patterns("export*", "checkpoints"))
-    page = write_report(copy).read_text()
+    page = Path(write_report(copy)).read_text()
     assert "left out: " in page
     assert "<svg" in page
     with pytest.raises(UserError, match="holds no log"):
