@@ -28,6 +28,9 @@ LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
 PATIENCE = 600.0  # seconds for which a store that refuses is asked again
 LONGEST_WAIT = 30.0  # seconds between two attempts
 SLOW = 10.0  # seconds without an answer after which a line says so
+BLOCK = 8 * 2**20  # bytes that are read ahead of an open object
+# What objects have that changes with their content, in several stores.
+VERSION_KEYS = ("generation", "ETag", "etag", "md5Hash", "mtime", "LastModified", "updated")
 AT_ONCE = 8  # objects that are sent or fetched at the same time
 NO_RIGHTS = (400, 401, 403)  # HTTP codes that no repetition changes
 NO_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -64,6 +67,39 @@ class Store:
     def read(self, name: str) -> bytes | None:
         """Returns an object, or None if there is none."""
         return self._patiently(lambda: _or_none(lambda: self._fs.cat_file(self._path(name))))
+
+    def read_part(self, name: str, start: int, stop: int) -> bytes:
+        """Returns the bytes of an object from `start` to `stop`. Raises FileNotFoundError if there is none."""
+        return self._patiently(lambda: self._fs.cat_file(self._path(name), start=start, end=stop))
+
+    def open(self, name: str) -> Any:
+        """Opens an object to read and seek in. Raises FileNotFoundError if there is none."""
+        return self._patiently(lambda: self._fs.open(self._path(name), "rb", block_size=BLOCK))
+
+    def status(self, name: str) -> tuple[int, str]:
+        """Returns an object's size and what changes with its content. Raises FileNotFoundError if there is none."""
+        found = self._patiently(lambda: self._fs.info(self._path(name)))
+        if found["type"] != "file":
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name)
+        return found["size"], str(next((found[key] for key in VERSION_KEYS if found.get(key)), ""))
+
+    def matching(self, pattern: str) -> list[str]:
+        """Returns the names of the objects that match a pattern with *, sorted."""
+        found = self._patiently(lambda: self._fs.glob(self._path(pattern)))
+        return sorted(name[len(self._root) + 1 :] for name in found)
+
+    def entries(self) -> tuple[dict[str, int], list[str]]:
+        """Returns the objects right below the URL, name -> bytes, and the names of the folders there."""
+        found = self._patiently(lambda: _or_none(lambda: self._fs.ls(self._root, detail=True))) or []
+        start = len(self._root) + 1
+        named = [(one["name"].rstrip("/")[start:], one) for one in found]
+        files = {name: one["size"] for name, one in named if name and one["type"] == "file"}
+        return files, sorted(name for name, one in named if name and one["type"] == "directory")
+
+    def download_to(self, name: str, path: Path) -> None:
+        """Fetches an object. Raises FileNotFoundError if there is none, UserError if the disk is full."""
+        with atomic.disk_errors(path, "make room there, or set XDG_CACHE_HOME to a larger disk"):
+            self._patiently(lambda: self._fs.get_file(self._path(name), str(path)))
 
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces an object."""

@@ -13,7 +13,7 @@ from PIL import Image
 from dino_jax.data.pipeline import train_batches
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
-from dino_jax.data.sources.patterns import expand_braces
+from dino_jax.data.sources.files import expand_braces
 from dino_jax.data.sources.tar import split_name
 from dino_jax.errors import UserError
 

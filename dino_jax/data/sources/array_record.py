@@ -8,7 +8,6 @@ A record is an encoded image, alone or after a header of 12 bytes with its label
     bytes 12-    the image: JPEG, PNG, ...
 """
 
-import glob
 import io
 import os
 import struct
@@ -20,6 +19,7 @@ from PIL import Image
 
 from dino_jax.data.array_files import NPY, NPZ, TIFF
 from dino_jax.data.sources.base import KNOB, Example, Source
+from dino_jax.data.sources.files import local_copies, matching_files
 from dino_jax.errors import UserError
 
 HEADER = struct.Struct("<4sii")  # magic, label, number of classes
@@ -39,20 +39,20 @@ class ArrayRecordSource(Source):
                 f"{KNOB}=array_record:{pattern} is a folder: write array_record:{os.path.join(pattern, '*')}, or a "
                 "narrower pattern in quotes"
             )
-        paths = sorted(glob.glob(pattern))
-        if not paths:
-            raise UserError(f"{KNOB}=array_record:{pattern}: no such files")
+        what = f"{KNOB}=array_record:{pattern}"
+        names = matching_files(pattern, what)
+        paths = local_copies(names, what)
         try:
             self.records = ArrayRecordDataSource(paths)
             first = self.records[0]
             _require_image(_split_record(first)[2])
         except Exception as error:  # its C++ reader raises bare RuntimeErrors
             raise UserError(
-                f"{KNOB}=array_record:{pattern}: {paths[0]} does not start with an image or a labeled image "
+                f"{KNOB}=array_record:{pattern}: {names[0]} does not start with an image or a labeled image "
                 "(layout: dino_jax.data.sources.array_record; datasets of TFDS are read with tfds:FOLDER)"
             ) from error
         self.num_classes = _split_record(first)[1]
-        self.title = os.path.basename(paths[0]) + (f" .. {os.path.basename(paths[-1])}" if len(paths) > 1 else "")
+        self.title = os.path.basename(names[0]) + (f" .. {os.path.basename(names[-1])}" if len(names) > 1 else "")
 
     @classmethod
     def from_spec(cls, rest: str) -> Source | None:

@@ -1,20 +1,25 @@
 """Image files in folders."""
 
+import errno
 import os
 import re
 import stat
 import sys
 from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from dino_jax.data.sources.base import KNOB, Example, Source
 from dino_jax.errors import UserError
+from dino_jax.progress import progress
+from dino_jax.storage import Store, is_remote
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
 ARRAY_EXTENSIONS = (".npy", ".npz")
 SYSTEM_FOLDERS = ("@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "#recycle")
 MAX_FILE = 512 * 2**20  # bytes; larger files are replaced like damaged ones, so that one cannot fill the memory
+LISTERS = 8  # folders of a store that are listed at a time
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")  # line ends, bytes that are not UTF-8
 
 
@@ -37,7 +42,9 @@ class FolderSource(Source):
 
     @classmethod
     def from_spec(cls, rest: str) -> Source | None:
-        """PATH, which may begin with ~."""
+        """PATH, which may begin with ~, or be in a store."""
+        if is_remote(rest):
+            return StoreFolderSource(rest)
         return cls(os.path.expanduser(rest)) if rest else None
 
     def __len__(self) -> int:
@@ -61,6 +68,36 @@ class FolderSource(Source):
         except OSError:
             return f"{self.name(i)} is not there"
         return f"{self.name(i)} {self.label(i)} {status.st_size} {status.st_mtime_ns}"
+
+
+class StoreFolderSource(FolderSource):
+    """Image objects below a URL, in the order of their names, with the classes and rules of `FolderSource`."""
+
+    def __init__(self, url: str):
+        self.root, self.store = url, Store(url)
+        files, folders = self.store.entries()
+        kept = [folder for folder in folders if not is_ignored(folder)]
+        with ThreadPoolExecutor(LISTERS) as pool:
+            for found in progress(pool.map(self.store.sizes, kept), len(kept), "listing", "folders"):
+                files |= found
+        names = [name for name in files if not any(map(is_ignored, name.split("/")))]
+        self.paths = sorted(images_of(names))
+        if not self.paths:
+            raise UserError(f"{KNOB}=folder:{url}: no images among its {len(files):,} objects")
+        self.sizes = [files[path] for path in self.paths]
+        self.class_names, self.labels = class_folders(self.paths, "/")
+        self.num_classes = len(self.class_names)
+
+    def __getitem__(self, i: int) -> Example:
+        check_file_size(self.sizes[i])
+        content = self.store.read(self.paths[i])
+        if content is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), self.paths[i])
+        return Example(content, self.label(i))
+
+    def identity(self, i: int) -> str:
+        """Name, label and size."""
+        return f"{self.name(i)} {self.label(i)} {self.sizes[i]}"
 
 
 def class_folders(paths: list[str], separator: str) -> tuple[list[str], np.ndarray]:

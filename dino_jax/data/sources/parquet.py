@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dino_jax.data.sources.base import KNOB, WINDOW, Example, Source
+from dino_jax.data.sources.files import matching_files, opened, status
 from dino_jax.data.sources.folder import check_file_size
-from dino_jax.data.sources.patterns import matching_files
 from dino_jax.errors import UserError, missing_extras
 from dino_jax.progress import progress
+from dino_jax.storage import is_remote
 
 COLUMN = re.compile(r"\?(image|label)=([^?]+)")
 LABELS = ("label", "labels", "cls", "class")  # names of a label column that are found by themselves
@@ -98,10 +99,10 @@ class ParquetSource(Source):
         """Name, label, and the file's size and modification time."""
         path = self.paths[int(np.searchsorted(self.files, i, side="right")) - 1]
         try:
-            status = os.stat(path)
+            size, changed = status(path)
         except OSError:
             return f"{self.name(i)} is not there"
-        return f"{self.name(i)} {self.label(i)} {status.st_size} {status.st_mtime_ns}"
+        return f"{self.name(i)} {self.label(i)} {size} {changed}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_lock")}
@@ -127,7 +128,7 @@ class ParquetSource(Source):
         import pyarrow.parquet
 
         try:
-            return pyarrow.parquet.ParquetFile(path)
+            return pyarrow.parquet.ParquetFile(opened(path) if is_remote(path) else path)
         except pyarrow.ArrowInvalid as error:
             raise UserError(f"{self.what}: {path} is no whole Parquet file: copy it again") from error
         except OSError as error:

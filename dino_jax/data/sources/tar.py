@@ -12,20 +12,21 @@ import sys
 import tarfile
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dino_jax import atomic
 from dino_jax.data.sources.base import KNOB, Example, Source
+from dino_jax.data.sources.files import cache_folder, matching_files, opened, read_part, status, write
 from dino_jax.data.sources.folder import check_file_size, images_of, is_ignored
-from dino_jax.data.sources.patterns import matching_files
 from dino_jax.errors import UserError, listed
-from dino_jax.json_files import TEXT, WHOLE, Kind, read_object
+from dino_jax.json_files import TEXT, WHOLE, Kind, parse, require
 from dino_jax.progress import progress
+from dino_jax.storage import is_remote
 
 VERSION = 1  # of the index
+MAX_INDEX = 2**31  # bytes
 INDEXERS = 8  # tar files that are indexed at a time
 LABEL_KEYS = ("label", "cls", "class")  # of a sample's .json
 
@@ -77,8 +78,7 @@ class TarSource(Source):
     def __getitem__(self, i: int) -> Example:
         offset, size = map(int, self.places[i])
         check_file_size(size)
-        with open(self.paths[self.shards[i]], "rb", buffering=0) as file:
-            content = os.pread(file.fileno(), size, offset)
+        content = read_part(self.paths[self.shards[i]], offset, size)
         if len(content) < size:
             raise OSError("the tar file ends within the image")
         return Example(content, self.label(i))
@@ -94,7 +94,7 @@ class TarSource(Source):
     def identity(self, i: int) -> str:
         """Name, label, place, and the shard's modification time."""
         try:
-            changed = os.stat(self.paths[self.shards[i]]).st_mtime_ns
+            changed = status(self.paths[self.shards[i]]).changed
         except OSError:
             return f"{self.name(i)} is not there"
         offset, size = self.places[i]
@@ -114,20 +114,20 @@ def index_of(path: str, what: str) -> tuple[list[Sample], str]:
     Raises UserError, which begins with `what`, if the file cannot be read or is no tar file.
     """
     try:
-        status = os.stat(path)
-        stamp = {"version": VERSION, "bytes": status.st_size, "changed": status.st_mtime_ns}
-        for kept in _index_paths(path):
-            if kept.is_file() and (known := _known(kept)) and all(known.get(k) == v for k, v in stamp.items()):
+        size, changed = status(path)
+        stamp = {"version": VERSION, "bytes": size, "changed": changed}
+        for place in _index_places(path):
+            if (known := _known(place)) and all(known.get(k) == v for k, v in stamp.items()):
                 return [Sample(*row) for row in known["samples"]], known["problem"]
         samples, problem = read_headers(path)
     except tarfile.ReadError as error:
         raise UserError(f"{what}: {path} is no tar file ({error})") from error
     except OSError as error:
         raise UserError(f"{what}: {path} cannot be read: {error.strerror or error}") from error
-    for kept in _index_paths(path):
+    index = {**stamp, "problem": problem, "samples": [list(sample) for sample in samples]}
+    for place in _index_places(path):
         try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(kept, {**stamp, "problem": problem, "samples": [list(sample) for sample in samples]})
+            write(place, atomic.to_json(index).encode())
             break
         except (UserError, OSError):  # a folder that cannot be written: the next place, or no index
             continue
@@ -140,7 +140,7 @@ def read_headers(path: str) -> tuple[list[Sample], str]:
     Raises: tarfile.ReadError if it is no tar file; OSError.
     """
     samples: list[Sample] = []
-    with tarfile.open(path, "r:") as tar:
+    with opened(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
         group: dict[str, tarfile.TarInfo] = {}
         key = ""
         try:
@@ -161,9 +161,7 @@ def read_headers(path: str) -> tuple[list[Sample], str]:
 
 def _ends(path: str, offset: int) -> bool:
     """Whether the block of zeros that ends a tar file is there. Without it, `tarfile` ends all the same."""
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
+    return read_part(path, offset, tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE)
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -199,16 +197,18 @@ def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read(2**20) if file else b""
 
 
-def _index_paths(path: str) -> Iterator[Path]:
+def _index_places(path: str) -> Iterator[str]:
     """Yields the places of an index: beside the tar, then in the user's cache."""
-    yield Path(f"{path}.index.json")
-    cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dino_jax" / "indexes"
-    yield cache / f"{hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:32]}.json"
+    yield f"{path}.index.json"
+    name = path if is_remote(path) else os.path.abspath(path)
+    yield str(cache_folder("indexes") / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.json")
 
 
-def _known(path: Path) -> dict[str, Any]:
-    """Returns an index, or {} if it is damaged: it is then built again."""
+def _known(place: str) -> dict[str, Any]:
+    """Returns an index, or {} if there is none or it is damaged: it is then built again."""
     try:
-        return read_object(path, {"version": WHOLE, "samples": SAMPLES, "problem": TEXT})
-    except UserError:
+        known = parse(read_part(place, 0, MAX_INDEX).decode(), place)
+        require(known, {"version": WHOLE, "samples": SAMPLES, "problem": TEXT}, place)
+    except (OSError, ValueError, UserError):
         return {}
+    return known

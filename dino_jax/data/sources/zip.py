@@ -5,6 +5,7 @@ import zipfile
 from typing import Any
 
 from dino_jax.data.sources.base import KNOB, Example, Source
+from dino_jax.data.sources.files import opened, status
 from dino_jax.data.sources.folder import check_file_size, class_folders, images_of, is_ignored, printable
 from dino_jax.errors import UserError
 
@@ -18,7 +19,7 @@ class ZipSource(Source):
         self.path = path
         what = f"{KNOB}=zip:{path}"
         try:
-            with zipfile.ZipFile(path) as archive:
+            with opened(path) as file, zipfile.ZipFile(file) as archive:
                 members = [member for member in archive.infolist() if not member.is_dir()]
         except zipfile.BadZipFile as error:
             raise UserError(f"{what}: no zip archive, or cut off ({error}): copy it again") from error
@@ -45,7 +46,7 @@ class ZipSource(Source):
 
     def __getitem__(self, i: int) -> Example:
         if self._archive is None:
-            self._archive = zipfile.ZipFile(self.path)
+            self._archive = zipfile.ZipFile(opened(self.path))
         member = self._archive.getinfo(self.names[i])
         check_file_size(member.file_size)
         return Example(self._archive.read(member), self.label(i))
@@ -61,7 +62,7 @@ class ZipSource(Source):
     def identity(self, i: int) -> str:
         """Name, label, and the archive's modification time."""
         try:
-            changed = os.stat(self.path).st_mtime_ns
+            changed = status(self.path).changed
         except OSError:
             return f"{self.name(i)} is not there"
         return f"{self.name(i)} {self.label(i)} {changed}"
