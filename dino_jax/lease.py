@@ -94,7 +94,10 @@ class Lease:
             print(f"{self._store.url} belongs to {name}: {waiting}", file=sys.stderr, flush=True)
             while time.monotonic() - began < EXPIRES:
                 time.sleep(BEAT / 4)
+                asked = time.monotonic()
                 now = self._store.read(LOCK)
+                if time.monotonic() - asked > BEAT:  # the store was away, for the owner too
+                    began = time.monotonic()
                 if now is None:
                     return
                 if now != seen:

@@ -1,5 +1,7 @@
 """Object stores on this machine: servers of GCS and S3 with an empty bucket, behind a proxy that injects faults.
 
+`PYTHONPATH=. python tests/buckets.py gs COMMAND ...` runs a command with such a bucket, gs://bucket.
+
 The proxy counts requests. A fault is a function of (method, path, body) that returns what happens instead of, or with,
 the answer: `error(503)`, `reset`, `slow(seconds)`, `cut`; None for nothing.
 """
@@ -220,3 +222,8 @@ def _forget_connections() -> None:
     for name in ("gcs", "s3"):
         if name in fsspec.registry:
             fsspec.get_filesystem_class(name).clear_instance_cache()
+
+
+if __name__ == "__main__":
+    with bucket(sys.argv[1]):
+        sys.exit(subprocess.call(sys.argv[2:]))

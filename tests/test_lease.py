@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import buckets
 import pytest
@@ -105,6 +106,25 @@ def test_a_store_that_refuses_for_a_while_costs_no_lease(place, store):
         with place.faulty(lambda method, path, body: buckets.error(503)):
             time.sleep(1)
         time.sleep(3)
+        require_owned()
+
+
+def test_an_owner_that_no_store_hears_is_not_replaced(place, store, monkeypatch):
+    monkeypatch.setattr(lease, "BEAT", 2.0)
+    monkeypatch.setattr(lease, "EXPIRES", 6.0)
+
+    def start():
+        with exclusive(store.url, "--workdir"):
+            pass
+
+    with exclusive(store.url, "--workdir") as require_owned:
+        with ThreadPoolExecutor() as pool:
+            refused = pool.submit(start)
+            time.sleep(0.3)
+            with place.faulty(lambda method, path, body: buckets.error(503)):
+                time.sleep(8)
+            with pytest.raises(UserError, match="is in use"):
+                refused.result()
         require_owned()
 
 

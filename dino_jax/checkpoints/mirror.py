@@ -27,8 +27,8 @@ PERIOD = 15.0  # seconds between two looks for changed files
 EXPORT, CHECKPOINTS = "export", "checkpoints"
 COMPLETE = re.compile(rf"({EXPORT}|{CHECKPOINTS}/\d+(\.damaged)?)/")  # folders that are sent whole, before the file
 STEP = re.compile(rf"{CHECKPOINTS}/(0|[1-9][0-9]*)")
-# What no run reads when it begins: results of evaluations with their features, which may be large.
-NOT_FETCHED = (LOCK, "eval/", f"{CHECKPOINTS}/", f"{EXPORT}/")
+RESULTS = (LOCK, "eval/", "tensorboard/")  # what is never read again, and may be large: features, earlier events
+NOT_FETCHED = (*RESULTS, f"{CHECKPOINTS}/", f"{EXPORT}/")
 NOT_SENT = re.compile(r"(^|/)\.|(\.tmp|\.previous|\.orbax-checkpoint-tmp)/$")  # what is being written
 Covers = Callable[[Path, int], bool]
 
@@ -69,8 +69,9 @@ def mirrored(
     if not is_remote(folder):
         yield Mirror(Path(folder))
         return
-    with local_folder(str(folder)) as local:
-        mirror = _StoreMirror(Store(str(folder)), local, require_owned)
+    store = Store(str(folder))
+    with local_folder(store.url) as local:
+        mirror = _StoreMirror(store, local, require_owned)
         mirror.fetch(covers)
         with mirror.sending():
             yield mirror
@@ -93,7 +94,8 @@ def fetched_run(path: str | Path, covers: Covers) -> Iterator[Path]:
         else:
             sizes = store.sizes()
             whole = "card.json" in sizes  # an export
-            store.download([name for name in sizes if name != LOCK and (whole or "/" not in name)], local)
+            wanted = [name for name in sizes if whole or "/" not in name]
+            store.download([name for name in wanted if not name.startswith(RESULTS)], local)
             _fetch_complete(store, local, sizes, covers)
         yield local
 

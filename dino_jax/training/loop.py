@@ -47,6 +47,8 @@ from dino_jax.training.writers import Logger, RunInfo
 def train(config: ConfigDict, workdir: str | Path) -> State:
     """Pretrains a model, or resumes from the last checkpoint in `workdir`. Returns the final state.
 
+    workdir: a folder, or a path in an object store such as gs://bucket/run.
+
     Raises:
         UserError: a setting, the data or the workdir does not fit; the message says what to change.
         NotFiniteError: a UserError; the parameters are not finite, or too many steps in a row were skipped.

@@ -115,11 +115,12 @@ def test_other_files_beside_the_checkpoints_are_left_alone(store):
     assert store.read("checkpoints/notes.txt") == store.read("checkpoints/mine/a") == b"mine"
 
 
-def test_results_of_evaluations_are_not_fetched(store):
-    store.write("eval/knn/features/a.npz", b"large")
-    with mirrored(store.url) as run:
+def test_what_no_run_reads_is_not_fetched(store):
+    for name in ("eval/knn/features/a.npz", "tensorboard/events"):
+        store.write(name, b"large")
+    with mirrored(f"{store.url}/") as run:
         assert not list(run.local.iterdir())
-    assert store.read("eval/knn/features/a.npz") == b"large"
+    assert list(store.sizes()) == ["eval/knn/features/a.npz", "tensorboard/events"]
 
 
 def test_files_are_sent_after_an_error_and_the_error_names_the_url(store):

@@ -261,11 +261,11 @@ def test_a_store_that_stays_away_ends_the_run_with_a_line_and_keeps_the_checkpoi
     assert chaos.last_saved(url) == 4
 
 
-@pytest.mark.parametrize("fsdp", [1, 4])
-def test_two_processes_without_a_common_folder_save_and_resume(place, reference, tmp_path, fsdp):
-    url = f"{place.url}/two{fsdp}"
+def test_two_processes_without_a_common_folder_save_and_resume(place, tmp_path):
+    """Some arrays are in parts on both, others whole on each."""
+    url = f"{place.url}/two"
     for epochs in (2, EPOCHS):
-        changes = [{"epochs": epochs, "fsdp": fsdp, **one} for one in two_processes()]
+        changes = [{"epochs": epochs, "fsdp": 4, **one} for one in two_processes()]
         logs = [tmp_path / f"{epochs}-{i}" for i in range(2)]
         both = [
             Process(log, "train.py", *tiny_flags(**one), f"--workdir={url}", devices=2)
