@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags
 
 from dino_jax import atomic
-from dino_jax.commands.pixel_flags import define_range, range_of
+from dino_jax.commands import cli
 from dino_jax.data.examination import check, summarize
 from dino_jax.data.pixels import WHITE, Pixels
 from dino_jax.data.sources import open_source
@@ -62,7 +62,7 @@ def main(arguments: Sequence[str]) -> None:
     findings = check(
         source,
         canvas_size=values.canvas_size,
-        pixels=Pixels(values.channels, values.dtype, range_of(values.range)),
+        pixels=Pixels(values.channels, values.dtype, cli.range_of(values.range)),
         workers=values.workers,
     )
     report = summarize(source, findings)
@@ -79,7 +79,9 @@ def define_flags(arguments: Sequence[str]) -> None:
     flags.DEFINE_integer("canvas_size", 512, "data.canvas_size of the planned training", lower_bound=1)
     flags.DEFINE_integer("channels", 3, "model.in_channels of the planned training", lower_bound=1)
     flags.DEFINE_enum("dtype", "uint8", list(WHITE), "data.dtype of the planned training")
-    define_range("data.range of the planned training: LOW,HIGH; by default as the type of the images implies")
+    flags.DEFINE_list(
+        "range", [], "data.range of the planned training: LOW,HIGH; by default as the type of the images implies"
+    )
     flags.DEFINE_float("max_bad_fraction", 0.01, "data.max_bad_fraction of the planned training")
 
 

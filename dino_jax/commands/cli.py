@@ -136,6 +136,17 @@ def require_local(knob: str, path: str) -> None:
         raise UserError(f"{knob}: {path} is not a local path: give one, and copy the result")
 
 
+def range_of(parts: list[str]) -> tuple[float, float]:
+    """Returns the value of the flag --range=LOW,HIGH as numbers, (0, 0) if it is not set. Raises UserError if it is no range."""
+    try:
+        low, high = (float(part) for part in parts or ("0", "0"))
+    except ValueError as error:
+        raise UserError(f"--range={','.join(parts)}: two numbers are needed, such as --range=0,4095") from error
+    if parts and not low < high:
+        raise UserError(f"--range={low:g},{high:g}: the second number must be larger than the first")
+    return low, high
+
+
 def require_no_arguments(arguments: Sequence[str]) -> None:
     """Raises a UserError if something on the command line is not a flag."""
     if arguments:

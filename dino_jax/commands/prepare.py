@@ -23,7 +23,6 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.commands import cli
-from dino_jax.commands.pixel_flags import define_range, range_of
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, Source, names_digest, open_source, read_example
@@ -143,7 +142,7 @@ def main(arguments: Sequence[str]) -> None:
             spec,
             out,
             canvas_size=values.canvas_size,
-            pixels=Pixels(values.channels, range=range_of(values.range)),
+            pixels=Pixels(values.channels, range=cli.range_of(values.range)),
             shard_images=values.shard_images,
             workers=values.workers,
         )
@@ -153,8 +152,10 @@ def main(arguments: Sequence[str]) -> None:
 def define_flags(arguments: Sequence[str]) -> None:
     """Defines the flags for the stored images and the number of processes."""
     flags.DEFINE_integer("canvas_size", 0, "shorter side of the stored images, pixels; 0: unchanged", lower_bound=0)
-    define_range(
-        "values of black and white in resized images of more than 8 bits: LOW,HIGH; by default as their type implies"
+    flags.DEFINE_list(
+        "range",
+        [],
+        "values of black and white in resized images of more than 8 bits: LOW,HIGH; by default as their type implies",
     )
     flags.DEFINE_integer("channels", 3, "channels of resized images: 1 or 3", lower_bound=1)
     flags.DEFINE_integer("shard_images", 1024, "images per file", lower_bound=1)
