@@ -158,7 +158,8 @@ def test_any_number_of_classes_an_image(colors, folders, tmp_path):
         rows = ["name,label"]
         for path in source.paths:
             red, _, blue = np.array(Image.open(f"{folders}/{split}/{path}"))[0, 0]
-            rows.append(f"{path},{';'.join(['red'] * (red > 127) + ['blue'] * (blue > 127))}")
+            labels = [name for name, level in (("red", red), ("blue", blue)) if level > 127]
+            rows.append(f"{path},{';'.join(labels)}")
         (tmp_path / f"{split}.csv").write_text("\n".join(rows))
     spec = f"folder:{folders}/{{0}}?labels={tmp_path}/{{0}}.csv"
     config = settings(folders, train=spec.format("train"), test=spec.format("test"), lr=(0.01, 5.0), epochs=30)
