@@ -30,7 +30,7 @@ class LabeledSource(Subset):
                 f"{names[0]}; remove them: {listed(missing)}"
             )
         super().__init__(source, np.array(found, np.int64))
-        self.class_names = _in_order({rows[names[i]] for i in found})
+        self.class_names = class_order({rows[names[i]] for i in found})
         self.num_classes = len(self.class_names)
         number = {label: k for k, label in enumerate(self.class_names)}
         self.labels = np.array([number[rows[names[i]]] for i in found], np.int32)
@@ -69,6 +69,7 @@ def _read(path: str) -> dict[str, str]:
     return rows
 
 
-def _in_order(labels: set[str]) -> list[str]:
+def class_order(labels: set[str]) -> list[str]:
+    """Returns the names of classes in the order of their numbers, which is numeric if all names are numbers."""
     numeric = all(label.isdecimal() for label in labels)
     return sorted(labels, key=lambda label: (int(label) if numeric else 0, label))
