@@ -9,8 +9,6 @@ from dino_jax.errors import UserError
 
 KNOB = "data.source (or evals.knn.train, evals.knn.test)"  # settings that hold a specification, for error messages
 
-WINDOW = 4_096  # records of a source with groups that training shuffles together, at least
-
 
 class Example(NamedTuple):
     """One image as stored: an encoded file (bytes) or an array [H, W] or [H, W, C]; label -1 if there is none."""
@@ -22,8 +20,8 @@ class Example(NamedTuple):
 class Source(Protocol):
     """A sequence of images with random access.
 
-    Subclass it to inherit the defaults of `label`, `identity` and `class_names`. A source must be picklable, because
-    the worker processes that read from it are spawned.
+    Subclass it to inherit the defaults of `label`, `identity`, `class_names`, `groups` and `window`. A source must be
+    picklable, because the worker processes that read from it are spawned.
     """
 
     num_classes: int  # 0 = no labels
@@ -32,6 +30,7 @@ class Source(Protocol):
     label_sets: Sequence[Sequence[int]] | None = None
     # Numbers of records of the groups that storage reads as a whole, int [g], in order. None: single records are cheap.
     groups: np.ndarray | None = None
+    window: int = 1  # number of groups that a reader keeps in memory; training shuffles as many together
 
     def __len__(self) -> int:
         """Returns the number of images."""

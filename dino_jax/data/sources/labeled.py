@@ -35,7 +35,7 @@ class LabeledSource(Subset):
         super().__init__(source, np.array(found, np.int64))
         self.rows = [rows[names[i]] for i in found]
         sets = [[label for label in row.split(";") if label] for row in self.rows]
-        self.class_names = _in_order({label for labels in sets for label in labels})
+        self.class_names = class_order({label for labels in sets for label in labels})
         number = {label: k for k, label in enumerate(self.class_names)}
         numbers = [sorted({number[label] for label in labels}) for labels in sets]
         several = any(";" in label for label in rows.values())
@@ -82,6 +82,7 @@ def _read(path: str) -> dict[str, str]:
     return rows
 
 
-def _in_order(labels: set[str]) -> list[str]:
+def class_order(labels: set[str]) -> list[str]:
+    """Returns the names of classes in the order of their numbers, which is numeric if all names are numbers."""
     numeric = all(label.isdecimal() for label in labels)
     return sorted(labels, key=lambda label: (int(label) if numeric else 0, label))

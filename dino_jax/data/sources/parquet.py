@@ -1,192 +1,224 @@
-"""Images in Parquet files, as Hugging Face data sets have them."""
+"""Images in Parquet files, as Hugging Face data sets have them.
 
-import json
+Only whole row groups can be read, so a reader keeps the groups that it used last in memory, and training shuffles
+windows of groups (`dino_jax.data.order`).
+"""
+
 import os
-import re
-import threading
-from collections import OrderedDict
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from dino_jax.data.sources.base import KNOB, WINDOW, Example, Source
+from dino_jax.data.lru import LRU
+from dino_jax.data.sources.base import KNOB, Example, Source
+from dino_jax.data.sources.columns import Columns, find_columns, is_text, joined, label_numbers, split_options
 from dino_jax.data.sources.files import matching_files, opened, status
-from dino_jax.data.sources.folder import check_file_size
+from dino_jax.data.sources.folder import check_file_size, printable
 from dino_jax.errors import UserError, missing_extras
 from dino_jax.progress import progress
 from dino_jax.storage import is_remote
 
-COLUMN = re.compile(r"\?(image|label)=([^?]+)")
-LABELS = ("label", "labels", "cls", "class")  # names of a label column that are found by themselves
-READERS = 8  # footers that are read at a time
+INDEXERS = 8  # files that are indexed at a time
+MEMORY = 2**30  # bytes of images that each reading process keeps
+MIN_GROUPS = 4  # row groups that it keeps however large, because windows of fewer would be shuffled badly
+SPARE = 5  # of the groups that are kept, every fifth is not for the window: batches span two, substitutes come from all
+FOOTERS = 4096  # footers that each reading process keeps
 
 
-class Footer(NamedTuple):
-    """What the source keeps of a file."""
+class FileIndex(NamedTuple):
+    """What is known of a file without reading its images."""
 
-    rows: list[int]  # of each row group
-    labels: list[int | str | None]  # of each row, empty without a label column
+    groups: list[tuple[int, int, int]]  # number in the file, rows and bytes of images, of row groups that have rows
+    labels: Any  # pyarrow.ChunkedArray, None without a column of labels
+    names: Any  # pyarrow.ChunkedArray of the paths in the structs, None if there are none
 
 
 class ParquetSource(Source):
     """The rows of Parquet files, in the order of the files' names.
 
-    The image column is a struct with a field `bytes`, or binary; the label column holds integers, whose names are those
-    of Hugging Face's metadata, or texts, which become classes in sorted order. A row group is read as a whole: training
-    shuffles groups and, within windows, their rows (`groups`), and each reader keeps the rows of one window.
+    The columns of images and labels are found, or named in the specification (`columns`). The name of a row is the path
+    in its struct if all rows have paths that differ, else FILE/ROW.
     """
 
     syntax = "parquet:FILES"
     groups: np.ndarray
 
-    def __init__(self, pattern: str, image: str = "", label: str = ""):
-        self.what = f"{KNOB}=parquet:{pattern}"
+    def __init__(self, pattern: str, options: Mapping[str, str]):
+        what = f"{KNOB}=parquet:{pattern}"
         with missing_extras():
             import pyarrow.parquet  # noqa: F401 (imported here because other sources do not need it)
-        self.paths = matching_files(pattern, self.what)
-        schema = self._opened(self.paths[0]).schema_arrow
-        self.image = image or _image_column(schema, self.what)
-        self.column = _bytes_path(schema, self.image, self.what)
-        self.label_column = label or next((name for name in LABELS if name in schema.names), "")
-        if self.label_column and self.label_column not in schema.names:
-            raise UserError(f"{self.what}: no column {self.label_column} among {', '.join(schema.names)}")
-        with ThreadPoolExecutor(READERS) as pool:
-            read = progress(pool.map(self._footer, self.paths), len(self.paths), "footers", "files")
-            footers = list(read)
-        self.groups = np.array([rows for footer in footers for rows in footer.rows], np.int64)
-        self.places = [(file, group) for file, footer in enumerate(footers) for group in range(len(footer.rows))]
-        self.first = np.cumsum(self.groups) - self.groups
-        self.files = np.cumsum([0] + [sum(footer.rows) for footer in footers])
-        if not self.groups.sum():
-            raise UserError(f"{self.what}: no rows in {len(self.paths):,} files")
-        values = [value for footer in footers for value in footer.labels]
-        self.class_names, self.labels = _classes(values, _stated_names(schema, self.label_column))
-        self.num_classes = len(self.class_names) or int(self.labels.max(initial=-1)) + 1
-        self._cache: OrderedDict[int, Any] = OrderedDict()
-        self._lock = threading.Lock()
+        if os.path.isdir(os.path.expanduser(pattern)):
+            raise UserError(f"{what} is a folder: write parquet:{os.path.join(pattern, '*.parquet')}")
+        self.paths = matching_files(pattern, what)
+        self.columns = _columns_of(self.paths[0], options, what)
+        index = partial(_index_of, first=self.paths[0], columns=self.columns, what=what)
+        with ThreadPoolExecutor(INDEXERS) as pool:
+            indexes = list(progress(pool.map(index, self.paths), len(self.paths), "index", "files"))
+        places = [(file, *group) for file, index in enumerate(indexes) for group in index.groups]
+        if not places:
+            raise UserError(f"{what}: no rows in {len(self.paths):,} files, whose first is {self.paths[0]}")
+        self.files, self.numbers, self.groups, stored = np.array(places, np.int64).T  # of each group
+        self.firsts = np.cumsum(self.groups) - self.groups
+        self.titles, self.names = _titles(self.paths), _unique_names(indexes)
+        self.labels, self.num_classes = None, 0
+        if self.columns.label:
+            labels = [index.labels for index in indexes]
+            self.labels, self.class_names, self.num_classes = label_numbers(labels, self.columns, what)
+        kept, self.window = kept_groups(stored, what)
+        self._images, self._footers = LRU[Any](kept), LRU[Any](FOOTERS)
 
     @classmethod
     def from_spec(cls, rest: str) -> Source | None:
         """Names of files with {000..999} or *, separated by commas; then ?image=COLUMN and ?label=COLUMN."""
-        pattern = COLUMN.sub("", rest)
-        return cls(pattern, **dict(COLUMN.findall(rest))) if pattern else None
+        pattern, options = split_options(rest, ("image", "label"), f"{KNOB}=parquet:")
+        return cls(pattern, options) if pattern else None
 
     def __len__(self) -> int:
-        return int(self.files[-1])
+        return int(self.groups.sum())
 
     def __getitem__(self, i: int) -> Example:
-        group = int(np.searchsorted(self.first, i, side="right")) - 1
-        while self.groups[group] == 0:  # an empty group begins where the next one does
-            group -= 1
-        content = self._group(group)[i - int(self.first[group])].as_py()
-        if content is None:
+        group = self._group(i)
+        image = self._images.get(group, partial(self._read, group))[i - int(self.firsts[group])].as_py()
+        if image is None:
             raise OSError("the row has no image")
-        check_file_size(len(content))
-        return Example(content, self.label(i))
+        check_file_size(len(image))
+        return Example(image, self.label(i))
 
     def label(self, i: int) -> int:
         """The number in the label column, or that of its text; -1 if there is none."""
-        return int(self.labels[i]) if len(self.labels) else -1
+        return -1 if self.labels is None else int(self.labels[i])
 
     def name(self, i: int) -> str:
-        """The file's name and the number of the row in it."""
-        file = int(np.searchsorted(self.files, i, side="right")) - 1
-        return f"{os.path.basename(self.paths[file])}/{i - self.files[file]}"
+        """The path in the row's struct, or the file and the number of the row in it, on a single line."""
+        return printable(self._place(i) if self.names is None else self.names[i].as_py())
 
     def identity(self, i: int) -> str:
-        """Name, label, and the file's size and modification time."""
-        path = self.paths[int(np.searchsorted(self.files, i, side="right")) - 1]
+        """Name, label, place, and the file's size and modification time."""
         try:
-            size, changed = status(path)
+            size, changed = status(self.paths[self.files[self._group(i)]])
         except OSError:
             return f"{self.name(i)} is not there"
-        return f"{self.name(i)} {self.label(i)} {size} {changed}"
+        return f"{self.name(i)} {self.label(i)} {printable(self._place(i))} {size} {changed}"
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_cache", "_lock")}
+    def _group(self, i: int) -> int:
+        return int(np.searchsorted(self.firsts, i, side="right")) - 1
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _cache=OrderedDict(), _lock=threading.Lock())
+    def _place(self, i: int) -> str:
+        file = self.files[self._group(i)]
+        return f"{self.titles[file]}/{i - self.firsts[np.searchsorted(self.files, file)]}"
 
-    def _group(self, group: int) -> Any:
-        """Returns the encoded images of a row group, and keeps those of as many rows as training shuffles together."""
-        with self._lock:
-            if group not in self._cache:
-                file, number = self.places[group]
-                table = self._opened(self.paths[file]).read_row_group(number, columns=[self.column])
-                images = table.column(0).combine_chunks()
-                self._cache[group] = images.field("bytes") if "." in self.column else images
-                while len(self._cache) > 1 and sum(map(len, self._cache.values())) > 2 * WINDOW:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(group)
-            return self._cache[group]
+    def _read(self, group: int) -> Any:
+        """Returns the encoded images of a row group, a `pyarrow.ChunkedArray`. Raises OSError."""
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
 
-    def _opened(self, path: str) -> Any:
-        import pyarrow
-        import pyarrow.parquet
-
+        path, number = self.paths[self.files[group]], int(self.numbers[group])
         try:
-            return pyarrow.parquet.ParquetFile(opened(path) if is_remote(path) else path)
-        except pyarrow.ArrowInvalid as error:
-            raise UserError(f"{self.what}: {path} is no whole Parquet file: copy it again") from error
-        except OSError as error:
-            raise UserError(f"{self.what}: {path} cannot be read: {error.strerror or error}") from error
-
-    def _footer(self, path: str) -> Footer:
-        file = self._opened(path)
-        if self.image not in file.schema_arrow.names:
-            raise UserError(f"{self.what}: {path} has no column {self.image}, which {self.paths[0]} has")
-        labels = file.read(columns=[self.label_column]).column(0).to_pylist() if self.label_column else []
-        return Footer([file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)], labels)
+            footer = self._footers.get(path, partial(_footer, path))
+            with pq.ParquetFile(_place_to_read(path), metadata=footer, page_checksum_verification=True) as file:
+                images = file.read_row_group(number, columns=[_leaf(self.columns)], use_threads=False).column(0)
+        except pa.ArrowException as error:
+            raise OSError(f"row group {number} of {path} cannot be read: {_first_line(error)}") from error
+        if len(images) != self.groups[group]:
+            raise OSError(f"{path} has changed since the start")
+        return pc.struct_field(images, "bytes") if self.columns.nested else images
 
 
-def _image_column(schema: Any, what: str) -> str:
-    """Returns the name of the only column that can hold images."""
-    found = [field.name for field in schema if _holds_images(field.type)]
-    if named := [name for name in found if name in ("image", "img")]:
-        return named[0]
-    if len(found) != 1:
-        which = f"several columns of bytes, {', '.join(found)}" if found else "no column of bytes"
-        raise UserError(f"{what}: {which} among {', '.join(schema.names)}: name one with ?image=COLUMN")
-    return found[0]
+def _place_to_read(path: str) -> Any:
+    return opened(path) if is_remote(path) else path
 
 
-def _bytes_path(schema: Any, name: str, what: str) -> str:
-    """Returns the path of the bytes of an image column: NAME or NAME.bytes."""
-    if name not in schema.names or not _holds_images(schema.field(name).type):
-        raise UserError(f"{what}: no column {name} of bytes among {', '.join(schema.names)}")
-    return f"{name}.bytes" if _is_struct(schema.field(name).type) else name
+def _footer(path: str) -> Any:
+    import pyarrow.parquet as pq
+
+    return pq.read_metadata(_place_to_read(path))
 
 
-def _holds_images(type_: Any) -> bool:
-    import pyarrow.types as types
-
-    if _is_struct(type_):
-        type_ = type_.field("bytes").type if type_.get_field_index("bytes") >= 0 else None
-    return type_ is not None and (types.is_binary(type_) or types.is_large_binary(type_))
+def _leaf(columns: Columns) -> str:
+    return f"{columns.image}.bytes" if columns.nested else columns.image
 
 
-def _is_struct(type_: Any) -> bool:
-    import pyarrow.types as types
-
-    return types.is_struct(type_)
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def _stated_names(schema: Any, column: str) -> list[str]:
-    """Returns the names of a ClassLabel in the metadata that Hugging Face's `datasets` writes, if there are any."""
+def _open(path: str, what: str) -> Any:
+    """Opens a `pyarrow.parquet.ParquetFile`. Raises UserError, which begins with `what`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
-        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return [str(name) for name in features[column]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
+        return pq.ParquetFile(_place_to_read(path))
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{what}: {path} is no whole Parquet file: copy it again") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{what}: {path} cannot be read: {_first_line(error)}") from error
 
 
-def _classes(values: Sequence[int | str | None], stated: list[str]) -> tuple[list[str], np.ndarray]:
-    """Returns the names of the classes, empty if there are only numbers, and the labels int32 [n], -1: none."""
-    if any(isinstance(value, str) for value in values):
-        names = sorted({str(value) for value in values if value is not None})
-        number = {name: k for k, name in enumerate(names)}
-        return names, np.array([-1 if value is None else number[str(value)] for value in values], np.int32)
-    return stated, np.array([value if isinstance(value, int) else -1 for value in values], np.int32)
+def _columns_of(path: str, options: Mapping[str, str], what: str) -> Columns:
+    with _open(path, what) as file:
+        return find_columns(file.schema_arrow, options, what)
+
+
+def _index_of(path: str, *, first: str, columns: Columns, what: str) -> FileIndex:
+    """Reads a file's footer, labels and paths of images.
+
+    Raises: UserError, which begins with `what`, if it cannot be read or does not fit the first file.
+    """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    with _open(path, what) as file:
+        schema = file.schema_arrow
+        for column in filter(None, (columns.image, columns.label)):
+            if column not in schema.names:
+                raise UserError(f"{what}: {path} has no column {column}, which {first} has")
+        if find_columns(schema, {"image": columns.image, "label": columns.label}, f"{what}: {path}") != columns:
+            raise UserError(f"{what}: {path} has another type of images, labels or classes than {first}")
+        footer = file.metadata
+        leaves = [footer.schema.column(c).path for c in range(footer.num_columns)]
+        image, path_leaf = leaves.index(_leaf(columns)), f"{columns.image}.path"
+        groups = [(k, footer.row_group(k)) for k in range(footer.num_row_groups)]
+        sizes = [(k, group.num_rows, group.column(image).total_uncompressed_size) for k, group in groups]
+        try:
+            labels = file.read([columns.label]).column(0) if columns.label else None
+            names = pc.struct_field(file.read([path_leaf]).column(0), "path") if path_leaf in leaves else None
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(f"{what}: {path} cannot be read: {_first_line(error)}") from error
+    named = names is not None and is_text(names.type)
+    return FileIndex([size for size in sizes if size[1]], labels, names if named else None)
+
+
+def _titles(paths: list[str]) -> list[str]:
+    """Returns the files' names, with the folders in which they differ."""
+    whole = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in whole])
+    return [os.path.relpath(path, folder) for path in whole]
+
+
+def _unique_names(indexes: list[FileIndex]) -> Any:
+    """Returns a `pyarrow.StringArray` with the paths of all rows, None if some have none or two have the same."""
+    if any(index.names is None for index in indexes):
+        return None
+    names = joined([index.names for index in indexes], "string")
+    return None if names.null_count or len(names.unique()) < len(names) else names
+
+
+def kept_groups(stored: np.ndarray, what: str) -> tuple[int, int]:
+    """Returns how many groups a reader keeps, and how many of these are a window, given the bytes of each group.
+
+    A line on stderr, which begins with `what`, tells if the groups are too large for `MEMORY`.
+    """
+    kept = max(MIN_GROUPS, MEMORY // max(1, int(stored.max())))
+    if (memory := int(np.sort(stored)[-kept:].sum())) > MEMORY:
+        print(
+            f"{what}: row groups of up to {stored.max() / 1e6:,.0f} MB can only be read as a whole: each of "
+            f"data.workers keeps {kept}, up to {memory / 1e9:,.1f} GB; `dino-jax prepare` writes files that need less",
+            file=sys.stderr,
+        )
+    return kept, kept - kept // SPARE

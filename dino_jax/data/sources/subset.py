@@ -14,6 +14,7 @@ class Subset(Source):
         self.num_classes = source.num_classes
         self.class_names = source.class_names
         self.groups = None if source.groups is None else _groups_of(records, source.groups)
+        self.window = source.window
 
     def __len__(self) -> int:
         return len(self.records)
