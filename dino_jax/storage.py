@@ -34,6 +34,10 @@ VERSION_KEYS = ("generation", "ETag", "etag", "md5Hash", "mtime", "LastModified"
 AT_ONCE = 8  # objects that are sent or fetched at the same time
 NO_RIGHTS = (400, 401, 403)  # HTTP codes that no repetition changes
 NO_CREDENTIALS = ("DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
+# Set when the process ends, before threads are joined: those that read ahead must not keep it alive. ThreadPoolExecutor
+# is told in the same way, and `atexit` comes later.
+ENDING = threading.Event()
+threading._register_atexit(ENDING.set)  # type: ignore[attr-defined]
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
@@ -181,7 +185,8 @@ class Store:
                         "start the same command again"
                     ) from error
             _say(f"{self.url}: the store refuses ({reason}): next attempt in {wait:.0f} s")
-            time.sleep(wait)
+            if ENDING.wait(wait):
+                raise UserError(f"{self.url}: the store still refuses ({reason}) as this process ends")
             wait = min(2 * wait, LONGEST_WAIT)
 
     @contextmanager

@@ -1,5 +1,7 @@
 """Object stores: whole objects, patience, and one line for what patience does not help."""
 
+import subprocess
+import sys
 import time
 
 import buckets
@@ -168,3 +170,24 @@ def test_copies_of_killed_processes_are_removed(tmp_path, monkeypatch):
             assert not dead.exists()
             assert in_use.parent.exists()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_thread_that_waits_for_the_store_does_not_keep_a_process_alive():
+    """Readers are ahead of a run that ends while the store is away."""
+    program = """
+from concurrent.futures import ThreadPoolExecutor
+from dino_jax.storage import Store
+
+store, pool = Store("memory://bucket/run"), ThreadPoolExecutor(1)
+
+def refuse(path):
+    raise OSError("away")
+
+store._fs.cat_file = refuse
+pool.submit(store.read, "a")
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "the store refuses (away): next attempt in 1 s" in done.stderr
+    assert time.monotonic() - began < 60
