@@ -1,10 +1,10 @@
 """A run that is killed again and again must end as if nothing had happened, and lose little time.
 
     python -m benchmarks.chaos [--kills=20] [--in_saves=0] [--signal=SIGKILL] [--seed=0] [--folder=runs/chaos]
-                               [--workdir=gs://bucket/run] [--config.KEY=VALUE ...]
+                               [--run=gs://bucket/run] [--config.KEY=VALUE ...]
 
 Trains the demo once without a disturbance, then again in a folder of its own, where the signal ends it at random
-moments (while it imports, compiles, trains, saves) and the same command starts it anew. With --workdir, that folder is
+moments (while it imports, compiles, trains, saves) and the same command starts it anew. With --run, that folder is
 elsewhere, such as in a bucket. Every flag that is not of this program goes to train.py. Prints a row for
 docs/reliability.md; exits with 1 unless both runs end with the same bits and, where SIGTERM asks for it, each life with
 its code in time.
@@ -37,7 +37,7 @@ KILLS = flags.DEFINE_integer("kills", 20, "times the run is killed")
 SIGNAL = flags.DEFINE_enum("signal", "SIGKILL", ["SIGKILL", "SIGTERM"], "what ends it")
 SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 IN_SAVES = flags.DEFINE_integer("in_saves", 0, "of the kills, those that come while a checkpoint is written or sent")
-WORKDIR = flags.DEFINE_string("workdir", None, "of the run that is killed; default: FOLDER/killed")
+RUN = flags.DEFINE_string("run", None, "of the run that is killed; default: FOLDER/killed")
 FOLDER = flags.DEFINE_string("folder", "runs/chaos", "where both runs go; what is there is removed")
 POLL = 0.02  # seconds
 ROOT = Path(__file__).parent.parent
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
     """Prints the row; the arguments are train.py's."""
     logging.set_verbosity(logging.WARNING)  # Orbax tells a page about every checkpoint
     number, folder = signal.Signals[SIGNAL.value], Path(FOLDER.value)
-    report = run(KILLS.value, SEED.value, folder, argv[1:], number, WORKDIR.value, IN_SAVES.value)
+    report = run(KILLS.value, SEED.value, folder, argv[1:], number, RUN.value, IN_SAVES.value)
     print(f"\n{environment.describe()}; {' '.join(argv[1:]) or 'configs/demo.py as it is'}\n")
     print(report.row())
     sys.exit(0 if report.good and report.kills == KILLS.value else 1)

@@ -15,6 +15,7 @@ EXTRAS = {
     "ml_collections": "train",
     "optax": "train",
     "pyarrow": "parquet",
+    "pydicom": "dicom",
     "s3fs": "s3",
     "scipy": "train",
     "tensorboardX": "train",

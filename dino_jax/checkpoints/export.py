@@ -30,8 +30,8 @@ def model_card(config: Any, step: int) -> dict[str, Any]:
             "resize": config["eval"]["resize"],
             "crop": config["eval"]["crop"],
             "dtype": data.get("dtype", "uint8"),  # version 0.1.0 wrote none of the three
-            "range": data.get("range", (0.0, data.get("white", 0.0))),
-            "shown": data.get("shown", (0, 1, 2)),
+            "range": list(data.get("range", (0.0, data.get("white", 0.0)))),
+            "shown": list(data.get("shown", (0, 1, 2))),
             "mean": data["mean"],
             "std": data["std"],
             "interpolation": "bicubic",

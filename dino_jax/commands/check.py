@@ -40,8 +40,8 @@ def describe(report: dict[str, Any], max_bad_fraction: float) -> str:
     if found := report["values"]:
         low, high = found["percentiles"]
         lines += [
-            f"values of more than 8 bits: {found['least']:g} to {found['most']:g}, read up to {found['white']:g}",
-            f"98% of them as a range: --config.data.range={low:g},{high:g}",
+            f"values of more than 8 bits: {found['least']:g} to {found['most']:g}; white is {found['white']:g}",
+            f"98% of them are in the range --config.data.range={low:g},{high:g}",
         ]
     copies = sum(len(names) - 1 for names in duplicates)
     lines += [f"{copies:,} images have the content of another one{':' if copies else ''}"]

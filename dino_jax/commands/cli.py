@@ -137,7 +137,7 @@ def require_local(knob: str, path: str) -> None:
 
 
 def range_of(parts: list[str]) -> tuple[float, float]:
-    """Returns the value of the flag --range=LOW,HIGH as numbers, (0, 0) if it is not set. Raises UserError if it is no range."""
+    """Returns the value of --range=LOW,HIGH, (0, 0) if it is not set. Raises UserError if it is no range."""
     try:
         low, high = (float(part) for part in parts or ("0", "0"))
     except ValueError as error:

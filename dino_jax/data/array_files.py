@@ -1,8 +1,9 @@
-"""Files whose pixels are arrays: .npy, .npz, TIFFs of many channels, and color of 16 bits, which Pillow cuts to 8."""
+"""Files whose pixels are arrays: .npy, .npz, TIFFs of many channels, color of 16 bits (Pillow has only 8), DICOM."""
 
 import io
 import zipfile
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_DEPTH, PNG_COLOR = 24, 25  # places of these bytes in a PNG's header
 COLOR_TYPES = (2, 6)  # RGB, RGB with alpha
 ORIENTATION = 274  # TIFF tag
+DICOM, DICOM_AT = b"DICM", 128  # and its place in the file
 ONE_ARRAY = "image"  # name of the pixels in a .npz file that holds several arrays
 
 
@@ -26,7 +28,8 @@ def read_array(content: bytes, pixels: Pixels, max_bytes: int) -> tuple[np.ndarr
 
     - .npy, and .npz with one array or one named "image": [H, W], [H, W, C] or [C, H, W];
     - TIFF, unless 1 or 3 channels of 8 bits are wanted: the first series, its channels interleaved, planes or pages;
-    - PNG in color of 16 bits, unless 8 are wanted.
+    - PNG in color of 16 bits, unless 8 are wanted;
+    - DICOM: the first frame, see `_dicom`.
 
     Raises: ArrayError; UserError if a library that such files need is not installed.
     """
@@ -40,6 +43,8 @@ def read_array(content: bytes, pixels: Pixels, max_bytes: int) -> tuple[np.ndarr
         array, orientation = _tiff(content, max_bytes)
     elif content.startswith(PNG) and content[PNG_DEPTH] == 16 and content[PNG_COLOR] in COLOR_TYPES and not plain:
         array = _png(content, max_bytes)
+    elif content[DICOM_AT : DICOM_AT + len(DICOM)] == DICOM:
+        array = _dicom(content, pixels, max_bytes)
     else:
         return None
     return _channels_last(array, pixels.channels), orientation
@@ -88,6 +93,37 @@ def _png(content: bytes, max_bytes: int) -> np.ndarray:
     width, height = (int.from_bytes(content[at : at + 4], "big") for at in (16, 20))
     _check_size(width * height * 8, max_bytes)
     return imagecodecs.png_decode(content)[..., :3]
+
+
+def _dicom(content: bytes, pixels: Pixels, max_bytes: int) -> np.ndarray:
+    """Returns the first frame; colors as they are, gray as float32.
+
+    Gray values are rescaled (to Hounsfield units in CT). With `pixels.range` they stay in these units. Otherwise the
+    window in the file, or what its bits can hold, is black to white, 0 to 1. MONOCHROME1 is inverted.
+    """
+    with missing_extras():
+        import pydicom
+    tools: Any = pydicom.pixels
+    file = pydicom.dcmread(io.BytesIO(content))
+    _check_size(file.Rows * file.Columns * file.SamplesPerPixel * 8, max_bytes)
+    try:
+        array = tools.pixel_array(file, index=0)
+    except (RuntimeError, NotImplementedError) as error:
+        syntax = file.file_meta.TransferSyntaxUID.name
+        raise ArrayError(f"{syntax} needs a decoder: pip install pylibjpeg pylibjpeg-libjpeg") from error
+    if array.ndim == 3:
+        return array
+    values = tools.apply_modality_lut(array, file).astype(np.float32)
+    low, high = pixels.range
+    if low == high:
+        if "WindowCenter" in file:
+            values = tools.apply_windowing(values, file)
+        slope, intercept = float(file.get("RescaleSlope", 1)), float(file.get("RescaleIntercept", 0))
+        held = np.array([0, 2**file.BitsStored - 1]) - (2 ** (file.BitsStored - 1) if file.PixelRepresentation else 0)
+        black, white = held * slope + intercept
+        values = np.clip((values - black) / (white - black), 0, 1).astype(np.float32)
+        low, high = 0.0, 1.0
+    return low + high - values if file.PhotometricInterpretation == "MONOCHROME1" else values
 
 
 def _yxc(array: np.ndarray, axes: str) -> np.ndarray:

@@ -113,7 +113,7 @@ def _look(image: bytes | np.ndarray, pixels: Pixels) -> tuple[str, Values | None
     if isinstance(image, np.ndarray):
         array, kind = image, "array"
     elif found := read_array(image, pixels, MAX_MEMORY):
-        array, kind = found[0], "file of an array"
+        array, kind = found[0], "array file"
     else:
         with Image.open(io.BytesIO(image), formats=FORMATS) as picture:
             kind = f"{picture.format} {picture.mode}"

@@ -177,12 +177,17 @@ def class_means(features: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, n
     return (sums / np.bincount(inverse)[:, None]).astype(np.float32), classes
 
 
-def labeled_source(spec: str, split: str) -> Source:
-    """Opens the source of --config.SPLIT. Raises UserError if it is missing or has no labels."""
+def labeled_source(spec: str, split: str, several: bool = False) -> Source:
+    """Opens the source of --config.SPLIT. Raises UserError if it is missing or has no labels.
+
+    several: whether images may have any number of classes.
+    """
     if not spec:
         raise UserError(f"--config.{split} is empty: set it to a labeled source such as folder:/data/{split}")
     source = on_every_process(lambda: open_source(spec), size=len)
-    if not source.num_classes:
+    if source.label_sets is not None and not several:
+        raise UserError(f"--config.{split}={spec} has several labels an image: use `dino-jax evaluate linear` for them")
+    if not source.num_classes and source.label_sets is None:
         raise UserError(f"--config.{split}={spec} has no labels to compare with: use class folders or a labeled set")
     return source
 
@@ -204,7 +209,8 @@ def check_classes(train: Source, test: Source) -> None:
             f"the training and the test source have different class folders ({len(odd)} are only in one, such as "
             f"{odd[0]!r}): give both the same"
         )
-    if train.num_classes != test.num_classes:
+    several = train.label_sets is not None or test.label_sets is not None
+    if train.num_classes != test.num_classes and not several:
         raise UserError(
             f"training source with {train.num_classes} classes, test source with {test.num_classes}: give both the same"
         )

@@ -27,6 +27,7 @@ from dino_jax.data.sources import Source
 from dino_jax.distributed.processes import on_first
 from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
+from dino_jax.evals.common import multi_label
 from dino_jax.evals.common.extraction import images_in
 from dino_jax.evals.common.linear_heads import (
     POOLINGS,
@@ -38,6 +39,7 @@ from dino_jax.evals.common.linear_heads import (
     feature_kinds,
     init_heads,
     official_kind,
+    scores_step,
     train_step,
 )
 from dino_jax.evals.common.linear_state import Record, fingerprint, load_state, save_state
@@ -46,6 +48,7 @@ from dino_jax.limits import COUNT, PIXELS, SEED, SHARE, Above
 from dino_jax.progress import progress
 from dino_jax.weights.backbone import Backbone
 
+TITLES = {"top1": "top-1", "top5": "top-5", "mAP": "mAP"}  # of the measures
 OFFICIAL_LR = 0.001  # per 256 images
 STATE_FILE = "linear_state.npz"
 AT_LEAST = {"epochs": 1, "batch_size": 1, "val_every": 1, "seed": 0, "workers": 0, "canvas_size": 1}
@@ -111,14 +114,16 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict[str, Any]:
         UserError: a setting is invalid; a source is missing or has no labels; the classes of the two differ; there are
             fewer training images than a batch; or `out` has the state of an unfinished run with other settings.
     """
-    train, test = (labeled_source(config[split], split) for split in ("train", "test"))
+    train, test = (labeled_source(config[split], split, several=True) for split in ("train", "test"))
     check_classes(train, test)
     start, mesh = time.monotonic(), make_mesh()
-    probe = design(backbone, config, train.num_classes, len(train), mesh.size)
+    several = train.label_sets is not None or test.label_sets is not None
+    classes = len(train.class_names) if several else train.num_classes
+    probe = design(backbone, config, classes, len(train), mesh.size, several)
     history, watch = fit(probe, jax.device_get(backbone.variables), train, test, mesh, out / STATE_FILE)
     seconds, tested = time.monotonic() - start, history[-1].images
     figures = summary(probe, history)
-    print(f"{len(train):,} training and {tested:,} test images, {train.num_classes} classes")
+    print(f"{len(train):,} training and {tested:,} test images, {classes} classes")
     print(table(figures))
     return {
         "figures": figures,
@@ -133,7 +138,9 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict[str, Any]:
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int, devices: int) -> Probe:
+def design(
+    backbone: Backbone, config: ConfigDict, num_classes: int, images: int, devices: int, several: bool = False
+) -> Probe:
     """Returns the probe for a number of training images and devices. Raises UserError for an invalid setting."""
     card = backbone.card["preprocessing"]
     config = config.copy_and_resolve_references()
@@ -166,6 +173,7 @@ def design(backbone: Backbone, config: ConfigDict, num_classes: int, images: int
         mean=card["mean"],
         std=card["std"],
         num_classes=num_classes,
+        several=several,
         steps_per_epoch=images // config.batch_size,
     )
 
@@ -238,48 +246,67 @@ def fit(
         return history, watch
     state = replicate(ProbeState(variables=variables, **saved), mesh)
     step = distribute(partial(train_step, probe), mesh)
-    count = distribute(partial(eval_step, probe), mesh, donate=False)
+    test_step = scores_step if probe.several else eval_step
+    count = distribute(partial(test_step, probe), mesh, donate=False)
     order = {"canvas_size": config.canvas_size, "seed": config.seed, "start_step": done * steps}
     with train_batches(train, **order, **_reading(probe)) as batches:
         for epoch in range(done + 1, config.epochs + 1):
             losses: list[jax.Array] = []
             for batch in islice(batches, steps):
                 watch.note(batch)
-                label = checked_labels(train, "train", batch.label, batch.index)
+                label = labels_of(probe, train, "train", batch.label, batch.index)
                 rows = TrainRows(batch.canvas, batch.size, batch.position, label)
                 state, loss = step(state, shard_batch(rows, mesh))
                 losses.append(loss)
                 jax.block_until_ready(losses[-2:-1])  # at most one batch ahead of the devices: batches are large
             if epoch % config.val_every == 0 or epoch == config.epochs:
-                images, top1, top5 = evaluate(probe, count, state, test, mesh)
-                history.append(Record(epoch, images, np.mean(jax.device_get(losses), axis=0), top1, top5))
-                say(f"epoch {epoch:,} of {config.epochs:,}: {top1.max():.2f}% right with the best head")
+                images, figures = evaluate(probe, count, state, test, mesh)
+                history.append(Record(epoch, images, np.mean(jax.device_get(losses), axis=0), figures))
+                best = f"{TITLES[probe.measures[0]]} {figures[0].max():.2f}% with the best head"
+                say(f"epoch {epoch:,} of {config.epochs:,}: {best}")
             save_state(file, settings, state, history)
     return history, watch
 
 
-def evaluate(
-    probe: Probe, count: Any, state: ProbeState, test: Source, mesh: Mesh
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """Tests all heads in one pass; returns the number of images, and top-1 and top-5 accuracy in percent [K, L].
+def evaluate(probe: Probe, count: Any, state: ProbeState, test: Source, mesh: Mesh) -> tuple[int, np.ndarray]:
+    """Tests all heads in one pass; returns the number of images, and `probe.measures` in percent [M, K, L].
 
-    `count` is `eval_step` on the mesh. Raises UserError if no image can be decoded.
+    `count` is `eval_step` on the mesh, `scores_step` if images have any number of classes. Raises UserError if no image
+    can be decoded.
     """
     config = probe.config
-    rows, counts = config.batch_size // jax.process_count(), []
+    rows, answers = config.batch_size // jax.process_count(), []
     with eval_batches(test, resize=config.resize, crop=config.crop, **_reading(probe)) as batches:
         for batch in progress(batches, len(test), "test", size=images_in):
-            label = checked_labels(test, "test", batch.labels, batch.index)
+            label = labels_of(probe, test, "test", batch.labels, batch.index)
             fill = rows - len(label)
             images = np.pad(batch.images, ((0, fill), (0, 0), (0, 0), (0, 0)))
-            label = np.pad(label, (0, fill), constant_values=-1)
-            counts.append(count(state, shard_batch(EvalRows(images, label), mesh)))
-            jax.block_until_ready(counts[-2:-1])
-    total, right = (np.sum(x, axis=0) for x in zip(*jax.device_get(counts), strict=True))
+            label = np.pad(label, ((0, fill), (0, 0))[: label.ndim], constant_values=-1)
+            answers.append(count(state, shard_batch(EvalRows(images, label), mesh)))
+            jax.block_until_ready(answers[-2:-1])
+    first, second = zip(*jax.device_get(answers), strict=True)
+    if probe.several:
+        present, scores = np.concatenate(first), np.concatenate(second, axis=1)
+        used = present[:, 0] != multi_label.PADDING
+        total = int(used.sum())
+        each = [
+            multi_label.mean_average_precision(one[used][:, i], present[used])
+            for one in scores
+            for i in range(one.shape[1])
+        ]
+        figures = np.reshape(each, (1, len(scores), len(config.lr)))
+    else:
+        total, figures = int(np.sum(first)), 100 * np.sum(second, axis=0) / max(np.sum(first), 1)
     if not total:
         raise UserError(f"--config.test: none of its {len(test):,} images can be decoded")
-    top1, top5 = 100 * right / total
-    return int(total), top1, top5
+    return total, figures
+
+
+def labels_of(probe: Probe, source: Source, split: str, values: Any, records: np.ndarray) -> np.ndarray:
+    """Returns the targets of some records: `checked_labels`, or float32 [b, C] if they have any number of classes."""
+    if probe.several:
+        return multi_label.targets(source, records)
+    return checked_labels(source, split, values, records)
 
 
 def checked_labels(source: Source, split: str, values: Any, records: np.ndarray) -> np.ndarray:
@@ -312,7 +339,7 @@ def summary(probe: Probe, history: list[Record]) -> dict[str, Any]:
     """Returns {"best", "official", "grid"} for `run`, with the best and the last epoch of each head."""
     heads = {
         (str(kind), lr): _head(
-            str(kind), lr, [(int(r.epoch), float(r.top1[k, i]), float(r.top5[k, i])) for r in history]
+            probe.measures, str(kind), lr, [(int(r.epoch), *r.figures[:, k, i].tolist()) for r in history]
         )
         for k, kind in enumerate(probe.kinds)
         for i, lr in enumerate(probe.config.lr)
@@ -320,35 +347,34 @@ def summary(probe: Probe, history: list[Record]) -> dict[str, Any]:
     grid: dict[str, Any] = {str(kind): {} for kind in probe.kinds}
     for (kind, lr), head in heads.items():
         grid[kind][str(lr)] = head
-    best = max(heads.values(), key=lambda head: head["top1"])
+    best = max(heads.values(), key=lambda head: head[probe.measures[0]])
     return {"best": best, "official": heads.get((str(probe.official), OFFICIAL_LR)), "grid": grid}
 
 
-def _head(kind: str, lr: float, measured: list[tuple[int, float, float]]) -> dict[str, Any]:
-    epoch, top1, top5 = max(measured, key=lambda row: row[1])
-    last = dict(zip(("epoch", "top1", "top5"), measured[-1], strict=True))
-    return {"features": kind, "lr": lr, "epoch": epoch, "top1": top1, "top5": top5, "last": last}
+def _head(measures: tuple[str, ...], kind: str, lr: float, measured: list[tuple[float, ...]]) -> dict[str, Any]:
+    best, last = (
+        dict(zip(("epoch", *measures), row, strict=True))
+        for row in (max(measured, key=lambda row: row[1]), measured[-1])
+    )
+    return {"features": kind, "lr": lr, **best, "last": last}
 
 
 def table(figures: dict[str, Any]) -> str:
     """Formats the figures: the grid, then the best and the official head."""
     grid, best, official = figures["grid"], figures["best"], figures["official"]
+    measures = [name for name in TITLES if name in best]
     lines = [
-        "top-1 after each head's best epoch, percent right:",
+        f"{TITLES[measures[0]]} after each head's best epoch, percent:",
         f"{'lr':>10}" + "".join(f"{kind:>12}" for kind in grid),
     ]
     for lr in grid[best["features"]]:
-        lines.append(f"{lr:>10}" + "".join(f"{column[lr]['top1']:12.2f}" for column in grid.values()))
-    lines.append(
-        f"{'head':>10}{'features':>12}{'lr':>8}{'epoch':>7}{'top-1':>8}{'top-5':>8}{'last: top-1':>14}{'top-5':>8}"
-    )
+        lines.append(f"{lr:>10}" + "".join(f"{column[lr][measures[0]]:12.2f}" for column in grid.values()))
+    titles = "".join(f"{TITLES[name]:>8}" for name in measures)
+    lines.append(f"{'head':>10}{'features':>12}{'lr':>8}{'epoch':>7}{titles}  last:{titles}")
     for name, head in (("best", best), ("official", official)):
         if head is not None:
-            last = head["last"]
-            lines.append(
-                f"{name:>10}{head['features']:>12}{head['lr']:>8}{head['epoch']:>7}{head['top1']:8.2f}{head['top5']:8.2f}"
-                f"{last['top1']:14.2f}{last['top5']:8.2f}"
-            )
+            best_epoch, last = ("".join(f"{one[name]:8.2f}" for name in measures) for one in (head, head["last"]))
+            lines.append(f"{name:>10}{head['features']:>12}{head['lr']:>8}{head['epoch']:>7}{best_epoch}{'':7}{last}")
     rates = [float(lr) for lr in grid[best["features"]]]
     if len(rates) > 1 and best["lr"] in (min(rates), max(rates)):
         lines.append(f"the best learning rate is at the end of the grid: extend --config.lr beyond {best['lr']}")

@@ -31,6 +31,15 @@ def test_labels_go_to_the_names_and_unnamed_images_are_left_out(photos):
     assert pickle.loads(pickle.dumps(source)).label(2) == 1
 
 
+def test_several_labels_an_image(photos):
+    source = labeled(photos, "name,label\na.png,owl;cat\nb.png,\ne.png,eel\n")
+    assert source.class_names == ["cat", "eel", "owl"]
+    assert source.label_sets == [[0, 2], [], [1]]
+    assert [source.label(i) for i in range(3)] == [-1, -1, -1]
+    assert source.num_classes == 0, "what takes one label an image has none here"
+    assert source.identity(0) != source.identity(1)
+
+
 def test_numbers_are_sorted_as_numbers(photos):
     assert labeled(photos, "name,label\na.png,10\nb.png,9\n").class_names == ["9", "10"]
 
@@ -51,7 +60,7 @@ def test_labels_and_a_number_of_images_of_each_class(photos):
         ("a.png,x\n", "no column name and label"),
         ("name,class\na.png,x\n", "no column label"),
         ("name,label\n", "are empty"),
-        ("name,label\na.png,\n", "line 2 has no name or no label"),
+        ("name,label\na.png,\n", "line 2 has no label"),
         ("name,label\na.png,x\na.png,y\n", "line 3 gives a.png a second label"),
         ("name,label\nA.png,x\n", "1 of its 1 names are not in the source, whose first is a.png"),
     ],

@@ -12,7 +12,7 @@ from dino_jax.data import decoding
 from dino_jax.data.decoding import DecodeError, decode, eval_image, to_canvas
 from dino_jax.data.pipeline import eval_batches, train_batches
 from dino_jax.data.pixels import Pixels
-from dino_jax.data.sources import Example, open_source
+from dino_jax.data.sources import Example, Source, open_source
 from dino_jax.data.sources.array_record import write_array_record
 from dino_jax.errors import UserError
 
@@ -29,7 +29,7 @@ def photo(height=60, width=80, seed=0):
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
 
 
-class Memory:
+class Memory(Source):
     """A source of given images; image i has label i % 3."""
 
     num_classes = 3

@@ -130,7 +130,7 @@ def test_a_wrong_folder_is_explained(tmp_path):
         (f"folder:{tmp_path}", "1 x .csv"),
         ("folder:", "expected folder:PATH"),
         ("imagenet", "expected folder:PATH"),
-        (f"array_record:{tmp_path}/gone*", "no such files"),
+        (f"array_record:{tmp_path}/gone*", "no file"),
         (f"array_record:{tmp_path}/table.csv", "layout"),
         ("demo:validation", "train and test"),
         (f"tfds:{tmp_path}", "tfds build"),

@@ -16,14 +16,14 @@ import pytest
 
 from dino_jax.data.pipeline import train_batches
 from dino_jax.data.pixels import Pixels
-from dino_jax.data.sources import Example, open_source
+from dino_jax.data.sources import Example, Source, open_source
 from dino_jax.errors import UserError
 
 SETTINGS = {"batch_size": 2, "canvas_size": 8, "pixels": Pixels(1), "seed": 0}
 AHEAD = 20  # more batches than are ready before they are asked for
 
 
-class Numbered:
+class Numbered(Source):
     """A hundred images; image i is filled with the value i."""
 
     num_classes = 0
@@ -97,6 +97,7 @@ def test_threads_that_read_are_given_up_as_well():
 PARENT = """
 import multiprocessing, sys, time
 from dino_jax.data.pipeline import train_batches
+from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 
 if __name__ == "__main__":

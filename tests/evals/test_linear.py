@@ -18,7 +18,7 @@ from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import distribute, make_mesh, replicate, shard_batch
 from dino_jax.errors import UserError
-from dino_jax.evals import linear
+from dino_jax.evals import knn, linear
 from dino_jax.evals.common import linear_heads
 from dino_jax.evals.common.linear_heads import Kind, probe_features
 from dino_jax.models import build_backbone
@@ -151,6 +151,27 @@ def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colors, folde
     assert results["figures"]["best"]["last"]["top1"] == 100
 
 
+def test_any_number_of_classes_an_image(colors, folders, tmp_path):
+    """Images of one color; red or green is the one class, green or blue the other."""
+    for split in ("train", "test"):
+        source = open_source(f"folder:{folders}/{split}")
+        rows = ["name,label"]
+        for path in source.paths:
+            strongest = np.array(Image.open(f"{folders}/{split}/{path}"))[0, 0].argmax()
+            labels = ["warm"] * int(strongest < 2) + ["cool"] * int(strongest > 0)
+            rows.append(f"{path},{';'.join(labels)}")
+        (tmp_path / f"{split}.csv").write_text("\n".join(rows))
+    spec = f"folder:{folders}/{{0}}?labels={tmp_path}/{{0}}.csv"
+    config = settings(folders, train=spec.format("train"), test=spec.format("test"), lr=(5.0,), epochs=30)
+    results = linear.run(colors, config, tmp_path)
+    best = results["figures"]["best"]
+    assert best["last"]["mAP"] > 99, "both can be told by a plane"
+    assert "top1" not in best
+    assert "mAP" in linear.table(results["figures"])
+    with pytest.raises(UserError, match="several labels an image: use `dino-jax evaluate linear`"):
+        knn.labeled_source(config.train, "train")
+
+
 @pytest.fixture(scope="module")
 def grid(vit, tmp_path_factory):
     """(results, state) of a grid on the demo's garments."""
@@ -271,7 +292,7 @@ from types import SimpleNamespace
 from dino_jax.distributed import sharding
 from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone
-from dino_jax.evals import linear
+from dino_jax.evals import knn, linear
 assert jax.device_count() == 4
 card = {"architecture": {"arch": "resnet18", "in_channels": 1}}
 card |= {"preprocessing": {"resize": 8, "crop": 8, "mean": [0.5], "std": [0.25]}}

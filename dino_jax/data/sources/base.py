@@ -26,6 +26,8 @@ class Source(Protocol):
 
     num_classes: int  # 0 = no labels
     class_names: Sequence[str] = ()  # names of the classes 0 .. num_classes - 1, empty if the source has none
+    # Classes of each image of a set in which an image has any number of them; such a set has num_classes 0.
+    label_sets: Sequence[Sequence[int]] | None = None
     # Numbers of records of the groups that storage reads as a whole, int [g], in order. None: single records are cheap.
     groups: np.ndarray | None = None
     window: int = 1  # number of groups that a reader keeps in memory; training shuffles as many together

@@ -15,7 +15,7 @@ from dino_jax.errors import UserError
 from dino_jax.progress import progress
 from dino_jax.storage import Store, is_remote
 
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".dcm")
 ARRAY_EXTENSIONS = (".npy", ".npz")
 SYSTEM_FOLDERS = ("@eaDir", "lost+found", "__MACOSX", "$RECYCLE.BIN", "System Volume Information", "#recycle")
 MAX_FILE = 512 * 2**20  # bytes; larger files are replaced like damaged ones, so that one cannot fill the memory

@@ -46,7 +46,13 @@ class Probe(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     num_classes: int
+    several: bool  # whether an image may have any number of classes; labels are then float32 [B, C]
     steps_per_epoch: int
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Names of the figures of each head, in percent; the first selects the best head."""
+        return ("mAP",) if self.several else ("top1", "top5")
 
 
 @flax.struct.dataclass
@@ -65,14 +71,14 @@ class TrainRows(NamedTuple):
     canvas: Array  # pixels.dtype [B, S, S, channels]
     size: Array  # float32 [B, 2]
     position: Array  # int32 [B]
-    label: Array  # int32 [B]
+    label: Array  # int32 [B], or float32 [B, C]
 
 
 class EvalRows(NamedTuple):
     """Fields of a test batch that are sent to the devices."""
 
     images: Array  # pixels.dtype [B, crop, crop, channels]
-    label: Array  # int32 [B], -1 in padding
+    label: Array  # int32 [B], or float32 [B, C]; -1 in padding
 
 
 def feature_kinds(backbone: Backbone, blocks: Sequence[int], poolings: Sequence[str]) -> tuple[Kind, ...]:
@@ -139,10 +145,15 @@ def logits(head: dict[str, Any], features: jax.Array) -> jax.Array:
 
 
 def losses(heads: dict[str, Any], features: dict[str, jax.Array], label: Array) -> jax.Array:
-    """Returns the mean cross-entropy of each head, [K, L], given labels int32 [B]."""
+    """Returns the mean cross-entropy of each head, [K, L], given labels int32 [B].
+
+    Given labels float32 [B, C], each class is a logistic regression, and their losses are summed.
+    """
 
     def mean_loss(head: Any, x: jax.Array) -> jax.Array:
         z = logits(head, x)
+        if label.ndim == 2:
+            return (jax.nn.softplus(z) - label[:, None] * z).sum(2).mean(0)
         return (jax.nn.logsumexp(z, axis=2) - jnp.take_along_axis(z, label[:, None, None], axis=2)[:, :, 0]).mean(0)
 
     return jnp.stack([mean_loss(heads[kind], x) for kind, x in features.items()])
@@ -188,6 +199,14 @@ def eval_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Arra
 
     each = jnp.stack([right(state.heads[kind], x) for kind, x in features.items()], axis=1)
     return jax.lax.psum(((rows.label >= 0).sum(), each), AXES)
+
+
+def scores_step(probe: Probe, state: ProbeState, rows: EvalRows) -> tuple[jax.Array, jax.Array]:
+    """Returns the labels [B, C] of a whole batch, and each head's logits for it, [K, B, L, C], on all devices."""
+    features = all_features(probe, state.variables, normalize(rows.images, probe.mean, probe.std))
+    each = jnp.stack([logits(state.heads[kind], x) for kind, x in features.items()])
+    gather = partial(jax.lax.all_gather, axis_name=AXES, tiled=True)
+    return gather(rows.label, axis=0), gather(each, axis=1)
 
 
 def init_heads(probe: Probe, variables: dict[str, Any]) -> dict[str, Any]:

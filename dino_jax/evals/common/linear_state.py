@@ -26,8 +26,7 @@ class Record(NamedTuple):
     epoch: int  # number of completed epochs
     images: int  # number of test images
     loss: np.ndarray  # float32 [K, L], mean over the training images of the epoch
-    top1: np.ndarray  # float64 [K, L], accuracy in percent
-    top5: np.ndarray  # float64 [K, L], accuracy in percent; among all classes if there are fewer than five
+    figures: np.ndarray  # float64 [M, K, L], `Probe.measures` in percent
 
 
 def fingerprint(probe: Probe, variables: dict[str, Any], train: Source, test: Source) -> dict[str, Any]:
