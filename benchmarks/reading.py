@@ -4,7 +4,7 @@
 
 Writes smooth random JPEGs of 500 x 375 pixels (as large as ImageNet's) as a folder, ArrayRecord, tar, zip and Parquet,
 and reads an epoch of training batches: `read` are stored bytes of random records in one thread, `1 process` and `all`
-are canvases of 256 pixels from `data.workers` processes. Files are in the page cache. Readers of Parquet keep an eighth
+are canvases of 256 pixels from `data.workers` processes. Files are in the page cache. Readers of Parquet keep a sixth
 of the images in memory, as if the set were larger. Of the rounds over all sources, the fastest counts. Also times the
 first index of a tar of 10,000 small images.
 """
@@ -32,7 +32,7 @@ from dino_jax.data.sources import open_source, parquet
 IMAGES = flags.DEFINE_integer("images", 3_000, "number of images", lower_bound=256)
 ROUNDS = flags.DEFINE_integer("rounds", 3, "times that each source is read", lower_bound=1)
 FOLDER = flags.DEFINE_string("folder", "runs/reading", "where the images go; what is there is removed")
-BATCH, CANVAS, WINDOWS, INDEXED = 64, 256, 8, 10_000
+BATCH, CANVAS, WINDOWS, INDEXED = 64, 256, 6, 10_000
 
 
 def jpeg(rng: np.random.Generator, height: int = 375, width: int = 500) -> bytes:
