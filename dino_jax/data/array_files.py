@@ -128,14 +128,13 @@ def _dicom(content: bytes, pixels: Pixels, max_bytes: int) -> np.ndarray:
 
 def _yxc(array: np.ndarray, axes: str) -> np.ndarray:
     """Moves the one axis that is neither Y nor X, if it has more than one element, to the end."""
-    kept = [axis for axis, size in zip(axes, array.shape, strict=True) if size > 1 or axis in "YX"]
-    others = [axis for axis in kept if axis not in "YX"]
-    if kept.count("Y") != 1 or kept.count("X") != 1 or len(others) > 1:
+    kept = [(axis, size) for axis, size in zip(axes, array.shape, strict=True) if size > 1 or axis in "YX"]
+    names = "".join(axis for axis, _ in kept)
+    channels = names.replace("Y", "").replace("X", "")
+    if len(channels) > 1 or names.replace(channels, "") != "YX":
         raise ArrayError(f"axes {axes} of {array.shape} are not those of one image with channels")
-    order = [axes.index(axis) for axis in ["Y", "X", *others]]
-    return np.transpose(array, order + [i for i in range(array.ndim) if i not in order]).reshape(
-        [array.shape[i] for i in order]
-    )
+    image = array.reshape([size for _, size in kept])
+    return np.moveaxis(image, names.index(channels), -1) if channels else image
 
 
 def _channels_last(array: np.ndarray, channels: int) -> np.ndarray:

@@ -18,6 +18,7 @@ from dino_jax.data.workers import iterate
 from dino_jax.progress import progress
 
 CHUNK = 64  # images that a worker examines per task
+LEAST_STD = 1e-4  # for channels that are constant
 SAMPLED = 256  # values of a deep image that are kept for percentiles
 
 
@@ -93,7 +94,11 @@ def mean_and_std(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[floa
     """Returns data.mean and data.std of the images that can be used, by channel: each image has the same weight."""
     moments = np.mean([finding.moments for finding in findings if finding.moments is not None], axis=0)
     std = np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 0))
-    return tuple(float(m) for m in moments[0].round(3)), tuple(float(s) for s in std.round(3).clip(0.01))
+    return tuple(map(_rounded, moments[0])), tuple(map(_rounded, std.clip(LEAST_STD)))
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")  # deep images may fill a small part of their range
 
 
 def _moments(pixels: np.ndarray) -> list[list[float]]:

@@ -144,13 +144,15 @@ def of_data(images: Images, machine: Machine) -> Iterator[Choice]:
     yield Choice("data.source", images.source, f"{images.number:,} images, {_labels(images)}")
     color = {1: "gray", 3: "color"}.get(images.channels, f"{images.channels} channels")
     yield Choice("model.in_channels", images.channels, f"the images are {color}")
-    for setting, value in (("data.mean", images.mean), ("data.std", images.std)):
-        yield Choice(setting, value, f"measured on {images.sampled:,} images")
+    scale = 1.0
     if images.white and images.brightest <= images.white / 2:
         white = float(2 ** math.ceil(math.log2(images.brightest + 1)) - 1)
-        yield Choice(
-            "data.range", (0.0, white), f"the brightest pixel is {images.brightest:g}, far below {images.white:g}"
-        )
+        reason = f"the brightest pixel is {images.brightest:g}, far below {images.white:g}"
+        yield Choice("data.range", (0.0, white), reason)
+        scale = images.white / white
+    for setting, values in (("data.mean", images.mean), ("data.std", images.std)):
+        scaled = tuple(float(f"{scale * value:.3g}") for value in values)
+        yield Choice(setting, scaled, f"measured on {images.sampled:,} images")
     canvas = min(512, max(32, images.long_side))
     yield Choice("data.canvas_size", canvas, f"9 of 10 images have no side of more than {images.long_side} pixels")
     if images.channels != 3:

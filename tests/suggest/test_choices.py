@@ -1,5 +1,6 @@
 """Rules from facts to settings, with machines and images that are not here."""
 
+import numpy as np
 import pytest
 
 from dino_jax.suggest.choices import Measured, candidates, config_of, suggest
@@ -82,7 +83,9 @@ def test_a_step_that_takes_too_much_memory_is_divided():
 
 def test_scans_of_12_bits_get_their_level_of_white():
     scans = DEMO._replace(brightest=4_000.0, white=65_535.0)
-    assert choose(scans, LAPTOP).data.range == (0, 4_095)
+    chosen = choose(scans._replace(mean=(0.02,), std=(0.01,)), LAPTOP).data
+    assert chosen.range == (0, 4_095)
+    np.testing.assert_allclose((*chosen.mean, *chosen.std), (0.32, 0.16), rtol=0.01)  # of pixels in that range
     assert choose(scans._replace(brightest=60_000.0), LAPTOP).data.range == (0, 0)
 
 

@@ -65,3 +65,13 @@ def test_the_machine_has_memory_and_devices():
     assert machine.platform == "cpu"
     assert machine.devices >= 1
     assert machine.memory > 2**28
+
+
+def test_files_of_arrays_have_the_channels_of_their_arrays(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    bands = np.random.default_rng(0).integers(0, 3000, (20, 24, 5)).astype(np.uint16)
+    tifffile.imwrite(tmp_path / "0.tif", bands, photometric="minisblack", planarconfig="contig")
+    tifffile.imwrite(tmp_path / "1.tif", np.moveaxis(bands, -1, 0), photometric="minisblack", planarconfig="separate")
+    found = looked_at(f"folder:{tmp_path}")
+    assert (found.channels, found.undecodable, len(found.mean)) == (5, 0, 5)
+    assert (found.brightest, found.white) == (bands.max(), 65_535)
