@@ -85,6 +85,7 @@ def test_a_store_that_refuses_is_asked_again(place, store, what):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_store_that_refuses_for_long_is_asked_again_with_a_line(place, store, capfd, monkeypatch):
     monkeypatch.setattr(storage, "SLOW", 0.5)
     with place.faulty(times(14, buckets.error(503))):  # more than the libraries themselves repeat a request
@@ -95,6 +96,7 @@ def test_a_store_that_refuses_for_long_is_asked_again_with_a_line(place, store, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_store_that_stays_away_ends_with_a_line(place, store, monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE", 0.0)
     with (

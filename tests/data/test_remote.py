@@ -166,7 +166,9 @@ def test_an_image_that_is_gone_is_replaced(local, store, cache):
     assert bad == {-1, 3}
 
 
-@pytest.mark.parametrize("fault", [error(503), cut])
+@pytest.mark.parametrize(
+    ("store", "fault"), [("gs", error(503)), ("s3", cut)], ids=["gs-503", "s3-cut"], indirect=["store"]
+)
 def test_a_store_that_refuses_is_asked_again(local, store, cache, fault, monkeypatch):
     """Every object is refused once while it is read."""
     monkeypatch.setattr(storage, "PATIENCE", 10.0)  # readers ahead of the test outlive the server

@@ -230,7 +230,12 @@ def test_a_second_run_is_refused(place):
         loop.train(tiny_config(), f"{place.url}/owned")
 
 
-@pytest.mark.parametrize("what", [buckets.error(503), buckets.reset, buckets.slow(4)], ids=["503", "reset", "slow"])
+@pytest.mark.parametrize(
+    ("place", "what"),
+    [("gs", buckets.error(503)), ("s3", buckets.reset), ("gs", buckets.slow(4))],
+    ids=["gs-503", "s3-reset", "gs-slow"],
+    indirect=["place"],
+)
 def test_a_store_that_fails_for_a_while_is_waited_for(place, reference, tmp_path, what):
     url = f"{place.url}/{tmp_path.name}"
     process = trainer(url, tmp_path / "log")
@@ -243,6 +248,7 @@ def test_a_store_that_fails_for_a_while_is_waited_for(place, reference, tmp_path
     assert not chaos.left_over(url)
 
 
+@pytest.mark.parametrize("place", ["s3"], indirect=True)
 def test_a_store_that_stays_away_ends_the_run_with_a_line_and_keeps_the_checkpoint(place, monkeypatch, tmp_path):
     url, gone = f"{place.url}/{tmp_path.name}", []
     monkeypatch.setattr(storage, "PATIENCE", 0.0)
@@ -261,6 +267,7 @@ def test_a_store_that_stays_away_ends_the_run_with_a_line_and_keeps_the_checkpoi
     assert chaos.last_saved(url) == 4
 
 
+@pytest.mark.parametrize("place", ["gs"], indirect=True)
 def test_two_processes_without_a_common_folder_save_and_resume(place, tmp_path):
     """Some arrays are in parts on both, others whole on each."""
     url = f"{place.url}/two"
