@@ -150,7 +150,7 @@ def test_wandb_logs_offline_under_one_id(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     for start in (0, 2):  # a run, and its continuation
-        time.sleep(1.1)  # wandb names the folders of a run and of its continuation by the second
+        time.sleep(2.1)  # wandb names the folders of a run and of its continuation by the second, rounded
         logger = open_logger(tmp_path, 10, 5, start_step=start, writers="wandb")
         logger.log(start + 1, {"loss": 1.5, "lr": 0.1})
         logger.__exit__()
