@@ -1,9 +1,11 @@
 """Progress reporting for long work."""
 
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -36,3 +38,15 @@ def progress(
             last, rate = now, done / (now - start)
             of, left = (f" of {total:,}", f", {max(total - done, 0) / rate:,.0f} s left") if total else ("", "")
             print(f"{what}: {done:,}{of} {unit}, {rate:,.1f} {unit}/s{left}", file=sys.stderr)
+
+
+@contextmanager
+def unless_done(seconds: float, act: Callable[..., object], *arguments: Any) -> Iterator[None]:
+    """Calls `act` in a thread of its own if the block takes longer than `seconds`."""
+    timer = threading.Timer(seconds, act, arguments)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 from dino_jax import atomic
 from dino_jax.errors import UserError, missing_extras
 from dino_jax.ownership import owned
+from dino_jax.progress import unless_done
 
 T = TypeVar("T")
 LIBRARIES = {"gs": "gcsfs", "gcs": "gcsfs", "s3": "s3fs"}
@@ -164,7 +165,8 @@ class Store:
         began, wait = time.monotonic(), 1.0
         while True:
             try:
-                with self._announced():
+                waiting = f"{self.url}: no answer of the store for {SLOW:.0f} s: waiting for it"
+                with unless_done(SLOW, _say, waiting):
                     return act()
             except Exception as error:
                 reason = " ".join(f"{error}".split())[:200] or type(error).__name__
@@ -189,23 +191,14 @@ class Store:
                 raise UserError(f"{self.url}: the store still refuses ({reason}) as this process ends")
             wait = min(2 * wait, LONGEST_WAIT)
 
-    @contextmanager
-    def _announced(self) -> Iterator[None]:
-        """Says that an answer takes long. The libraries of stores repeat requests on their own without a word."""
-        timer = threading.Timer(SLOW, _say, [f"{self.url}: no answer of the store for {SLOW:.0f} s: waiting for it"])
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-
 
 @contextmanager
-def fetched(path: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Iterator[Path]:
-    """Yields a local copy of a file, or of the wanted objects of a folder; a local path as it is.
+def fetched(path: str | Path, fill: Callable[[Store, Path], None] | None = None) -> Iterator[Path]:
+    """Yields a local copy of a file or folder in a store; a local path as it is.
 
     What does not exist in the store does not exist locally. A UserError of the block names the URL, not the copy.
+
+    fill: fetches what is wanted of a folder to a local path; by default all.
     """
     if not is_remote(path):
         yield Path(path)
@@ -215,9 +208,16 @@ def fetched(path: str | Path, wanted: Callable[[str], bool] = lambda name: True)
         if store.is_file():
             folder, _, name = store.url.rpartition("/")
             Store(folder).download([name], local.parent)
+        elif fill:
+            fill(store, local)
         else:
-            store.download(filter(wanted, store.sizes()), local)
+            store.download(store.sizes(), local)
         yield local
+
+
+def top_files(store: Store, local: Path) -> None:
+    """Fetches the files right in a folder: a `fill` of `fetched`."""
+    store.download([name for name in store.sizes() if "/" not in name], local)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from jax.experimental import multihost_utils
 from dino_jax.checkpoints.integrity import MANIFEST, damage
 from dino_jax.errors import UserError, listed
 from dino_jax.ownership import LOCK
-from dino_jax.storage import Store, is_remote, local_folder
+from dino_jax.storage import Store, fetched, is_remote, local_folder
 
 PERIOD = 15.0  # seconds between two looks for changed files
 EXPORT, CHECKPOINTS = "export", "checkpoints"
@@ -77,27 +77,20 @@ def mirrored(
             yield mirror
 
 
-@contextmanager
-def fetched_run(path: str | Path, covers: Covers) -> Iterator[Path]:
+def fetched_run(path: str | Path, covers: Covers) -> AbstractContextManager[Path]:
     """Yields a local copy of what `weights.load` reads of a folder: of a run, an export, or Hugging Face's.
 
     covers: see `mirrored`.
     """
-    if not is_remote(path):
-        yield Path(path)
-        return
-    store = Store(str(path))
-    with local_folder(store.url) as local:
-        if store.is_file():
-            folder, _, name = store.url.rpartition("/")
-            Store(folder).download([name], local.parent)
-        else:
-            sizes = store.sizes()
-            whole = "card.json" in sizes  # an export
-            wanted = [name for name in sizes if whole or "/" not in name]
-            store.download([name for name in wanted if not name.startswith(RESULTS)], local)
-            _fetch_complete(store, local, sizes, covers)
-        yield local
+
+    def fill(store: Store, local: Path) -> None:
+        sizes = store.sizes()
+        whole = "card.json" in sizes  # an export
+        wanted = [name for name in sizes if whole or "/" not in name]
+        store.download([name for name in wanted if not name.startswith(RESULTS)], local)
+        _fetch_complete(store, local, sizes, covers)
+
+    return fetched(path, fill)
 
 
 class _StoreMirror(Mirror):

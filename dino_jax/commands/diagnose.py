@@ -32,7 +32,7 @@ def main(arguments: Sequence[str]) -> None:
     """Reads the log and prints the verdict."""
     if len(arguments) != 1:
         raise UserError(f"usage: dino-jax diagnose {USAGE}, where LOG is a workdir or a file of metrics")
-    with storage.fetched(arguments[0], lambda name: "/" not in name) as path:
+    with storage.fetched(arguments[0], storage.top_files) as path:
         values, log = flags.FLAGS, read_log(path)
     settings = dict(log.settings) | ({"head.out_dim": values.prototypes} if values.prototypes else {})
     health = monitor.of_log(settings, log.total_steps, log.images, log.rows)

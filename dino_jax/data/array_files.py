@@ -14,7 +14,7 @@ NPY, NPZ, PNG = b"\x93NUMPY", b"PK\x03\x04", b"\x89PNG\r\n\x1a\n"
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 PNG_DEPTH, PNG_COLOR = 24, 25  # places of these bytes in a PNG's header
 COLOR_TYPES = (2, 6)  # RGB, RGB with alpha
-ORIENTATION = 274  # TIFF tag
+ORIENTATION_TAG = 274  # tag of TIFF and EXIF
 DICOM, DICOM_AT = b"DICM", 128  # and its place in the file
 ONE_ARRAY = "image"  # name of the pixels in a .npz file that holds several arrays
 
@@ -83,7 +83,7 @@ def _tiff(content: bytes, max_bytes: int) -> tuple[np.ndarray, int]:
             if "imagecodecs" in str(error):
                 raise UserError("imagecodecs is not installed: pip install 'dino_jax[bands]'") from error
             raise
-        tag = series.keyframe.tags.get(ORIENTATION)
+        tag = series.keyframe.tags.get(ORIENTATION_TAG)
         return _yxc(array, series.axes), int(tag.value) if tag else 1
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from dino_jax.data.array_files import ArrayError, read_array
+from dino_jax.data.array_files import ORIENTATION_TAG, ArrayError, read_array
 from dino_jax.data.pixels import WHITE, Pixels
 from dino_jax.errors import UserError
 
@@ -21,8 +21,6 @@ IMPLIED = {"uint16": 65_535.0, "float16": 1.0, "float32": 1.0, "float64": 1.0}
 STATE_RANGE = "state the values of black and white (--config.data.range, preprocess(range=))"
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # weights of red, green and blue in gray, as in Pillow
-
-ORIENTATION_TAG = 0x0112  # EXIF
 
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,

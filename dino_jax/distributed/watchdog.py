@@ -9,13 +9,13 @@ import faulthandler
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import jax
 
 from dino_jax.errors import UserError
+from dino_jax.progress import unless_done
 
 HUNG = 70
 PEER_LOST = 71
@@ -179,16 +179,9 @@ def key_value_store() -> Any:
         ) from error
 
 
-@contextmanager
-def deadline(seconds: float, message: str) -> Iterator[None]:
+def deadline(seconds: float, message: str) -> AbstractContextManager[None]:
     """Ends this process with exit code `PEER_LOST` and a message if the block takes longer than `seconds`."""
-    timer = threading.Timer(seconds, end, (PEER_LOST, f"error: {message}"))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
+    return unless_done(seconds, end, PEER_LOST, f"error: {message}")
 
 
 def end(code: int, message: str, stacks: bool = False) -> None:

@@ -288,12 +288,9 @@ def evaluate(probe: Probe, count: Any, state: ProbeState, test: Source, mesh: Me
     if probe.several:
         present, scores = np.concatenate(first), np.concatenate(second, axis=1)
         used = present[:, 0] != multi_label.PADDING
-        total = int(used.sum())
-        each = [
-            multi_label.mean_average_precision(one[used][:, i], present[used])
-            for one in scores
-            for i in range(one.shape[1])
-        ]
+        present, scores, total = present[used], scores[:, used], int(used.sum())
+        heads = np.swapaxes(scores, 1, 2).reshape(-1, *present.shape)
+        each = [multi_label.mean_average_precision(head, present) for head in heads]
         figures = np.reshape(each, (1, len(scores), len(config.lr)))
     else:
         total, figures = int(np.sum(first)), 100 * np.sum(second, axis=0) / max(np.sum(first), 1)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_jax.data.sources.folder import check_file_size
 from dino_jax.data.sources.labeled import class_order
 from dino_jax.errors import UserError
 
@@ -85,6 +86,14 @@ def label_numbers(parts: list[Any], columns: Columns, what: str) -> tuple[np.nda
     if without := int(np.sum(labels < 0)):
         print(f"{columns.label}: {without:,} of {len(labels):,} images have no label", file=sys.stderr)
     return labels, class_names, num_classes
+
+
+def stored_image(image: bytes | None) -> bytes:
+    """Returns the image of a row. Raises OSError if there is none, or it is too large."""
+    if image is None:
+        raise OSError("the row has no image")
+    check_file_size(len(image))
+    return image
 
 
 def joined(parts: list[Any], kind: str) -> Any:

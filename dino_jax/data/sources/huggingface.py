@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.columns import find_columns, label_numbers, split_options
-from dino_jax.data.sources.folder import check_file_size, read_file
+from dino_jax.data.sources.columns import find_columns, label_numbers, split_options, stored_image
+from dino_jax.data.sources.folder import read_file
 from dino_jax.errors import UserError, missing_extras
 
 SPEC = re.compile(r"([^:]+)(?::(.+))?")  # a split may contain a colon (train[:50%])
@@ -55,10 +55,7 @@ class HuggingFaceSource(Source):
         if isinstance(image, dict):
             path = image.get("path")
             image = read_file(path) if image["bytes"] is None and path else image["bytes"]
-        if image is None:
-            raise OSError("the row has no image")
-        check_file_size(len(image))
-        return Example(image, self.label(i))
+        return Example(stored_image(image), self.label(i))
 
     def label(self, i: int) -> int:
         """The number in the label column, or that of its text; -1 if there is none."""

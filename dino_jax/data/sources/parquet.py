@@ -15,9 +15,17 @@ import numpy as np
 
 from dino_jax.data.lru import LRU
 from dino_jax.data.sources.base import KNOB, Example, Source
-from dino_jax.data.sources.columns import Columns, find_columns, is_text, joined, label_numbers, split_options
+from dino_jax.data.sources.columns import (
+    Columns,
+    find_columns,
+    is_text,
+    joined,
+    label_numbers,
+    split_options,
+    stored_image,
+)
 from dino_jax.data.sources.files import matching_files, opened, status
-from dino_jax.data.sources.folder import check_file_size, printable
+from dino_jax.data.sources.folder import printable
 from dino_jax.errors import UserError, missing_extras
 from dino_jax.progress import progress
 from dino_jax.storage import is_remote
@@ -83,10 +91,7 @@ class ParquetSource(Source):
     def __getitem__(self, i: int) -> Example:
         group = self._group(i)
         image = self._images.get(group, partial(self._read, group))[i - int(self.firsts[group])].as_py()
-        if image is None:
-            raise OSError("the row has no image")
-        check_file_size(len(image))
-        return Example(image, self.label(i))
+        return Example(stored_image(image), self.label(i))
 
     def label(self, i: int) -> int:
         """The number in the label column, or that of its text; -1 if there is none."""
