@@ -9,11 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import dino
+from dino_jax import dino, dinov2
+from dino_jax.data import masks
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models import DINOHead, build_backbone
+from dino_jax.models.drop_path import drop_path_subsets
 from dino_jax.models.registry import given_sizes
+from dino_jax.models.vit import drop_path_factors
 from dino_jax.training import chunked_loss, optimizers, recent, schedules
 from dino_jax.training.flops import count_flops
 
@@ -63,7 +66,9 @@ class Setup(NamedTuple):
     config: ConfigDict
     method: Method
     schedules: schedules.Schedules
-    augment: Callable[..., Crops]
+    augment: Callable[..., Any]
+    drop_path: Callable[..., jax.Array] = drop_path_factors  # (keys [B], rate, depth, views) -> factors
+    batch_targets: bool = False  # the method's `teach` and `center_on` come first, for the whole batch
 
 
 class DeviceBatch(NamedTuple):
@@ -74,14 +79,35 @@ class DeviceBatch(NamedTuple):
     position: jax.Array  # int32 [B]
 
 
-def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
+def build_dino(config: ConfigDict, backbone: Any, head: Any, dtype: Any) -> dino.DINO:
     """Builds the DINO method of config.dino, with the loss that never holds all logits in memory."""
     settings = config.dino
     center_momentum = settings.center_momentum if settings.centering else 1.0
     return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
 
 
-METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino}  # config.method -> (config, backbone, head) -> method
+def build_dinov2(config: ConfigDict, backbone: Any, head: Any, dtype: Any) -> dinov2.DINOv2:
+    """Builds the DINOv2 method of config.dino and config.dinov2."""
+    settings, patch_head = config.dinov2, None
+    if settings.separate_head:
+        sizes = {"out_dim": settings.patch_out_dim, "bottleneck_dim": settings.patch_bottleneck_dim}
+        patch_head = DINOHead(**(config.head.to_dict() | sizes), axis_name=sharding.AXES, dtype=dtype)
+    return dinov2.DINOv2(
+        backbone,
+        head,
+        patch_head,
+        config.dino.student_temp,
+        config.dino.center_momentum,
+        sinkhorn=settings.targets == "sinkhorn",
+        group_images=settings.group_images,
+        axes=sharding.AXES,
+        loss_from_head=chunked_loss.loss_from_head,
+    )
+
+
+# config.method -> (config, backbone, head, dtype of activations) -> method
+METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino, "dinov2": build_dinov2}
+TARGETS = ("center", "sinkhorn")  # config.dinov2.targets
 
 
 def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
@@ -98,6 +124,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         dtype=dtype,
         axis_name=sharding.AXES,
         gather=fsdp.gather if config.fsdp > 1 else None,
+        mask_token=config.method == "dinov2",
     )
     head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
 
@@ -105,8 +132,31 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         with jax.named_scope("crops"):
             return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
-    method = METHODS[config.method](config, backbone, head)
-    return Setup(config, method, schedules.from_config(config, steps_per_epoch), augment)
+    method = METHODS[config.method](config, backbone, head, dtype)
+    schedule = schedules.from_config(config, steps_per_epoch)
+    if config.method == "dino":
+        return Setup(config, method, schedule, augment)
+    settings = mask_settings(config)
+    return Setup(
+        config,
+        method,
+        schedule,
+        augment=lambda keys, batch: masks.mask_crops(keys, augment(keys, batch), settings),
+        drop_path=partial(drop_path_subsets, images=settings.images),
+        batch_targets=config.dinov2.targets == "sinkhorn",
+    )
+
+
+def mask_settings(config: ConfigDict) -> masks.MaskSettings:
+    """Returns the settings of the masks of config.dinov2."""
+    size, patch, settings = config.crops.global_size, config.model.patch_size, config.dinov2
+    return masks.MaskSettings(
+        grid=(size // patch, size // patch),
+        largest=masks.largest_block(size, patch),
+        images=settings.group_images,
+        probability=settings.mask_probability,
+        ratio=tuple(settings.mask_ratio),
+    )
 
 
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
