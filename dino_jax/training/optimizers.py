@@ -14,7 +14,7 @@ import optax
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
-NOT_DECAYED = ("bias", "scale")  # biases and the gains of norms; cls_token and pos_embed do decay
+NOT_DECAYED = ("bias", "scale", "gamma")  # biases, norms and LayerScale; cls_token and pos_embed do decay
 
 
 def map_tensors(fn: Callable[..., jax.Array], *trees: Any) -> Any:
@@ -36,7 +36,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but biases and the gains of norms."""
+    """True where weight decay applies: everything but biases and the factors of norms and LayerScale."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 
