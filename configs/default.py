@@ -40,6 +40,11 @@ def get_config() -> ConfigDict:
     config.model.depth = 0  # number of blocks; only for arch vit, else 0
     config.model.num_heads = 0  # attention heads of each block; only for arch vit, else 0
     config.model.patch_size = 16  # pixels; ViTs only
+    config.model.registers = 0  # register tokens, which collect global information; ViTs only (DINOv2: 0 or 4)
+    config.model.layer_scale = 0.0  # initial factors of residual branches; 0: none; ViTs only (DINOv2: 1e-5)
+    config.model.ffn = "mlp"  # mlp | swiglu: network after attention in each block; ViTs only
+    # Resize positions to other image sizes with antialiasing, as DINOv2 does with registers; ViTs only.
+    config.model.antialias = False
     config.model.in_channels = 3  # channels of the images
     config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time

@@ -10,12 +10,15 @@ from jax.experimental import multihost_utils
 
 from dino_jax import atomic
 from dino_jax.checkpoints.integrity import write_manifest
-from dino_jax.models.registry import architecture_card, given_sizes
+from dino_jax.models.registry import architecture_card, given_sizes, given_variant
 from dino_jax.provenance import plain, versions
 
 
-def model_card(config: Any, step: int) -> dict[str, Any]:
-    """Returns the model card of an exported backbone: architecture, preprocessing and provenance, as plain JSON."""
+def model_card(config: Any, step: int, backbone: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns the model card of an exported backbone: architecture, preprocessing and provenance, as plain JSON.
+
+    backbone: the parameters (or their names), which show whether the run's method added a mask token.
+    """
     config = plain(config)
     model, data = config["model"], config["data"]
     return {
@@ -25,6 +28,8 @@ def model_card(config: Any, step: int) -> dict[str, Any]:
             in_channels=model["in_channels"],
             image_size=config["crops"]["global_size"],
             sizes=given_sizes(model),
+            mask_token="mask_token" in (backbone or {}),
+            **given_variant(model),
         ),
         "preprocessing": {
             "resize": config["eval"]["resize"],

@@ -118,19 +118,20 @@ def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.nda
     """Returns the attention of CLS to the patches in the last block, float32 [B, heads, H/patch, W/patch].
 
     Takes normalized images [B, H, W, C] whose sides are multiples of the patch size. A map sums to a little less than
-    1, because the attention of CLS to itself is left out.
+    1, because the attention of CLS to itself and to registers is left out.
 
     Raises:
         UserError: the backbone is a convnet.
     """
     patch = patch_size(backbone)
-    attention = np.asarray(_cls_attention(backbone.model.apply, backbone.variables, images))
-    return attention.reshape(*attention.shape[:2], images.shape[1] // patch, images.shape[2] // patch)
+    rows, columns = images.shape[1] // patch, images.shape[2] // patch
+    attention = np.asarray(_cls_attention(backbone.model.apply, backbone.variables, images, rows * columns))
+    return attention.reshape(*attention.shape[:2], rows, columns)
 
 
-@partial(jax.jit, static_argnums=0)
-def _cls_attention(apply_fn: Callable[..., Any], variables: Any, images: jax.Array) -> jax.Array:
-    return apply_fn(variables, images, method="last_attention")[:, :, 0, 1:]
+@partial(jax.jit, static_argnums=(0, 3))
+def _cls_attention(apply_fn: Callable[..., Any], variables: Any, images: jax.Array, patches: int) -> jax.Array:
+    return apply_fn(variables, images, method="last_attention")[:, :, 0, -patches:]
 
 
 def mass_masks(maps: np.ndarray, mass: float = 0.6) -> np.ndarray:

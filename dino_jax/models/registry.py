@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from dino_jax.errors import UserError
+from dino_jax.models.blocks import FFNS
 from dino_jax.models.resnet import ResNet
 from dino_jax.models.vit import ViT
 
@@ -19,6 +20,18 @@ BackboneModule = ViT | ResNet
 # Keys of config.model, of a model card and of a ViT's constructor. They are only used for arch `vit`.
 SIZES = ("embed_dim", "depth", "num_heads")
 CHANNELS_A_HEAD = 64  # in all named ViTs of the papers
+
+# What a ViT may have beyond its sizes: keys of a model card and of a ViT's constructor, with the values of DINO's ViT,
+# which cards of earlier versions mean. The first four are also keys of config.model.
+VARIANT = {
+    "registers": 0,
+    "layer_scale": 0.0,
+    "ffn": "mlp",
+    "antialias": False,
+    "pos_offset": None,
+    "mask_token": False,
+}
+CONFIGURED = ("registers", "layer_scale", "ffn", "antialias")
 
 
 @dataclass(frozen=True)
@@ -32,16 +45,18 @@ class Family:
     square_patches: bool  # a patch token covers patch_size x patch_size pixels, and positions are learned for a grid
     block_tokens: bool  # `last_blocks` returns up to `depth` blocks of one width, not only the last feature map
     attention_maps: bool  # has `last_attention`
+    masks: bool  # `__call__` takes masks of patches
 
 
 VIT = Family(
     module=ViT,
-    arguments=("patch_size", "image_size", "remat", "unroll", "attention", "dtype", "gather"),
-    settings=("patch_size", "drop_path_rate", "remat", "unroll", "attention"),
+    arguments=("patch_size", "image_size", *VARIANT, "remat", "unroll", "attention", "dtype", "gather"),
+    settings=("patch_size", *CONFIGURED, "drop_path_rate", "remat", "unroll", "attention"),
     input_layer="patch_embed",
     square_patches=True,
     block_tokens=True,
     attention_maps=True,
+    masks=True,
 )
 RESNET = Family(
     module=ResNet,
@@ -51,6 +66,7 @@ RESNET = Family(
     square_patches=False,
     block_tokens=False,
     attention_maps=False,
+    masks=False,
 )
 
 
@@ -72,7 +88,7 @@ ARCHITECTURES = {
     "vit_small": _vit(384, 12, 6),
     "vit_base": _vit(768, 12, 12),
     "vit_large": _vit(1024, 24, 16),
-    "vit_giant": _vit(1536, 40, 24),  # DINOv2's sizes, with a plain MLP
+    "vit_giant": _vit(1536, 40, 24),  # DINOv2's sizes; ViT-g/14 of DINOv2 also has ffn swiglu
     "vit": Architecture(VIT, {}),  # of any `SIZES`
     "resnet18": Architecture(RESNET, {"blocks": (2, 2, 2, 2), "kernels": (3, 3), "expansion": 1}),
     "resnet50": Architecture(RESNET, {"blocks": (3, 4, 6, 3), "kernels": (1, 3, 1), "expansion": 4}),
@@ -109,6 +125,12 @@ def build_backbone(
     num_heads: int = 0,
     patch_size: int = 16,
     image_size: int = 224,
+    registers: int = 0,
+    layer_scale: float = 0.0,
+    ffn: str = "mlp",
+    antialias: bool = False,
+    pos_offset: float | None = None,
+    mask_token: bool = False,
     remat: bool = False,
     unroll: bool = False,
     attention: str = "xla",
@@ -127,6 +149,12 @@ def build_backbone(
         num_heads: attention heads of each block; only for arch `vit`.
         patch_size: side of a patch, pixels.
         image_size: side of the images that the learned grid of positions covers, pixels.
+        registers: number of register tokens.
+        layer_scale: initial factors of the residual branches; 0: no LayerScale.
+        ffn: mlp or swiglu.
+        antialias: how positions are resized to other image sizes (`positions.resize_pos_embed`).
+        pos_offset: the same.
+        mask_token: add a token for masked patches, as methods need that mask patches.
         remat: recompute blocks in the backward pass.
         unroll: unroll the loop over the blocks.
         attention: xla or cudnn.
@@ -137,12 +165,20 @@ def build_backbone(
     Raises:
         UserError: the name is unknown, or `check_sizes` rejects the sizes.
     """
+    if ffn not in FFNS:
+        raise UserError(f"unknown feed-forward network {ffn!r}: set --config.model.ffn to one of {', '.join(FFNS)}")
     family = family_of(arch)
     given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     check_sizes(arch, given)
     arguments = {
         "patch_size": patch_size,
         "image_size": image_size,
+        "registers": registers,
+        "layer_scale": layer_scale,
+        "ffn": ffn,
+        "antialias": antialias,
+        "pos_offset": pos_offset,
+        "mask_token": mask_token,
         "remat": remat,
         "unroll": unroll,
         "attention": attention,
@@ -183,26 +219,40 @@ def given_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
     return {name: model.get(name, 0) for name in SIZES}
 
 
+def given_variant(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `CONFIGURED` part of `VARIANT` in a config's `model` section, which earlier versions lack."""
+    return {name: model.get(name, VARIANT[name]) for name in CONFIGURED}
+
+
 # --- model cards -----------------------------------------------------------------------------------------------------
 
 
 def architecture_card(
-    arch: str, *, patch_size: int = 16, in_channels: int, image_size: int, sizes: Mapping[str, Any] | None = None
+    arch: str,
+    *,
+    patch_size: int = 16,
+    in_channels: int,
+    image_size: int,
+    sizes: Mapping[str, Any] | None = None,
+    **variant: Any,
 ) -> dict[str, Any]:
     """Returns the "architecture" section of a model card as plain JSON, from which `from_card` builds the module.
 
     The keys are arch, patch_size (None for a family without square patches), in_channels, image_size and embed_dim;
-    for arch `vit` also depth and num_heads. `sizes` holds `SIZES` and is only used for arch `vit`.
+    for arch `vit` also depth and num_heads; for all ViTs also those of `VARIANT`. `sizes` holds `SIZES` and is only
+    used for arch `vit`.
     """
     family = family_of(arch)
-    module = build_backbone(arch, patch_size=patch_size, **(sizes or {}))
+    module = build_backbone(arch, patch_size=patch_size, **(sizes or {}), **variant)
     return {
         "arch": arch,
         "patch_size": patch_size if family.square_patches else None,
         "in_channels": in_channels,
         "image_size": image_size,
         "embed_dim": module.embed_dim,
-    } | sizes_on_card({"arch": arch} | dict(sizes or {}))
+        **sizes_on_card({"arch": arch} | dict(sizes or {})),
+        **variant_on_card({"arch": arch} | variant),
+    }
 
 
 def sizes_on_card(architecture: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,11 +261,17 @@ def sizes_on_card(architecture: Mapping[str, Any]) -> dict[str, Any]:
     return {} if named else {name: architecture[name] for name in SIZES}
 
 
+def variant_on_card(architecture: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `VARIANT` of a card's architecture, {} if it is no ViT."""
+    known = VARIANT if family_of(architecture["arch"]) is VIT else {}
+    return {name: architecture.get(name, default) for name, default in known.items()}
+
+
 def from_card(architecture: Mapping[str, Any]) -> BackboneModule:
     """Builds the float32 module of a card's "architecture" section."""
-    arch, sizes = architecture["arch"], sizes_on_card(architecture)
+    arch, sizes, variant = architecture["arch"], sizes_on_card(architecture), variant_on_card(architecture)
     patch = {"patch_size": architecture["patch_size"]} if family_of(arch).square_patches else {}
-    return build_backbone(arch, image_size=architecture["image_size"], **patch, **sizes)
+    return build_backbone(arch, image_size=architecture["image_size"], **patch, **sizes, **variant)
 
 
 def num_heads_of(architecture: Mapping[str, Any]) -> int | None:

@@ -22,6 +22,7 @@ from dino_jax.limits import (
     Limits,
     check_numbers,
 )
+from dino_jax.models.blocks import FFNS
 from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
 from dino_jax.provenance import flat
 from dino_jax.training.init_from import ADAPTATIONS
@@ -43,6 +44,7 @@ CHOICES = {
     "data.dtype": tuple(WHITE),
     "dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("xla", "cudnn"),
+    "model.ffn": tuple(FFNS),
 }
 # Every numeric setting of configs/default.py.
 LIMITS: Limits = {
@@ -55,6 +57,8 @@ LIMITS: Limits = {
     "verify_every": COUNT_OR_NONE,
     **{f"model.{name}": (0, 100_000) for name in SIZES},
     "model.patch_size": PIXELS,
+    "model.registers": (0, 1_024),
+    "model.layer_scale": (0, 100),
     "model.in_channels": (1, 1_024),
     "model.drop_path_rate": SHARE,
     "head.out_dim": (2, 10_000_000),
@@ -143,6 +147,10 @@ FAMILY_SETTINGS = {
     "remat": ("rematerialization", False),
     "unroll": ("loop over its blocks", False),
     "attention": ("attention", "xla"),
+    "registers": ("registers", 0),
+    "layer_scale": ("LayerScale", 0.0),
+    "ffn": ("feed-forward networks", "mlp"),
+    "antialias": ("positions", False),
 }
 
 
@@ -307,7 +315,7 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
 
 def _check_dinov2(config: ConfigDict, devices: int) -> None:
     """Checks what the masks and the groups of images of DINOv2 need."""
-    if "masks" not in family_of(config.model.arch).settings:
+    if not family_of(config.model.arch).masks:
         raise UserError(
             f"method=dinov2 masks patches of a ViT, and {config.model.arch} is none: set --config.model.arch to a ViT"
         )

@@ -13,7 +13,7 @@ from dino_jax.distributed.fsdp import place
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
-from dino_jax.models.registry import given_sizes, sizes_of, sizes_on_card
+from dino_jax.models.registry import VARIANT, given_sizes, given_variant, sizes_of, sizes_on_card
 from dino_jax.storage import is_remote
 from dino_jax.weights import load
 from dino_jax.weights.pretrained import Pretrained, Weights
@@ -49,7 +49,8 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     parts = ("backbone", "head") if heads else ("backbone",)
 
     def merged(before: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-        return before | place({part: loaded[part] for part in parts}, mesh)
+        after = before | place({part: loaded[part] for part in parts}, mesh)
+        return after | {"backbone": _mask_token_as_in(before["backbone"], after["backbone"])}
 
     state = fresh.replace(
         teacher=merged(fresh.teacher, pretrained.teacher.params),
@@ -60,6 +61,13 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     if heads and pretrained.center is not None and config.dino.centering:  # without it the center stays at 0
         state = state.replace(center=replicate(pretrained.center, mesh))
     return state, _describe(pretrained, config, heads)
+
+
+def _mask_token_as_in(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """Keeps or drops the mask token, because a run has one only if its method masks patches."""
+    fresh = {name: x for name, x in before.items() if name == "mask_token"}
+    loaded = {name: x for name, x in after.items() if name != "mask_token" or fresh}
+    return fresh | loaded
 
 
 def _checksum(pretrained: Pretrained) -> int:
@@ -95,6 +103,12 @@ def _check_backbone(architecture: dict[str, Any], config: ConfigDict) -> None:
         required |= _network(architecture["arch"], card_sizes)
         current |= _network(config.model.arch, config_sizes)
     if architecture["patch_size"]:
+        there = {name: architecture.get(name, VARIANT[name]) for name in given_variant(config.model)}
+        here = given_variant(config.model)
+        if here["layer_scale"] and there["layer_scale"]:  # only its presence matters, because its factors are loaded
+            there["layer_scale"] = here["layer_scale"]
+        required |= {f"model.{name}": value for name, value in there.items()}
+        current |= {f"model.{name}": value for name, value in here.items()}
         required |= {"model.patch_size": architecture["patch_size"], "crops.global_size": architecture["image_size"]}
         current |= {"model.patch_size": config.model.patch_size, "crops.global_size": config.crops.global_size}
     adaptable = {"crops.global_size": "image_size", "model.in_channels": "in_channels"}

@@ -313,7 +313,7 @@ def batches_from(step: int, source: Source, config: ConfigDict) -> Batches[Batch
 
 def export_teacher(mirror: checkpoints.Mirror, state: State, config: ConfigDict) -> None:
     """Exports the teacher's backbone to the workdir's folder `export`."""
-    card = checkpoints.model_card(config, int(state.step))
+    card = checkpoints.model_card(config, int(state.step), state.teacher["backbone"])
     variables = mirror.on_writer(backbone_variables(state, "teacher"))
     checkpoints.write_export(mirror.local / "export", {"variables": variables}, card)
 

@@ -41,7 +41,7 @@ def norm(x: jax.Array) -> jax.Array:
 
 
 def decay_mask(params: Any) -> Any:
-    """True where weight decay applies: everything but biases and the gains of norms."""
+    """True where weight decay applies: everything but biases and the factors of norms and LayerScale."""
     return jax.tree.map_with_path(lambda path, _: path[-1].key not in NOT_DECAYED, params)
 
 

@@ -14,9 +14,8 @@ from dino_jax.data import masks
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models import DINOHead, build_backbone
-from dino_jax.models.drop_path import drop_path_subsets
-from dino_jax.models.registry import given_sizes
-from dino_jax.models.vit import drop_path_factors
+from dino_jax.models.drop_path import drop_path_factors, drop_path_subsets
+from dino_jax.models.registry import given_sizes, given_variant
 from dino_jax.training import chunked_loss, optimizers, recent, schedules
 from dino_jax.training.flops import count_flops
 
@@ -116,6 +115,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
     backbone = build_backbone(
         config.model.arch,
         **given_sizes(config.model),
+        **given_variant(config.model),
         patch_size=config.model.patch_size,
         image_size=config.crops.global_size,
         remat=config.model.remat,

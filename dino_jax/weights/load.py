@@ -166,9 +166,9 @@ def _from_export(folder: Path, training: bool) -> Pretrained:
 
 def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
     """Reads the needed parts of a training state; never the optimizer's, which is the largest."""
-    card = _card_of(folder)
+    saved = checkpoints.tree_of(folder / "state")
+    card = _card_of(folder, saved["teacher"]["backbone"])
     if training:
-        saved = checkpoints.tree_of(folder / "state")
         keys = ("teacher", "teacher_stats", "student", "student_stats", "center")
         target = {key: saved[key] for key in keys}
     else:
@@ -177,10 +177,10 @@ def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
     return _from_state(checkpoints.restore_arrays(folder / "state", target), card)
 
 
-def _card_of(folder: Path) -> dict[str, Any]:
-    """Returns the model card of a checkpoint, from the config that was saved with it."""
+def _card_of(folder: Path, backbone: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the model card of a checkpoint, from the config that was saved with it and its backbone's names."""
     try:
-        return checkpoints.model_card(checkpoints.read_metadata(folder)["config"], step=int(folder.name))
+        return checkpoints.model_card(checkpoints.read_metadata(folder)["config"], int(folder.name), backbone)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"the config of checkpoint {folder} is not one of this version ({type(error).__name__}: {error}): load it "
@@ -298,7 +298,7 @@ def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     if left_out := [name for name in tensors if name.startswith(CLASSIFIERS)]:
         print(f"left out {', '.join(left_out[:8])}: a classifier is not part of the backbone", file=sys.stderr)
     tensors = {name: x for name, x in tensors.items() if name not in left_out}
-    return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else tensors
+    return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else official.unchunked(tensors)
 
 
 def _weights(network: Mapping[str, Any], architecture: dict[str, Any], source: str, with_head: bool) -> Weights:

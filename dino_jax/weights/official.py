@@ -25,6 +25,7 @@ from dino_jax.models.registry import (
     vit_name,
 )
 
+LAYER_SCALE = 1e-5  # DINOv2's initial factors
 NAMED = 12  # names of each kind that an error lists
 
 
@@ -69,9 +70,7 @@ def from_official(like: Mapping[str, Any], tensors: Mapping[str, np.ndarray], so
 # Networks that look like ours but compute something else: a tensor's name -> what the file holds.
 FOREIGN = (
     (r"rope_embed|storage_tokens", "a DINOv3 ViT"),
-    (r"register_tokens|reg_token", "a ViT with registers, such as DINOv2's"),
-    (r"\.ls1\.|\.ls2\.|layer_scale\d?\.|\bgamma_1$", "a ViT with LayerScale, such as DINOv2's"),
-    (r"mlp\.w12\.|mlp\.weights_in\.", "a ViT with SwiGLU, such as DINOv2's ViT-g"),
+    (r"\bgamma_1$", "a BEiT or CaiT"),
     (r"dist_token|distillation_token", "a distilled DeiT"),
     (r"\.se\.|\.fc1\..*\.se", "a squeeze-and-excitation ResNet"),
     (r"^conv1\.[03]\.", "a ResNet with a deep stem"),
@@ -106,16 +105,16 @@ def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_he
     for pattern, what in FOREIGN:
         if found := next((name for name in tensors if re.search(pattern, name)), None):
             raise UserError(
-                f"{source} holds {what} ({_listed([found])}), which is not supported: give a ViT of DINO, DeiT or "
-                "timm's plain vit_*, or a ResNet"
+                f"{source} holds {what} ({_listed([found])}), which is not supported: give a ViT of DINO, DINOv2, "
+                "DeiT or timm's plain vit_*, or a ResNet"
             )
     if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
         return _vit_architecture(tensors, source, num_heads)
     if "conv1.weight" in tensors:
         return _resnet_architecture(tensors, source)
     raise UserError(
-        f"{source} holds no known backbone ({_listed(list(tensors))}): give a DINO ViT or ResNet with the tensor names "
-        "of the official code, timm, torchvision or Hugging Face's ViTModel"
+        f"{source} holds no known backbone ({_listed(list(tensors))}): give a DINO or DINOv2 ViT or a ResNet with the "
+        "tensor names of the official code, timm, torchvision or Hugging Face"
     )
 
 
@@ -153,6 +152,11 @@ def renamed(tensors: Mapping[str, np.ndarray], rule: Callable[[str], str]) -> di
     return new
 
 
+def unchunked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Renames the blocks of DINOv2's training checkpoints, blocks.CHUNK.BLOCK.*, to blocks.BLOCK.*."""
+    return renamed(tensors, lambda name: re.sub(r"^blocks\.\d+\.(\d+\.)", r"blocks.\1", name))
+
+
 def with_counters(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Adds `num_batches_tracked` = 0 next to running statistics, because torch's strict loading requires it."""
     counters = [name.replace("running_mean", "num_batches_tracked") for name in tensors if "running_mean" in name]
@@ -188,7 +192,24 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads:
         in_channels=in_channels,
         image_size=side * rows,
         sizes=sizes if arch == "vit" else None,
+        **_vit_variant(tensors),
     )
+
+
+def _vit_variant(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Returns `registry.VARIANT`, without what no tensor shows: initial factors are DINOv2's.
+
+    The released models with registers resize positions with antialiasing, those without do not.
+    """
+    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    scaled = any(re.fullmatch(r"blocks\.\d+\.ls1\.gamma", name) for name in tensors)
+    return {
+        "registers": registers,
+        "layer_scale": LAYER_SCALE if scaled else 0.0,
+        "ffn": "swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
+        "antialias": registers > 0,
+        "mask_token": "mask_token" in tensors,
+    }
 
 
 def _default_heads(embed_dim: int, depth: int, source: str) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 
 from dino_jax.errors import UserError
 from dino_jax.models import family_of
-from dino_jax.models.vit import resize_pos_embed
+from dino_jax.models.positions import resize_pos_embed
 
 
 class Weights(NamedTuple):

@@ -331,6 +331,12 @@ def test_card_describes_architecture_preprocessing_and_provenance():
         "in_channels": 3,
         "image_size": 32,
         "embed_dim": 64,
+        "registers": 0,
+        "layer_scale": 0.0,
+        "ffn": "mlp",
+        "antialias": False,
+        "pos_offset": None,
+        "mask_token": False,
     }
     assert card["preprocessing"]["resize"] == 36
     assert (card["provenance"]["step"], card["provenance"]["data_source"]) == (42, "demo")

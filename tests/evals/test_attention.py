@@ -56,6 +56,15 @@ def test_maps_of_a_rectangular_image(backbone):
     assert (maps.sum((2, 3)) < 1).all()
 
 
+def test_maps_leave_registers_out():
+    model = build_backbone("vit_nano", patch_size=8, image_size=16, registers=3)
+    images = np.random.default_rng(0).standard_normal((2, 16, 32, 3), np.float32)
+    variables = model.init(jax.random.key(0), images)
+    whole = model.apply(variables, images, method="last_attention")
+    maps = attention.attention_maps(Backbone(model, variables, {"architecture": {"arch": "vit_nano"}}), images)
+    np.testing.assert_allclose(maps.reshape(2, 4, 8), whole[:, :, 0, 4:], rtol=1e-5)
+
+
 def test_masks_keep_the_mass():
     maps = np.array([[[0.5, 0.1], [0.25, 0.15]], [[1.0, 1.0], [7.0, 1.0]]])
     # Shares in ascending order: 0.1, 0.15, 0.25, 0.5; the first two stay within the 0.4 to drop, the third does not.

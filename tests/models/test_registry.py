@@ -49,11 +49,45 @@ def test_every_architecture_comes_back_from_its_card(arch):
     assert {"depth", "num_heads"} <= set(card) if sizes else not {"depth", "num_heads"} & set(card)
 
 
+VARIANT = {
+    "registers": 4,
+    "layer_scale": 1e-5,
+    "ffn": "swiglu",
+    "antialias": True,
+    "pos_offset": 0.0,
+    "mask_token": True,
+}
+
+
+def test_a_dinov2_model_comes_back_from_its_card():
+    card = registry.architecture_card("vit_nano", patch_size=14, in_channels=3, image_size=28, **VARIANT)
+    assert card.keys() >= VARIANT.keys() == registry.VARIANT.keys()
+    module = build_backbone("vit_nano", patch_size=14, image_size=28, **VARIANT)
+    assert from_card(card) == module
+    params = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((1, 28, 28, 3)))["params"]
+    assert params["register_tokens"].shape == (1, 4, 64)
+    assert params["mask_token"].shape == (1, 64)
+    assert params["blocks"]["ls2"]["gamma"].shape == (3, 64)
+    assert set(params["blocks"]["mlp"]) == {"w12", "w3"}
+
+
+def test_a_card_of_an_earlier_version_is_dinos_vit():
+    card = registry.architecture_card("vit_nano", patch_size=8, in_channels=3, image_size=32)
+    earlier = {name: value for name, value in card.items() if name not in registry.VARIANT}
+    assert from_card(earlier) == from_card(card) == build_backbone("vit_nano", patch_size=8, image_size=32)
+
+
+def test_an_unknown_feed_forward_network_is_named():
+    with pytest.raises(UserError, match="network 'glu': set --config.model.ffn to one of mlp, swiglu"):
+        build_backbone("vit_nano", ffn="glu")
+
+
 def test_settings_of_families_are_keys_of_the_config():
     model = default.get_config().model
     for architecture in ARCHITECTURES.values():
         assert set(architecture.family.settings) <= set(model)
     assert set(registry.SIZES) <= set(model)
+    assert registry.given_variant(model) == registry.given_variant({"arch": "vit_small"})
     assert (
         registry.given_sizes(model) == registry.given_sizes({"arch": "vit_small"}) == dict.fromkeys(registry.SIZES, 0)
     )

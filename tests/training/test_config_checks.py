@@ -13,6 +13,8 @@ from dino_jax.training.config_checks import check_config
 
 ROOT = Path(__file__).parents[2]
 
+RESNET = {"model__arch": "resnet18", "model__drop_path_rate": 0.0}
+
 
 @pytest.mark.parametrize(
     ("changes", "message"),
@@ -69,6 +71,13 @@ ROOT = Path(__file__).parents[2]
         ({"distributed__heartbeat": 0}, r"distributed.heartbeat is 0"),
         ({"watchdog__seconds": -1}, r"watchdog.seconds is -1"),
         ({"verify_every": -1}, r"verify_every is -1"),
+        ({"model__registers": -1}, r"model.registers is -1: set --config.model.registers to 0 or more"),
+        ({"model__layer_scale": -1e-5}, r"model.layer_scale is -1e-05: set --config.model.layer_scale to 0 or more"),
+        ({"model__ffn": "glu"}, r"model.ffn 'glu' is unknown: set --config.model.ffn to one of mlp, swiglu"),
+        (RESNET | {"model__registers": 4}, r"resnet18 has no registers: set --config.model.registers=0"),
+        (RESNET | {"model__layer_scale": 1e-5}, r"resnet18 has no LayerScale: set --config.model.layer_scale=0"),
+        (RESNET | {"model__ffn": "swiglu"}, r"resnet18 has no feed-forward.*: set --config.model.ffn=mlp"),
+        (RESNET | {"model__antialias": True}, r"resnet18 has no positions.*: set --config.model.antialias=False"),
     ],
 )
 def test_settings(changes, message):

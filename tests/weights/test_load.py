@@ -13,7 +13,7 @@ import dino_jax
 from dino_jax import checkpoints
 from dino_jax.errors import UserError
 from dino_jax.models import DINOHead
-from dino_jax.models.vit import resize_pos_embed
+from dino_jax.models.positions import resize_pos_embed
 from dino_jax.weights import huggingface, load, official, tensor_files
 
 CARD = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 40, "embed_dim": 64}
