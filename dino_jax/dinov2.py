@@ -15,7 +15,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 
 from dino_jax import dino
 from dino_jax.data.masks import MaskedCrops
@@ -99,9 +98,9 @@ def _logsumexp_over_rows(x: jax.Array, axes: Any) -> jax.Array:
 class DINOv2:
     """The method, a sibling of `dino.DINO` for `training.step`. It takes ViTs with a mask token."""
 
-    backbone: nn.Module
-    head: nn.Module
-    patch_head: nn.Module | None  # None: patches share the head of the CLS tokens
+    backbone: Any  # a Flax module
+    head: Any
+    patch_head: Any | None  # None: patches share the head of the CLS tokens
     student_temp: float
     center_momentum: float
     sinkhorn: bool  # targets by Sinkhorn-Knopp instead of centering
@@ -207,15 +206,19 @@ class DINOv2:
     def _features(
         self, params: Params, groups: list[Any], drop_paths: list[Any], masks: Any
     ) -> tuple[jax.Array, jax.Array]:
-        """Returns CLS tokens [B, V, C] of all crops and patch tokens [B * G, N, C] of the first group, the masked."""
-        views, first_patches = [], None
+        """Returns CLS tokens [B, V, C] of all crops and patch tokens [B * G, N, C] of the first group.
+
+        masks: of the crops of the first group, bool [B, G, N], or None.
+        """
+        views: list[jax.Array] = []
+        patches: list[jax.Array] = []
         for crops, drop_path in zip(groups, drop_paths, strict=True):
             images = crops.reshape(-1, *crops.shape[2:])
-            mask = masks.reshape(len(images), -1) if masks is not None and first_patches is None else None
+            mask = None if masks is None or patches else masks.reshape(len(images), -1)
             tokens = self.backbone.apply({"params": params["backbone"]}, images, True, drop_path, mask)
             views.append(tokens.cls.reshape(*crops.shape[:2], -1))
-            first_patches = tokens.patches if first_patches is None else first_patches
-        return jnp.concatenate(views, axis=1), first_patches
+            patches.append(tokens.patches)
+        return jnp.concatenate(views, axis=1), patches[0]
 
     def outputs(
         self, params: Params, crops: MaskedCrops, groups: list[Any], drop_paths: list[Any], masks: Any
@@ -237,6 +240,6 @@ class DINOv2:
         head, head_params = self._patch_head(params)
         return prototype_logits(head, head_params["last_layer"], patch_z)
 
-    def _patch_head(self, params: Params) -> tuple[nn.Module, Params]:
+    def _patch_head(self, params: Params) -> tuple[Any, Params]:
         """Returns the head of patches and its parameters."""
         return (self.patch_head, params["patch_head"]) if self.patch_head else (self.head, params["head"])

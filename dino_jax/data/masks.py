@@ -115,11 +115,11 @@ def block_mask(key: jax.Array, wanted: jax.Array, grid: tuple[int, int], largest
     grid_rows, grid_columns = grid
     row, column = jnp.arange(grid_rows)[:, None], jnp.arange(grid_columns)
 
-    def unfinished(carry: tuple[jax.Array, ...]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         mask, failed, _ = carry
         return (failed < TRIES) & (mask.sum() < wanted)
 
-    def add(carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    def add(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
         mask, failed, number = carry
         for_area, for_aspect, for_top, for_left = jax.random.uniform(jax.random.fold_in(key, number), (4,))
         room = jnp.minimum(wanted - mask.sum(), largest)

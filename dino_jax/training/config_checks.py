@@ -236,8 +236,8 @@ def _check_crops(crops: ConfigDict) -> None:
     smallest = min(crops.global_size, crops.local_size)
     if crops.blur_taps and (crops.blur_taps % 2 == 0 or crops.blur_taps // 2 >= smallest):
         raise UserError(
-            f"crops.blur_taps is {crops.blur_taps}: set --config.crops.blur_taps to an odd number below {2 * smallest}, "
-            "or 0 for Pillow's blur"
+            f"crops.blur_taps is {crops.blur_taps}: set --config.crops.blur_taps to 0 or to an odd number below "
+            f"{2 * smallest}"
         )
 
 

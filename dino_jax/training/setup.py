@@ -38,7 +38,7 @@ class Method(Protocol):
         """Returns the state before the first step, without opt_state and recent."""
 
     def losses(
-        self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
+        self, student: Tree, state: State, crops: Any, drop_paths: list[Any], teacher_temp: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
         """Returns losses by name, means over the batch (`winners` [K] among them), and new batch norm statistics."""
 
@@ -55,10 +55,20 @@ class Method(Protocol):
         """Returns further scalars to log with the losses."""
 
 
+class BatchCentered(Method, Protocol):
+    """A method that centers the targets of a batch on the batch itself; `losses` then takes what `teach` returns."""
+
+    def teach(self, state: State, crops: Any) -> Tree:
+        """Returns the teacher's outputs for a part of the batch."""
+
+    def center_on(self, state: State, taught: Tree, teacher_temp: jax.Array) -> State:
+        """Returns the state with the center of a batch, given the teacher's outputs for a device's share of it."""
+
+
 class Setup(NamedTuple):
     """The constants of a run, shared by all steps.
 
-    `augment(keys [B], batch) -> Crops` is applied first to each batch, a pytree whose leaves have `B` rows and whose
+    `augment(keys [B], batch)` -> crops is applied first to each batch, a pytree whose leaves have `B` rows and whose
     `position` (int32 [B]) is the index of each image in the *global* batch.
     """
 
@@ -67,7 +77,7 @@ class Setup(NamedTuple):
     schedules: schedules.Schedules
     augment: Callable[..., Any]
     drop_path: Callable[..., jax.Array] = drop_path_factors  # (keys [B], rate, depth, views) -> factors
-    batch_targets: bool = False  # the method's `teach` and `center_on` come first, for the whole batch
+    batch_centered: BatchCentered | None = None  # the method, if it is one
 
 
 class DeviceBatch(NamedTuple):
@@ -132,7 +142,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         with jax.named_scope("crops"):
             return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
-    method = METHODS[config.method](config, backbone, head, dtype)
+    method: Any = METHODS[config.method](config, backbone, head, dtype)
     schedule = schedules.from_config(config, steps_per_epoch)
     if config.method == "dino":
         return Setup(config, method, schedule, augment)
@@ -143,7 +153,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         schedule,
         augment=lambda keys, batch: masks.mask_crops(keys, augment(keys, batch), settings),
         drop_path=partial(drop_path_subsets, images=settings.images),
-        batch_targets=config.dinov2.targets == "sinkhorn",
+        batch_centered=method if config.dinov2.targets == "sinkhorn" else None,
     )
 
 

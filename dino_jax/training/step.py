@@ -88,11 +88,13 @@ def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[Tree, Tr
     state = state.replace(teacher=gather(state.teacher))
     teacher_temp = setup.schedules.at(state.step).teacher_temp
     taught = None
-    if setup.batch_targets:
-        taught = in_parts(
-            lambda rows: method.teach(state, crops_of(setup, state.step, rows)[0]), batch, config.accum_steps
-        )
-        state = method.center_on(state, taught, teacher_temp)
+    if centered := setup.batch_centered:
+
+        def teach(rows: Any) -> Any:
+            return centered.teach(state, crops_of(setup, state.step, rows)[0])
+
+        taught = in_parts(teach, batch, config.accum_steps)
+        state = centered.center_on(state, taught, teacher_temp)
 
     def part(stats: Tree, rows: Any) -> tuple[Tree, Tree]:
         """Returns new statistics, and the values to average over the batch, for a part of the share's images."""
