@@ -17,7 +17,7 @@ def get_config() -> ConfigDict:
     config.model.layer_scale = 1e-1
     config.head.norm_last_layer = False
     config.dino.teacher_temp_changes = "step"
-    config.dinov2.group_images = 32
+    config.dinov2.group_images = 16
     config.optim.clip_by = "module"
     config.optim.freeze_by = "lr"
     return config

@@ -75,8 +75,8 @@ def uniform_collapse(h: History) -> str | None:
         return None
     if h.always("teacher_entropy", low=UNIFORM * h.ln_k) and _same_targets(h):
         return f"entropy {h.last('teacher_entropy'):.3f} of ln K = {h.ln_k:.3f}, KL {h.last('kl'):.3f}"
-    if math.isnan(h.last("teacher_entropy")) and h.always("loss", 0.998 * h.ln_k, 1.002 * h.ln_k):
-        return f"the loss stays at {h.last('loss'):.3f}, ln K for {h.setting('head.out_dim'):,} prototypes"
+    if math.isnan(h.last("teacher_entropy")) and h.always(h.cross_entropy, 0.998 * h.ln_k, 1.002 * h.ln_k):
+        return f"the loss stays at {h.last(h.cross_entropy):.3f}, ln K for {h.setting('head.out_dim'):,} prototypes"
     return None
 
 
@@ -117,10 +117,10 @@ def not_moving(h: History) -> str | None:
 
 def diverging(h: History) -> str | None:
     """Parameters grow without bound, or the loss is above that of uniform outputs."""
-    norms, losses = [row["param_norm"] for row in h.rows if row.get("param_norm")], h.lately("loss")
+    norms, losses = [row["param_norm"] for row in h.rows if row.get("param_norm")], h.lately(h.cross_entropy)
     if len(norms) >= LATELY and min(norms[-LATELY:]) > 4 * norms[0]:
         return f"the norm of the parameters has grown from {norms[0]:.3g} to {norms[-1]:.3g}"
-    if h.always("loss", low=1.3 * h.ln_k):
+    if h.always(h.cross_entropy, low=1.3 * h.ln_k):
         return f"the loss is {losses[-1]:.2f}, and ln K = {h.ln_k:.2f}"
     return None
 
