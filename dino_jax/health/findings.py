@@ -14,6 +14,7 @@ from dino_jax.health.causes import Cause
 from dino_jax.health.history import LATELY, History, information
 
 UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uniform outputs
+LOST = 0.9  # share of an evaluation of pretrained weights below which it has got worse
 NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
@@ -165,8 +166,19 @@ def too_many_prototypes(h: History) -> str | None:
     return None
 
 
+def features_lost(h: History) -> str | None:
+    """An evaluation is clearly worse than that of the pretrained weights, twice in a row."""
+    if not h.setting("init_from", ""):
+        return None
+    values = {name: h.measured(name) for name in PROGRESS}
+    lost = {name: many for name, many in values.items() if len(many) > 2 and max(many[-2:]) < LOST * many[0]}
+    return ", ".join(f"{name} {many[0]:.1f}, now {many[-1]:.1f}" for name, many in lost.items()) or None
+
+
 def no_progress(h: History) -> str | None:
     """No evaluation is better than that of the network before training."""
+    if features_lost(h):
+        return None
     gains = {name: (values[0], max(values[-2:])) for name in PROGRESS if len(values := h.measured(name)) > 2}
     if gains and all(best <= first for first, best in gains.values()):
         return ", ".join(f"{name} {first:.1f}, now {best:.1f}" for name, (first, best) in gains.items())
@@ -223,6 +235,12 @@ EFFECTS = (
     Effect("overfitting_few_images", "different images are few", overfitting_few_images, (causes.copies, causes.few)),
     Effect("crops_too_alike", "the crops of an image are alike", crops_alike, (causes.no_input, causes.weak_crops)),
     Effect("too_many_prototypes", "prototypes are too many", too_many_prototypes, (causes.many_prototypes,)),
+    Effect(
+        "features_lost",
+        "features are worse than those that the run started from",
+        features_lost,
+        (causes.fresh_heads, causes.large_rate),
+    ),
     Effect(
         "no_progress",
         "features are no better than before training",

@@ -1,7 +1,7 @@
 """What is known of a run: its settings, and the scalars that it logged so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 LATELY = 3  # logged rows that have to agree, because one batch is noisy
@@ -68,8 +68,8 @@ class History(NamedTuple):
         return [number(row[name]) for row in self.evaluations if name in row]
 
 
-def cross_entropy_of(rows: list[Row]) -> str:
-    """Returns the name of DINO's loss. The loss itself has further terms in some methods, and is all that others log."""
+def cross_entropy_of(rows: Sequence[Row]) -> str:
+    """Returns the name of DINO's loss; other terms may be added in "loss", which is all that other programs log."""
     return "loss_dino" if rows and "loss_dino" in rows[-1] else "loss"
 
 

@@ -19,6 +19,23 @@ from dino_jax.training.step import lower_step
 pytestmark = pytest.mark.slow
 
 DEVICES = 8
+# 32 images, so that each of 8 devices computes a group of two at a time, even in two parts.
+DINOV2 = {
+    "method": "dinov2",
+    "batch_size": 32,
+    "dinov2__group_images": 2,
+    "dinov2__targets": "sinkhorn",
+    "dinov2__separate_head": True,
+    "dinov2__patch_out_dim": 256,
+    "dinov2__patch_bottleneck_dim": 16,
+    "head__norm_last_layer": False,
+    "model__layer_scale": 1.0,
+    "model__registers": 2,
+    "model__ffn": "swiglu",
+    "optim__clip_by": "module",
+    "optim__layer_decay": 0.9,
+    "optim__freeze_by": "lr",
+}
 # (fsdp, changes of the config): the first is what the others must agree with.
 RUNS = {
     "replicated": (1, {}),
@@ -30,6 +47,11 @@ RUNS = {
     "fsdp_unrolled": (4, {"model__unroll": True}),
     "lars": (1, {"optim__name": "lars"}),
     "lars_fsdp": (8, {"optim__name": "lars"}),
+    "dinov2": (1, DINOV2),
+    "dinov2_fsdp": (4, DINOV2),
+    "dinov2_accumulated": (1, DINOV2 | {"accum_steps": 2}),
+    "dinov2_centered": (1, DINOV2 | {"dinov2__targets": "center"}),
+    "dinov2_centered_fsdp_accum": (4, DINOV2 | {"dinov2__targets": "center", "accum_steps": 2}),
 }
 MESHES = {"1x1": (1, 1), "4x1": (4, 1), "8x4": (8, 4), "8x8": (8, 8)}  # devices and groups of them
 # Halves the time of a compilation. LLVM sees one device's program, in which nothing between devices is left to change.
@@ -63,7 +85,7 @@ def follow(groups, changes, steps=5):
     setup, mesh, state = tiny_run(groups, **changes)
     batch = random_batch(setup, mesh)
     step = lower_step(setup, mesh, state).compile(FAST)
-    kernel = state.student["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
+    kernel = state.student["backbone"]["blocks"]["attn"]["qkv"]["kernel"]
     moments = [x for path, x in jax.tree.leaves_with_path(state.opt_state) if "kernel" in jax.tree_util.keystr(path)]
     held = [kernel, state.teacher["head"]["last_layer"]["weight_v"], *moments]
     parts = [x.addressable_shards[0].data.size / x.size for x in held]
@@ -129,9 +151,10 @@ def followed(tmp_path_factory):
     return json.loads(process.finish().splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if "fsdp" in name])
-def test_parameters_in_parts_train_alike(followed, name):
-    ours, whole = followed[name], followed["lars" if "lars" in name else "replicated"]
+@pytest.mark.parametrize("name", [name for name in RUNS if "fsdp" in name or "dinov2" in name])
+def test_parameters_and_batches_in_parts_train_alike(followed, name):
+    same = next((whole for whole in ("lars", "dinov2_centered", "dinov2") if whole in name), "replicated")
+    ours, whole = followed[name], followed[same]
     # Sums over devices in another order: float32's rounding, five steps long.
     np.testing.assert_allclose(ours["losses"], whole["losses"], rtol=1e-5)
     assert ours["sums"] == pytest.approx(whole["sums"], rel=1e-4)
