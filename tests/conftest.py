@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 # Programs that many tests compile, here and in processes that they start; before any of them imports JAX. Small ones
@@ -21,6 +22,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--goldens", default=str(Path(__file__).parent / "golden"), help="folder with the reference's arrays"
     )
+    parser.addoption(
+        "--goldens2", default=str(Path(__file__).parent / "golden2"), help="folder with the arrays of DINOv2"
+    )
 
 
 def pytest_collection_modifyitems(items):
@@ -29,7 +33,7 @@ def pytest_collection_modifyitems(items):
     Tests that use the reference's arrays are marked `golden`: `pytest -m golden --goldens=DIR` runs them on others.
     """
     for item in items:
-        if {"goldens_dir", "golden", "rule_weights"} & set(item.fixturenames):
+        if {"goldens_dir", "golden", "golden2", "rule_weights"} & set(item.fixturenames):
             item.add_marker("golden")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
@@ -50,13 +54,20 @@ def goldens_dir(request) -> Path:
 def golden(goldens_dir):
     """golden(name) -> (arrays by key, meta): one .npz of the reference's numbers."""
 
-    def load(name):
-        with np.load(goldens_dir / f"{name}.npz") as file:
-            arrays = {key: file[key] for key in file.files if key != "meta"}
-            meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
-        return arrays, meta
+    return partial(load_golden, goldens_dir)
 
-    return load
+
+@pytest.fixture(scope="session")
+def golden2(request):
+    """golden2(name) -> (arrays by key, meta): the same of DINOv2's numbers."""
+    return partial(load_golden, Path(request.config.getoption("--goldens2")))
+
+
+def load_golden(folder, name):
+    with np.load(folder / f"{name}.npz") as file:
+        arrays = {key: file[key] for key in file.files if key != "meta"}
+        meta = json.loads(str(file["meta"])) if "meta" in file.files else {}
+    return arrays, meta
 
 
 @pytest.fixture(scope="session")
