@@ -111,8 +111,8 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict[str, Any]:
     epoch are reported beside them.
 
     Returns:
-        The content of results.json: {"figures": {"best", "official" (None if not in the grid), "grid"} (accuracy in
-        percent), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this
+        The content of results.json: {"figures": {"best", "official" (DINO's, or None if absent), "grid"} (accuracy
+        in percent), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this
         session; the rate is training images over total time.
 
     Raises:
@@ -352,7 +352,8 @@ def summary(probe: Probe, history: list[Record]) -> dict[str, Any]:
     for (kind, lr), head in heads.items():
         grid[kind][str(lr)] = head
     best = max(heads.values(), key=lambda head: head[probe.measures[0]])
-    return {"best": best, "official": heads.get((str(probe.official), OFFICIAL_LR)), "grid": grid}
+    official = heads.get((str(probe.official), OFFICIAL_LR)) if probe.config.decay == "epoch" else None
+    return {"best": best, "official": official, "grid": grid}
 
 
 def _head(measures: tuple[str, ...], kind: str, lr: float, measured: list[tuple[float, ...]]) -> dict[str, Any]:
@@ -369,16 +370,16 @@ def table(figures: dict[str, Any]) -> str:
     measures = [name for name in TITLES if name in best]
     lines = [
         f"{TITLES[measures[0]]} after each head's best epoch, percent:",
-        f"{'lr':>10}" + "".join(f"{kind:>12}" for kind in grid),
+        f"{'lr':>10}" + "".join(f"{kind:>17}" for kind in grid),
     ]
     for lr in grid[best["features"]]:
-        lines.append(f"{lr:>10}" + "".join(f"{column[lr][measures[0]]:12.2f}" for column in grid.values()))
+        lines.append(f"{lr:>10}" + "".join(f"{column[lr][measures[0]]:17.2f}" for column in grid.values()))
     titles = "".join(f"{TITLES[name]:>8}" for name in measures)
-    lines.append(f"{'head':>10}{'features':>12}{'lr':>8}{'epoch':>7}{titles}  last:{titles}")
+    lines.append(f"{'head':>10}{'features':>17}{'lr':>8}{'epoch':>7}{titles}  last:{titles}")
     for name, head in (("best", best), ("official", official)):
         if head is not None:
             best_epoch, last = ("".join(f"{one[name]:8.2f}" for name in measures) for one in (head, head["last"]))
-            lines.append(f"{name:>10}{head['features']:>12}{head['lr']:>8}{head['epoch']:>7}{best_epoch}{'':7}{last}")
+            lines.append(f"{name:>10}{head['features']:>17}{head['lr']:>8}{head['epoch']:>7}{best_epoch}{'':7}{last}")
     rates = [float(lr) for lr in grid[best["features"]]]
     if len(rates) > 1 and best["lr"] in (min(rates), max(rates)):
         lines.append(f"the best learning rate is at the end of the grid: extend --config.lr beyond {best['lr']}")

@@ -231,6 +231,20 @@ def test_a_head_alone_is_that_head_in_the_grid(vit, grid, tmp_path):
     assert abs(one["top1"] - same["top1"]) <= 0.5  # an image on the edge
 
 
+def test_the_grid_of_dinov2(vit, tmp_path):
+    """Its heads see the same features as DINO's, in another order, and its rates fall each step."""
+    rates = 0.001, 0.05
+    config = demo_settings(epochs=2, lr=rates, blocks=(1, 2), pooling="cls,cls_then_mean", decay="step")
+    figures = linear.run(vit, config, tmp_path)["figures"]
+    assert list(figures["grid"]) == ["cls_1", "cls_2", "cls_then_mean_1", "cls_then_mean_2"]
+    assert figures["official"] is None
+    heads = [head["top1"] for column in figures["grid"].values() for head in column.values()]
+    assert len(heads) == 8
+    assert figures["best"]["top1"] == max(heads)
+    header = linear.table(figures).splitlines()[1]
+    assert header.split() == ["lr", *figures["grid"]]
+
+
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(colors, folders, tmp_path, monkeypatch):
     config = settings(folders, epochs=4)
     whole, cut = tmp_path / "whole", tmp_path / "cut"
