@@ -6,6 +6,7 @@
     dino-jax evaluate attention --checkpoint=runs/a --config.video=clip.mp4
     dino-jax evaluate attention_jaccard --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
     dino-jax evaluate video_segmentation --checkpoint=runs/a --config.data=/data/DAVIS
+    dino-jax evaluate segmentation --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
     dino-jax evaluate retrieval --checkpoint=runs/a --config.data=/data/revisited --config.dataset=rparis6k
     dino-jax evaluate copy_detection --checkpoint=runs/a --config.data=copydays --config.whitening=yfcc20k
     dino-jax evaluate features --checkpoint=runs/a --config.source=folder:photos
