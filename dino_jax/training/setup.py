@@ -88,19 +88,19 @@ class DeviceBatch(NamedTuple):
     position: jax.Array  # int32 [B]
 
 
-def build_dino(config: ConfigDict, backbone: Any, head: Any, dtype: Any) -> dino.DINO:
+def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
     """Builds the DINO method of config.dino, with the loss that never holds all logits in memory."""
     settings = config.dino
     center_momentum = settings.center_momentum if settings.centering else 1.0
     return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
 
 
-def build_dinov2(config: ConfigDict, backbone: Any, head: Any, dtype: Any) -> dinov2.DINOv2:
+def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
     """Builds the DINOv2 method of config.dino and config.dinov2."""
     settings, patch_head = config.dinov2, None
     if settings.separate_head:
         sizes = {"out_dim": settings.patch_out_dim, "bottleneck_dim": settings.patch_bottleneck_dim}
-        patch_head = DINOHead(**(config.head.to_dict() | sizes), axis_name=sharding.AXES, dtype=dtype)
+        patch_head = DINOHead(**(config.head.to_dict() | sizes), axis_name=sharding.AXES, dtype=head.dtype)
     return dinov2.DINOv2(
         backbone,
         head,
@@ -114,7 +114,7 @@ def build_dinov2(config: ConfigDict, backbone: Any, head: Any, dtype: Any) -> di
     )
 
 
-# config.method -> (config, backbone, head, dtype of activations) -> method
+# config.method -> (config, backbone, head) -> method
 METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino, "dinov2": build_dinov2}
 TARGETS = ("center", "sinkhorn")  # config.dinov2.targets
 
@@ -142,7 +142,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         with jax.named_scope("crops"):
             return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
-    method: Any = METHODS[config.method](config, backbone, head, dtype)
+    method: Any = METHODS[config.method](config, backbone, head)
     schedule = schedules.from_config(config, steps_per_epoch)
     if config.method == "dino":
         return Setup(config, method, schedule, augment)
