@@ -6,11 +6,14 @@ SOURCE has the form of --config.data.source. OUT is a folder; train from it with
 --config.data.source=array_record:OUT/*.array_record, which has the same images in the same order, so training sees the
 same batches. Images are stored unchanged, or resized with --canvas_size. The same command resumes after an
 interruption. OUT/manifest.json records the source and the files.
+
+--beam runs it on the workers of Apache Beam instead of on this machine, and writes the same files (docs/data.md).
 """
 
 import io
 import json
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +26,7 @@ from PIL import Image
 
 from dino_jax import atomic
 from dino_jax.commands import cli
+from dino_jax.data import beam
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Example, Source, names_digest, open_source, read_example
@@ -35,6 +39,7 @@ from dino_jax.progress import progress
 USAGE = "SOURCE OUT [--canvas_size=512]"
 MANIFEST = "manifest.json"
 PATTERN = "*.array_record"
+RECORDS = ".written"  # folder in OUT, with a JSON file per shard that a worker of Beam has finished
 JPEG = {"quality": 95, "subsampling": 0}  # keeps the full chroma resolution, which is visible at the canvas's size
 
 
@@ -44,6 +49,13 @@ class Shard(NamedTuple):
     name: str
     first: int
     last: int
+
+
+class Stored(NamedTuple):
+    """How images are stored."""
+
+    canvas_size: int  # shorter side, pixels; 0: unchanged, without decoding
+    pixels: Pixels  # channels (1 or 3) and range of resized images
 
 
 class Written(NamedTuple):
@@ -85,6 +97,7 @@ def prepare(
     pixels: Pixels,
     shard_images: int,
     workers: int,
+    beam_options: str = "",
 ) -> dict[str, Written]:
     """Writes the missing files of the data set, and returns all files by name.
 
@@ -95,12 +108,14 @@ def prepare(
         pixels: channels (1 or 3) and range of resized images.
         shard_images: images per file; the last file may have fewer.
         workers: number of processes; 0 uses only this one.
+        beam_options: pipeline options of Apache Beam, whose workers then write the files. They need `spec` and `out`
+            under the same paths as this process.
 
     Raises:
         UserError: `out` holds another data set, or cannot be written.
     """
-    source, out = open_source(spec), Path(out)
-    plan = {
+    source, out, stored = open_source(spec), Path(out).absolute(), Stored(canvas_size, pixels)
+    plan: dict[str, Any] = {
         "source": spec,
         "names": names_digest(source),
         "images": len(source),
@@ -111,12 +126,18 @@ def prepare(
         "shard_images": shard_images,
     }
     done = _finished(out, plan)
-    missing = [shard for shard in _shards(len(source), shard_images) if shard.name not in done]
-    write = partial(_write, source=source, out=out, canvas_size=canvas_size, pixels=pixels)
-    shards = grain.MapDataset.source(missing).map(write)
-    with iterate(shards, workers, stall_timeout=0) as written:  # no limit on the time to write a file
-        sizes = {shard.name: shard.last - shard.first for shard in missing}
-        for result in progress(written, sum(sizes.values()), "prepare", size=lambda result: sizes[result.name]):
+    shards = _shards(len(source), shard_images)
+    missing = [number for number, shard in enumerate(shards) if shard.name not in done]
+    if missing and beam_options:
+        record = partial(_write_and_record, spec=spec, names=plan["names"], out=out, stored=stored, size=shard_images)
+        beam.for_each(record, missing, beam_options)
+        return _finished(out, plan)
+    write = partial(_write, source=source, out=out, stored=stored)
+    files = grain.MapDataset.source([shards[number] for number in missing]).map(write)
+    with iterate(files, workers, stall_timeout=0) as written:  # no limit on the time to write a file
+        sizes = {shard.name: shard.last - shard.first for shard in shards}
+        total = sum(sizes[shards[number].name] for number in missing)
+        for result in progress(written, total, "prepare", size=lambda result: sizes[result.name]):
             done[result.name] = result
             _write_manifest(out, plan, done)
     return done
@@ -145,6 +166,7 @@ def main(arguments: Sequence[str]) -> None:
             pixels=Pixels(values.channels, range=cli.range_of(values.range)),
             shard_images=values.shard_images,
             workers=values.workers,
+            beam_options=values.beam,
         )
     print(describe(out, done))
 
@@ -160,6 +182,7 @@ def define_flags(arguments: Sequence[str]) -> None:
     flags.DEFINE_integer("channels", 3, "channels of resized images: 1 or 3", lower_bound=1)
     flags.DEFINE_integer("shard_images", 1024, "images per file", lower_bound=1)
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read, encode and write", lower_bound=0)
+    flags.DEFINE_string("beam", "", beam.HELP)
 
 
 def _shards(images: int, shard_images: int) -> list[Shard]:
@@ -171,14 +194,14 @@ def _shards(images: int, shard_images: int) -> list[Shard]:
     ]
 
 
-def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, pixels: Pixels) -> Written:
+def _write(shard: Shard, *, source: Source, out: Path, stored: Stored) -> Written:
     left_out: dict[str, str] = {}
 
     def examples() -> Iterator[Example]:
         for record in range(shard.first, shard.last):
             try:
                 image, label = read_example(source, record)
-                image = smaller(image, canvas_size, pixels) if canvas_size else image
+                image = smaller(image, *stored) if stored.canvas_size else image
             except (DecodeError, OSError) as error:
                 left_out[source.name(record)] = getattr(error, "strerror", None) or str(error)
             else:
@@ -190,13 +213,26 @@ def _write(shard: Shard, *, source: Source, out: Path, canvas_size: int, pixels:
     return Written(shard.name, images, size, left_out)
 
 
+def _write_and_record(number: int, *, spec: str, names: str, out: Path, stored: Stored, size: int) -> None:
+    """Writes a shard on a worker of Beam, unless it is there, and a record of it that `_finished` reads."""
+    source = beam.reopened(spec, names)
+    shard = _shards(len(source), size)[number]
+    if not (out / RECORDS / f"{shard.name}.json").exists():
+        written = _write(shard, source=source, out=out, stored=stored)
+        atomic.write_json(out / RECORDS / f"{shard.name}.json", written._asdict())
+
+
 def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
-    """Returns the files that an earlier run finished. Raises UserError if it had other settings."""
+    """Returns the files that an earlier run finished, on this machine or on the workers of Beam.
+
+    Raises UserError if it had other settings.
+    """
     for unfinished in out.glob(".*.unfinished"):
         unfinished.unlink()
     try:
         manifest = json.loads((out / MANIFEST).read_text())
         shards = [Written(**shard) for shard in manifest.pop("shards")]
+        recorded = [Written(**json.loads(path.read_text())) for path in (out / RECORDS).glob("*.json")]
     except FileNotFoundError:
         if any(out.glob(PATTERN)):
             raise UserError(f"{out} holds files of another origin: give another OUT") from None
@@ -209,8 +245,11 @@ def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
         raise UserError(
             f"{out} was started with another {differing[0]} ({was}, now {now}): remove it or give another OUT"
         )
-    complete = [shard for shard in shards if _size(out / shard.name) == shard.bytes]
-    return {shard.name: shard for shard in complete}
+    done = {shard.name: shard for shard in shards + recorded if _size(out / shard.name) == shard.bytes}
+    if (out / RECORDS).exists():
+        _write_manifest(out, plan, done)
+        shutil.rmtree(out / RECORDS)
+    return done
 
 
 def _size(path: Path) -> int | None:
