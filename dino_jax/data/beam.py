@@ -50,12 +50,19 @@ def pipeline(options: str) -> Iterator[Any]:
         raise
 
 
+def spread(made: Any, wanted: Iterable[int]) -> Any:
+    """Returns the collection of these numbers in a pipeline, spread over the workers."""
+    import apache_beam as beam
+
+    return made | "slices" >> beam.Create(list(wanted)) | "spread" >> beam.Reshuffle()
+
+
 def for_each(act: Callable[[int], object], wanted: Iterable[int], options: str) -> None:
     """Calls act(number) on the workers. `act` is pickled; runners may call it twice, also at the same time."""
     with pipeline(options) as made:
         import apache_beam as beam
 
-        made | "slices" >> beam.Create(list(wanted)) | "spread" >> beam.Reshuffle() | "work" >> beam.Map(act)
+        spread(made, wanted) | "work" >> beam.Map(act)
 
 
 def reopened(spec: str, names: str) -> Source:

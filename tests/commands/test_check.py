@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
-from dino_jax.commands.check import check, describe, summarize
+from dino_jax.commands.check import check, describe
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
+from dino_jax.data.summary import summarize
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 ROOT = Path(__file__).parents[2]

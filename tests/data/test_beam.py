@@ -11,9 +11,11 @@ from PIL import Image
 from processes import Process
 from zoo import encoded, photo
 
+from dino_jax.commands import check
 from dino_jax.commands.prepare import MANIFEST, RECORDS, prepare
-from dino_jax.data import beam
+from dino_jax.data import beam, examination, summary
 from dino_jax.data.pixels import Pixels
+from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 
 pytest.importorskip("apache_beam")
@@ -88,6 +90,79 @@ def test_what_the_local_path_began_beam_ends(folder, tmp_path):
     prepare(f"folder:{folder}", out, **STORED, beam_options=HERE)
     assert files(out) == whole
     assert {name for name, time in changed(out).items() if time != before[name]} == {names[1], names[3]}
+
+
+@pytest.fixture
+def slices_of_five(monkeypatch):
+    monkeypatch.setattr(check, "SLICE", 5)
+
+
+def checked(spec, path, options, pixels):
+    return check.check_on_beam(spec, path, 16, pixels, options)
+
+
+def locally(spec, pixels):
+    source = open_source(spec)
+    findings = examination.check(source, canvas_size=16, pixels=pixels, workers=0)
+    return {"source": spec, **summary.summarize(source, findings)}
+
+
+def test_two_workers_report_what_the_local_path_reports(tmp_path):
+    """The command itself, whose slices have 1,024 images."""
+    root = tmp_path / "in"
+    for i in range(1030):
+        path = root / "01234"[i % 5] / f"{i // 5:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(photo(0 if i in (0, 1029) else i + 1)[:6, :5]))
+    (root / "4/204.png").write_bytes(b"text")
+    command = ["-m", "dino_jax", "check", f"folder:{root}", "--canvas_size=16"]
+    ours = [*command, f"--report={tmp_path / 'beam.json'}", f"--beam={TWO}"]
+    theirs = [*command, f"--report={tmp_path / 'local.json'}", "--workers=0"]
+    outputs = [Process(tmp_path / f"{k}.log", *one).finish(code=1) for k, one in enumerate((ours, theirs))]
+    assert outputs[1] in outputs[0]
+    assert (tmp_path / "beam.json").read_bytes() == (tmp_path / "local.json").read_bytes()
+    found = json.loads((tmp_path / "beam.json").read_text())
+    assert found["duplicates"] == [["0/000.png", "4/205.png"]]
+    assert list(found["bad"]) == ["4/204.png"]
+    assert sorted(path.name for path in tmp_path.glob("*.json*")) == ["beam.json", "local.json"]
+
+
+def test_damaged_images_and_copies_are_found_across_slices(folder, tmp_path, slices_of_five):
+    found = checked(f"folder:{folder}", tmp_path / "report.json", HERE, Pixels(3))
+    assert found == locally(f"folder:{folder}", Pixels(3))
+    assert found["duplicates"] == [["a/00.png", "b/23.png"]]
+    assert list(found["bad"]) == ["a/04.png", "b/21.png"]
+
+
+def test_a_check_that_was_cut_off_goes_on(folder, tmp_path, slices_of_five, monkeypatch):
+    looked, examine = [], check.examine_all
+
+    def until_the_fourth(source, records, *settings):
+        if len(looked) == 3:
+            raise UserError("the disk is gone")
+        looked.append(records)
+        return examine(source, records, *settings)
+
+    monkeypatch.setattr(check, "examine_all", until_the_fourth)
+    with pytest.raises(UserError, match="^the disk is gone$"):
+        checked(f"folder:{folder}", tmp_path / "report.json", HERE, Pixels(3))
+    first = list(looked)
+    looked.clear()
+    found = checked(f"folder:{folder}", tmp_path / "report.json", HERE, Pixels(3))
+    assert sorted(map(list, first + looked)) == [list(range(k, k + 5)) for k in range(0, 25, 5)]
+    assert found == locally(f"folder:{folder}", Pixels(3))
+    assert not (tmp_path / "report.json.parts").exists()
+
+
+def test_values_of_deep_images_are_summed_up_alike(tmp_path, slices_of_five, monkeypatch):
+    monkeypatch.setattr(summary, "DEEP_IMAGES", 4)
+    (tmp_path / "in").mkdir()
+    for i in range(12):
+        np.save(tmp_path / "in" / f"{i:02d}.npy", np.random.default_rng(i).integers(0, 999 + i, (9, 7, 2), np.uint16))
+    spec = f"folder:{tmp_path / 'in'}"
+    found = checked(spec, tmp_path / "report.json", HERE, Pixels(2, "uint16"))
+    assert found == locally(spec, Pixels(2, "uint16"))
+    assert found["values"]["percentiles"][1] > 900
 
 
 def test_workers_that_see_other_images_end_the_run(folder, tmp_path, monkeypatch):
