@@ -4,19 +4,24 @@ Beam holds back Pillow, protobuf and pyarrow, so it has an environment of its ow
 """
 
 import json
+from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
-from processes import Process
+from processes import Process, xla_flags
 from zoo import encoded, photo
 
-from dino_jax.commands import check
+from dino_jax.commands import check, evaluate
 from dino_jax.commands.prepare import MANIFEST, RECORDS, prepare
 from dino_jax.data import beam, examination, summary
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
+from dino_jax.evals import features
+from dino_jax.evals.common import extraction
+from dino_jax.weights import official, tensor_files
 
 pytest.importorskip("apache_beam")
 pytestmark = pytest.mark.slow
@@ -163,6 +168,57 @@ def test_values_of_deep_images_are_summed_up_alike(tmp_path, slices_of_five, mon
     found = checked(spec, tmp_path / "report.json", HERE, Pixels(2, "uint16"))
     assert found == locally(spec, Pixels(2, "uint16"))
     assert found["values"]["percentiles"][1] > 900
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random weights of a small ViT."""
+    card = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 16, "embed_dim": 64}
+    rng, like = np.random.default_rng(0), official.backbone_like(card)["params"]
+    drawn = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), like)
+    path = tmp_path_factory.mktemp("weights") / "weights.safetensors"
+    tensor_files.write(path, official.to_official(drawn))
+    return str(path)
+
+
+def settings(folder, **changes):
+    config = features.default_config()
+    config.update({"source": f"folder:{folder}", "batch_size": 4, "workers": 0} | changes)
+    return config
+
+
+def test_two_workers_extract_the_features_of_the_local_path(folder, weights, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(extraction, "PART", 8)
+    monkeypatch.setenv("XLA_FLAGS", xla_flags(jax.device_count()))  # batches are divided among as many devices
+    evaluate.evaluate("features", weights, settings(folder), tmp_path / "local")
+    features.extract_on_beam(weights, None, settings(folder), tmp_path / "beam", TWO)
+    evaluate.evaluate("features", weights, settings(folder), tmp_path / "beam")
+    assert "features of 25 images from" in capfd.readouterr().err  # none was computed by this process
+    ours, theirs = files(tmp_path / "beam"), files(tmp_path / "local")
+    assert ours.keys() == theirs.keys()
+    assert ours[Path("images.csv")] == theirs[Path("images.csv")]  # in the order of the source
+    rows = np.load(tmp_path / "beam" / "features.npy")
+    np.testing.assert_array_equal(rows, np.load(tmp_path / "local" / "features.npy"))
+    assert len(np.unique(rows, axis=0)) == len(rows) - 1 == 22
+
+
+def test_features_that_are_there_are_not_extracted_again(folder, weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(extraction, "PART", 8)
+    features.extract_on_beam(weights, None, settings(folder), tmp_path, HERE)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "features").iterdir()}
+    assert len(before) == 4
+    gone = sorted(before)[1]
+    gone.unlink()
+    features.extract_on_beam(weights, None, settings(folder), tmp_path, HERE)
+    after = {path: path.stat().st_mtime_ns for path in before}
+    assert [path for path in before if after[path] != before[path]] == [gone]
+
+
+def test_mistakes_of_the_protocol_are_one_line(folder, weights, tmp_path):
+    with pytest.raises(UserError, match="^blocks 99: vit_nano has"):
+        features.extract_on_beam(weights, None, settings(folder, blocks=99), tmp_path, HERE)
+    command = ["evaluate.py", "knn", f"--checkpoint={weights}", f"--out={tmp_path}", f"--beam={HERE}"]
+    assert "error: --beam is for the protocol features" in Process(tmp_path / "log", *command).finish(code=2)
 
 
 def test_workers_that_see_other_images_end_the_run(folder, tmp_path, monkeypatch):
