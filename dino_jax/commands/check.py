@@ -12,12 +12,10 @@ exit code is 1 if any image cannot be decoded, else 0.
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from functools import partial
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -27,8 +25,9 @@ from dino_jax.commands import cli
 from dino_jax.data import beam, summary
 from dino_jax.data.examination import Finding, Values, check, examine_all
 from dino_jax.data.pixels import WHITE, Pixels
-from dino_jax.data.sources import Source, names_digest, open_source
+from dino_jax.data.sources import Source, files, names_digest, open_source
 from dino_jax.errors import UserError
+from dino_jax.storage import is_remote
 
 USAGE = "SOURCE [--report=FILE.json]"
 SLICE = 1024  # images that a worker of Beam examines at a time
@@ -70,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     values, [spec] = flags.FLAGS, arguments
     pixels = Pixels(values.channels, values.dtype, cli.range_of(values.range))
     if values.beam:
-        path = Path(cli.required("report", values.report)).absolute()
+        path = cli.required("report", values.report)
         found = check_on_beam(spec, path, values.canvas_size, pixels, values.beam)
     else:
         source = open_source(spec)
@@ -82,13 +81,13 @@ def main(arguments: Sequence[str]) -> None:
     sys.exit(1 if found["bad"] else 0)
 
 
-def check_on_beam(spec: str, path: Path, canvas_size: int, pixels: Pixels, options: str) -> dict[str, Any]:
+def check_on_beam(spec: str, path: str, canvas_size: int, pixels: Pixels, options: str) -> dict[str, Any]:
     """Writes the report to `path` on the workers of Beam, and returns it. They need both under the same paths.
 
     The findings of each slice are kept beside the report until it is written, so that the next call resumes.
     """
-    source = open_source(spec)
-    parts = path.with_name(f"{path.name}.parts")
+    source, path = open_source(spec), path if is_remote(path) else os.path.abspath(path)
+    parts = f"{path}.parts"
     examine = partial(
         _examine_slice, spec=spec, names=names_digest(source), parts=parts, canvas_size=canvas_size, pixels=pixels
     )
@@ -106,14 +105,14 @@ def check_on_beam(spec: str, path: Path, canvas_size: int, pixels: Pixels, optio
         total = slices | "tallies" >> b.Map(itemgetter(0)) | "total" >> b.CombineGlobally(summary.merge)
         summed = total | "sum up" >> b.Map(summary.report, b.pvalue.AsList(copies), source.num_classes)
         summed | "report" >> b.Map(_write_report, spec, path)
-    shutil.rmtree(parts, ignore_errors=True)
-    found: dict[str, Any] = json.loads(path.read_text())
+    files.remove_files(parts)
+    found: dict[str, Any] = json.loads(files.read(path) or b"")
     return found
 
 
 def define_flags(arguments: Sequence[str]) -> None:
     """Defines the flags for reading the images and writing the report."""
-    flags.DEFINE_string("report", None, "JSON file to write all findings to")
+    flags.DEFINE_string("report", None, "JSON file to write all findings to, also in a bucket")
     flags.DEFINE_integer("workers", os.cpu_count(), "processes that read and decode", lower_bound=0)
     flags.DEFINE_string("beam", "", f"{beam.HELP}; needs --report")
     flags.DEFINE_integer("canvas_size", 512, "data.canvas_size of the planned training", lower_bound=1)
@@ -130,22 +129,22 @@ def _first(lines: list[str]) -> list[str]:
     return [f"  {line}" for line in lines[:SHOWN]] + ([f"  and {more:,} more: see --report=FILE"] if more > 0 else [])
 
 
-def _write_report(found: dict[str, Any], spec: str, path: str | Path) -> None:
-    atomic.write_json(path, {"source": spec, **found})
+def _write_report(found: dict[str, Any], spec: str, path: str) -> None:
+    files.write(path, atomic.to_json({"source": spec, **found}).encode())
 
 
 def _examine_slice(
-    number: int, *, spec: str, names: str, parts: Path, canvas_size: int, pixels: Pixels
+    number: int, *, spec: str, names: str, parts: str, canvas_size: int, pixels: Pixels
 ) -> tuple[summary.Tally, list[summary.Content]]:
     """Examines a slice on a worker of Beam, unless its findings are in `parts`."""
     source = beam.reopened(spec, names)
     records = range(number * SLICE, min((number + 1) * SLICE, len(source)))
-    path = parts / f"{_key(source, records, canvas_size, pixels)}.json"
-    try:
-        findings = [_finding(row) for row in json.loads(path.read_text())]
-    except (OSError, ValueError):
+    path = f"{parts}/{_key(source, records, canvas_size, pixels)}.json"
+    if known := files.read(path):
+        findings = [_finding(row) for row in json.loads(known)]
+    else:
         findings = examine_all(source, records, canvas_size, pixels)
-        atomic.write_json(path, findings)
+        files.write(path, atomic.to_json(findings).encode())
     return summary.tally(source, findings), list(summary.contents(source, findings))
 
 

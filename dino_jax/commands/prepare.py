@@ -2,7 +2,7 @@
 
     dino-jax prepare folder:photos prepared --canvas_size=512
 
-SOURCE has the form of --config.data.source. OUT is a folder; train from it with
+SOURCE has the form of --config.data.source. OUT is a folder, also in a bucket; train from it with
 --config.data.source=array_record:OUT/*.array_record, which has the same images in the same order, so training sees the
 same batches. Images are stored unchanged, or resized with --canvas_size. The same command resumes after an
 interruption. OUT/manifest.json records the source and the files.
@@ -13,7 +13,6 @@ interruption. OUT/manifest.json records the source and the files.
 import io
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,16 +28,17 @@ from dino_jax.commands import cli
 from dino_jax.data import beam
 from dino_jax.data.decoding import DecodeError, decode
 from dino_jax.data.pixels import Pixels
-from dino_jax.data.sources import Example, Source, names_digest, open_source, read_example
+from dino_jax.data.sources import Example, Source, files, names_digest, open_source, read_example
 from dino_jax.data.sources.array_record import write_examples
 from dino_jax.data.workers import iterate
 from dino_jax.errors import UserError
-from dino_jax.ownership import owned
+from dino_jax.lease import exclusive
 from dino_jax.progress import progress
+from dino_jax.storage import is_remote
 
 USAGE = "SOURCE OUT [--canvas_size=512]"
 MANIFEST = "manifest.json"
-PATTERN = "*.array_record"
+EXTENSION = ".array_record"
 RECORDS = ".written"  # folder in OUT, with a JSON file per shard that a worker of Beam has finished
 JPEG = {"quality": 95, "subsampling": 0}  # keeps the full chroma resolution, which is visible at the canvas's size
 
@@ -114,7 +114,8 @@ def prepare(
     Raises:
         UserError: `out` holds another data set, or cannot be written.
     """
-    source, out, stored = open_source(spec), Path(out).absolute(), Stored(canvas_size, pixels)
+    source, stored = open_source(spec), Stored(canvas_size, pixels)
+    out = str(out).rstrip("/") if is_remote(out) else os.path.abspath(out)
     plan: dict[str, Any] = {
         "source": spec,
         "names": names_digest(source),
@@ -133,8 +134,8 @@ def prepare(
         beam.for_each(record, missing, beam_options)
         return _finished(out, plan)
     write = partial(_write, source=source, out=out, stored=stored)
-    files = grain.MapDataset.source([shards[number] for number in missing]).map(write)
-    with iterate(files, workers, stall_timeout=0) as written:  # no limit on the time to write a file
+    to_write = grain.MapDataset.source([shards[number] for number in missing]).map(write)
+    with iterate(to_write, workers, stall_timeout=0) as written:  # no limit on the time to write a file
         sizes = {shard.name: shard.last - shard.first for shard in shards}
         total = sum(sizes[shards[number].name] for number in missing)
         for result in progress(written, total, "prepare", size=lambda result: sizes[result.name]):
@@ -149,7 +150,7 @@ def describe(out: str, done: dict[str, Written]) -> str:
     left_out = {name: reason for shard in done.values() for name, reason in shard.left_out.items()}
     lines = [f"left out: {name}: {reason}" for name, reason in left_out.items()]
     lines += [f"{images:,} images in {len(done):,} files, {size / 1e9:,.2f} GB; {len(left_out):,} left out"]
-    return "\n".join([*lines, f"train from them with --config.data.source='array_record:{out}/{PATTERN}'"])
+    return "\n".join([*lines, f"train from them with --config.data.source='array_record:{out}/*{EXTENSION}'"])
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -157,8 +158,7 @@ def main(arguments: Sequence[str]) -> None:
     if len(arguments) != 2:
         raise UserError(f"usage: dino-jax prepare {USAGE}, where SOURCE has the form of --config.data.source")
     values, [spec, out] = flags.FLAGS, arguments
-    cli.require_local("OUT", out)
-    with owned(out, "OUT"):
+    with exclusive(out, "OUT"):
         done = prepare(
             spec,
             out,
@@ -189,12 +189,12 @@ def _shards(images: int, shard_images: int) -> list[Shard]:
     count = -(-images // shard_images)
     firsts = range(0, images, shard_images)
     return [
-        Shard(f"shard-{k:05d}-of-{count:05d}.array_record", first, min(first + shard_images, images))
+        Shard(f"shard-{k:05d}-of-{count:05d}{EXTENSION}", first, min(first + shard_images, images))
         for k, first in enumerate(firsts)
     ]
 
 
-def _write(shard: Shard, *, source: Source, out: Path, stored: Stored) -> Written:
+def _write(shard: Shard, *, source: Source, out: str, stored: Stored) -> Written:
     left_out: dict[str, str] = {}
 
     def examples() -> Iterator[Example]:
@@ -207,55 +207,57 @@ def _write(shard: Shard, *, source: Source, out: Path, stored: Stored) -> Writte
             else:
                 yield Example(image, label)
 
-    with atomic.file(out / shard.name) as path:
+    with files.written(f"{out}/{shard.name}") as path:
         images = write_examples(examples(), source.num_classes, str(path))
         size = path.stat().st_size
     return Written(shard.name, images, size, left_out)
 
 
-def _write_and_record(number: int, *, spec: str, names: str, out: Path, stored: Stored, size: int) -> None:
+def _write_and_record(number: int, *, spec: str, names: str, out: str, stored: Stored, size: int) -> None:
     """Writes a shard on a worker of Beam, unless it is there, and a record of it that `_finished` reads."""
     source = beam.reopened(spec, names)
     shard = _shards(len(source), size)[number]
-    if not (out / RECORDS / f"{shard.name}.json").exists():
+    record = f"{out}/{RECORDS}/{shard.name}.json"
+    if files.read(record) is None:
         written = _write(shard, source=source, out=out, stored=stored)
-        atomic.write_json(out / RECORDS / f"{shard.name}.json", written._asdict())
+        files.write(record, atomic.to_json(written._asdict()).encode())
 
 
-def _finished(out: Path, plan: dict[str, Any]) -> dict[str, Written]:
+def _finished(out: str, plan: dict[str, Any]) -> dict[str, Written]:
     """Returns the files that an earlier run finished, on this machine or on the workers of Beam.
 
     Raises UserError if it had other settings.
     """
-    for unfinished in out.glob(".*.unfinished"):
-        unfinished.unlink()
+    found, recorded = files.sizes(out), [name for name in files.sizes(f"{out}/{RECORDS}") if name.endswith(".json")]
+    for name in found:
+        if name.endswith(".unfinished"):
+            os.unlink(f"{out}/{name}")
+    path = f"{out}/{MANIFEST}"
     try:
-        manifest = json.loads((out / MANIFEST).read_text())
-        shards = [Written(**shard) for shard in manifest.pop("shards")]
-        recorded = [Written(**json.loads(path.read_text())) for path in (out / RECORDS).glob("*.json")]
-    except FileNotFoundError:
-        if any(out.glob(PATTERN)):
-            raise UserError(f"{out} holds files of another origin: give another OUT") from None
+        content = files.read(path)
+        manifest = json.loads(content or b'{"shards": []}')
+        written = [Written(**shard) for shard in manifest.pop("shards")]
+        records = [files.read(f"{out}/{RECORDS}/{name}") for name in recorded]
+        written += [Written(**json.loads(record)) for record in records if record]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"can't read {path} ({error}): remove {out} or give another OUT") from error
+    if content is None:
+        if any(name.endswith(EXTENSION) for name in found):
+            raise UserError(f"{out} holds files of another origin: give another OUT")
         _write_manifest(out, plan, {})
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"can't read {out / MANIFEST} ({error}): remove {out} or give another OUT") from error
     if differing := [key for key in plan if manifest.get(key) != plan[key]]:
         was, now = manifest.get(differing[0]), plan[differing[0]]
         raise UserError(
             f"{out} was started with another {differing[0]} ({was}, now {now}): remove it or give another OUT"
         )
-    done = {shard.name: shard for shard in shards + recorded if _size(out / shard.name) == shard.bytes}
-    if (out / RECORDS).exists():
+    done = {shard.name: shard for shard in written if found.get(shard.name) == shard.bytes}
+    if recorded:
         _write_manifest(out, plan, done)
-        shutil.rmtree(out / RECORDS)
+        files.remove_files(f"{out}/{RECORDS}")
     return done
 
 
-def _size(path: Path) -> int | None:
-    return path.stat().st_size if path.is_file() else None
-
-
-def _write_manifest(out: Path, plan: dict[str, Any], done: dict[str, Written]) -> None:
+def _write_manifest(out: str, plan: dict[str, Any], done: dict[str, Written]) -> None:
     shards = [done[name]._asdict() for name in sorted(done)]
-    atomic.write_json(out / MANIFEST, {**plan, "shards": shards})
+    files.write(f"{out}/{MANIFEST}", atomic.to_json({**plan, "shards": shards}).encode())

@@ -21,6 +21,7 @@ from dino_jax.data.sources import open_source
 from dino_jax.errors import UserError
 from dino_jax.evals import features
 from dino_jax.evals.common import extraction
+from dino_jax.storage import Store
 from dino_jax.weights import official, tensor_files
 
 pytest.importorskip("apache_beam")
@@ -103,7 +104,7 @@ def slices_of_five(monkeypatch):
 
 
 def checked(spec, path, options, pixels):
-    return check.check_on_beam(spec, path, 16, pixels, options)
+    return check.check_on_beam(spec, str(path), 16, pixels, options)
 
 
 def locally(spec, pixels):
@@ -219,6 +220,18 @@ def test_mistakes_of_the_protocol_are_one_line(folder, weights, tmp_path):
         features.extract_on_beam(weights, None, settings(folder, blocks=99), tmp_path, HERE)
     command = ["evaluate.py", "knn", f"--checkpoint={weights}", f"--out={tmp_path}", f"--beam={HERE}"]
     assert "error: --beam is for the protocol features" in Process(tmp_path / "log", *command).finish(code=2)
+
+
+def test_files_and_reports_go_to_object_stores(folder, tmp_path, slices_of_five):
+    """In fsspec's store in memory, so that the workers are threads."""
+    prepare(f"folder:{folder}", tmp_path, **STORED)
+    ours = prepare(f"folder:{folder}", "memory://bucket/out/", **STORED, beam_options=HERE)
+    store = Store("memory://bucket/out")
+    assert {Path(name): store.read(name) for name in store.sizes()} == files(tmp_path)
+    assert sum(shard.bytes for shard in ours.values()) == sum(map(len, map(store.read, ours)))
+    found = checked(f"folder:{folder}", "memory://bucket/report.json", HERE, Pixels(3))
+    assert found == locally(f"folder:{folder}", Pixels(3)) == json.loads(Store("memory://bucket").read("report.json"))
+    assert len(Store("memory://bucket").sizes()) == len(ours) + 2
 
 
 def test_workers_that_see_other_images_end_the_run(folder, tmp_path, monkeypatch):

@@ -186,3 +186,22 @@ def test_a_store_that_refuses_is_asked_again(local, store, cache, fault, monkeyp
         bad = {int(record) for _ in range(3) for record in next(batches).bad}
     assert bad == {-1}
     assert refused
+
+
+def test_prepare_writes_to_a_bucket_and_goes_on_there(store, local, monkeypatch):
+    out, settings = f"{store.url}/prepared", {"canvas_size": 16, "pixels": Pixels(3), "shard_images": 5, "workers": 0}
+    prepare(f"folder:{local}/files", local / "prepared", **settings)
+    whole = {path.name: path.read_bytes() for path in (local / "prepared").iterdir()}
+    done = prepare(f"folder:{local}/files", out, **settings)
+    assert {name: Store(out).read(name) for name in Store(out).sizes()} == whole
+
+    names = sorted(done)
+    Store(out).write(names[0], b"damaged")
+    Store(out).remove([names[2]])
+    sent = []
+    monkeypatch.setattr(Store, "upload", lambda self, files, real=Store.upload: sent.extend(files) or real(self, files))
+    assert prepare(f"folder:{local}/files", out, **settings) == done
+    assert sorted(sent) == [names[0], names[2]]
+    assert {name: Store(out).read(name) for name in Store(out).sizes()} == whole
+    with pytest.raises(UserError, match="another canvas_size .16, now 8"):
+        prepare(f"folder:{local}/files", out, **settings | {"canvas_size": 8})
