@@ -87,14 +87,14 @@ def check_on_beam(spec: str, path: str, canvas_size: int, pixels: Pixels, option
     The findings of each slice are kept beside the report until it is written, so that the next call resumes.
     """
     source, path = open_source(spec), path if is_remote(path) else os.path.abspath(path)
-    parts = f"{path}.parts"
+    parts, numbers = f"{path}.parts", range(-(-len(source) // SLICE))
     examine = partial(
         _examine_slice, spec=spec, names=names_digest(source), parts=parts, canvas_size=canvas_size, pixels=pixels
     )
     with beam.pipeline(options) as made:
         import apache_beam as b
 
-        slices = beam.spread(made, range(-(-len(source) // SLICE))) | "examine" >> b.Map(examine)
+        slices = beam.spread(made, numbers) | "examine" >> b.Map(examine)
         copies = (
             slices
             | "contents" >> b.FlatMap(itemgetter(1))
@@ -105,6 +105,7 @@ def check_on_beam(spec: str, path: str, canvas_size: int, pixels: Pixels, option
         total = slices | "tallies" >> b.Map(itemgetter(0)) | "total" >> b.CombineGlobally(summary.merge)
         summed = total | "sum up" >> b.Map(summary.report, b.pvalue.AsList(copies), source.num_classes)
         summed | "report" >> b.Map(_write_report, spec, path)
+    beam.require_results(len(files.sizes(parts)), len(numbers), parts)
     files.remove_files(parts)
     found: dict[str, Any] = json.loads(files.read(path) or b"")
     return found

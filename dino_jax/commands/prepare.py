@@ -132,7 +132,9 @@ def prepare(
     if missing and beam_options:
         record = partial(_write_and_record, spec=spec, names=plan["names"], out=out, stored=stored, size=shard_images)
         beam.for_each(record, missing, beam_options)
-        return _finished(out, plan)
+        done = _finished(out, plan)
+        beam.require_results(len(done), len(shards), out)
+        return done
     write = partial(_write, source=source, out=out, stored=stored)
     to_write = grain.MapDataset.source([shards[number] for number in missing]).map(write)
     with iterate(to_write, workers, stall_timeout=0) as written:  # no limit on the time to write a file
@@ -230,8 +232,8 @@ def _finished(out: str, plan: dict[str, Any]) -> dict[str, Written]:
     """
     found, recorded = files.sizes(out), [name for name in files.sizes(f"{out}/{RECORDS}") if name.endswith(".json")]
     for name in found:
-        if name.endswith(".unfinished"):
-            os.unlink(f"{out}/{name}")
+        if name.startswith(".") and name.endswith(".unfinished"):  # of a local run that was killed
+            Path(out, name).unlink(missing_ok=True)
     path = f"{out}/{MANIFEST}"
     try:
         content = files.read(path)

@@ -65,6 +65,15 @@ def for_each(act: Callable[[int], object], wanted: Iterable[int], options: str) 
         spread(made, wanted) | "work" >> beam.Map(act)
 
 
+def require_results(found: int, expected: int, place: str) -> None:
+    """Raises UserError if some of the files that workers wrote are not where this process sees them."""
+    if found < expected:
+        raise UserError(
+            f"{KNOB}: the workers ended, but {expected - found:,} of their {expected:,} files are not in {place}: give "
+            "paths that are the same on all machines, on a disk that they share or in a bucket"
+        )
+
+
 def reopened(spec: str, names: str) -> Source:
     """Opens a source on a worker, once per process. names: `names_digest` of the source that the pipeline started with.
 

@@ -50,7 +50,6 @@ from dino_jax.weights.backbone import Backbone, load_backbone
 POOLINGS = ("cls", "mean", "cls_mean")
 FORMATS = ("npy", "array_record")
 _LOADING = threading.Lock()
-_LOADING = threading.Lock()
 
 
 class FeatureSet(NamedTuple):
@@ -215,13 +214,9 @@ def extract_on_beam(
     def missing() -> list[int]:
         return [number for number, records in enumerate(parts) if not _is_cached(source, records, feature_cache)]
 
-    wanted = missing()
-    beam.for_each(partial(_extract_part, job=job), wanted, options)
-    if left := len(missing()):
-        raise UserError(
-            f"{beam.KNOB}: {left:,} of {len(wanted):,} parts are not in {feature_cache.folder}: give an --out and a "
-            "--checkpoint that are the same on all machines, and leave the images alone until the end"
-        )
+    if wanted := missing():
+        beam.for_each(partial(_extract_part, job=job), wanted, options)
+        beam.require_results(len(wanted) - len(missing()), len(wanted), str(feature_cache.folder))
 
 
 def _is_cached(source: Source, records: np.ndarray, feature_cache: FeatureCache) -> bool:

@@ -106,6 +106,8 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("no such folder")
     assert "Traceback" not in done.stderr
+    done = run(f"folder:{tmp_path}", "--beam=--runner=DirectRunner")
+    assert (done.returncode, "error: --report is missing" in done.stderr) == (2, True)
 
 
 def test_findings_hold_no_arrays():

@@ -4,6 +4,7 @@ Beam holds back Pillow, protobuf and pyarrow, so it has an environment of its ow
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -240,6 +241,14 @@ def test_workers_that_see_other_images_end_the_run(folder, tmp_path, monkeypatch
         prepare(f"folder:{folder}", tmp_path / "out", **STORED, beam_options=TWO)
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert manifest["shards"] == []
+
+
+def test_workers_that_write_elsewhere_are_noticed(folder, tmp_path, monkeypatch):
+    """As without a common disk: what they wrote is not here."""
+    run = beam.for_each
+    monkeypatch.setattr(beam, "for_each", lambda *job: (run(*job), shutil.rmtree(tmp_path / "out" / RECORDS)))
+    with pytest.raises(UserError, match="5 of their 5 files are not in .*out: give paths that are the same"):
+        prepare(f"folder:{folder}", tmp_path / "out", **STORED, beam_options=HERE)
 
 
 @pytest.mark.parametrize(
