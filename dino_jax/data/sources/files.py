@@ -82,7 +82,8 @@ def read_part(path: str, offset: int, size: int) -> bytes:
         store, name = _located(path)
         return store.read_part(name, offset, offset + size)
     with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, offset)
+        # At most what is there: pread first allocates as much as it is asked for.
+        return os.pread(file.fileno(), min(size, os.fstat(file.fileno()).st_size), offset)
 
 
 def read(path: str) -> bytes | None:
