@@ -22,6 +22,8 @@ def _is_number(value: Any) -> bool:
 
 TEXT = Kind("a text", lambda value: isinstance(value, str))
 OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+NUMBER = Kind("a number", _is_number)
 WHOLE = Kind("a whole number", lambda value: isinstance(value, int) and not isinstance(value, bool))
 SIZE = Kind("a whole number above 0", lambda value: WHOLE.fits(value) and 0 < value < 2**31)
 NUMBERS = Kind(

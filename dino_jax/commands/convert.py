@@ -4,7 +4,7 @@
 
 SOURCE is anything that `dino_jax.load_backbone` reads: a run, an export, or a weights file. FORM is one of
   official             the teacher's backbone for the official code (.safetensors, or .pth with torch installed)
-  timm                 the same file; its names are also those of timm and, for ResNets, torchvision
+  timm                 the same for timm and, for ResNets, torchvision; the names only differ for DINOv2's ViTs
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
   orbax                an export folder of this package, with heads, student and center if SOURCE has them
   stablehlo            a file that JAX runs without this package, with its model card in a second file
@@ -22,7 +22,7 @@ from absl import flags
 from dino_jax import atomic, checkpoints
 from dino_jax.commands import cli
 from dino_jax.errors import UserError
-from dino_jax.weights import huggingface, load, official, stablehlo, tensor_files
+from dino_jax.weights import huggingface, load, official, stablehlo, tensor_files, timm
 from dino_jax.weights.backbone import backbone_of
 from dino_jax.weights.pretrained import Pretrained, Weights
 
@@ -79,6 +79,12 @@ def write_official(pretrained: Pretrained, target: Path) -> None:
     tensor_files.write(target, tensors, load.file_metadata(pretrained.card))
 
 
+def write_timm(pretrained: Pretrained, target: Path) -> None:
+    """Writes the teacher's backbone under timm's names."""
+    tensors = timm.from_official(official.with_counters(_tensors(pretrained.teacher, "backbone")))
+    tensor_files.write(target, tensors, load.file_metadata(pretrained.card))
+
+
 def write_huggingface(pretrained: Pretrained, target: Path) -> None:
     """Writes a folder for `from_pretrained`."""
     huggingface.write_folder(target, _tensors(pretrained.teacher, "backbone"), pretrained.card)
@@ -91,9 +97,10 @@ def write_orbax(pretrained: Pretrained, target: Path) -> None:
         "variables": {"params": teacher.params["backbone"], "batch_stats": teacher.stats["backbone"]}
     }
     if "head" in teacher.params:
+        heads = [part for part in teacher.params if part != "backbone"]
         trees["training"] = {
-            "teacher": {"head": teacher.params["head"]},
-            "teacher_stats": {"head": teacher.stats["head"]},
+            "teacher": {part: teacher.params[part] for part in heads},
+            "teacher_stats": {part: teacher.stats.get(part, {}) for part in heads},
         }
         if student is not None:
             trees["training"] |= {"student": student.params, "student_stats": student.stats}
@@ -110,17 +117,19 @@ def write_stablehlo(pretrained: Pretrained, target: Path) -> None:
 def write_official_checkpoint(pretrained: Pretrained, target: Path) -> None:
     """Writes a checkpoint of the official trainer, without optimizer and epoch.
 
-    In such a checkpoint the student always has the prefix of torch's data parallel wrapper (`module.`). The teacher
-    only has it if the model uses batch norm.
+    In one of DINO the student always has the prefix of torch's data parallel wrapper (`module.`), the teacher only if
+    the model uses batch norm. In one of DINOv2, which a mask token shows, heads have other names, and no prefix.
     """
     if pretrained.student is None or pretrained.center is None or "head" not in pretrained.student.params:
         raise UserError("SOURCE lacks student, heads or center: use --to=official to convert its backbone")
+    dinov2 = pretrained.card["architecture"].get("mask_token", False)
+    parts = DINOV2_PARTS if dinov2 else DINO_PARTS
     wrapped = "module." if jax.tree.leaves(pretrained.teacher.stats) else ""
-    networks = {"student": (pretrained.student, "module."), "teacher": (pretrained.teacher, wrapped)}
+    networks = {"student": (pretrained.student, "" if dinov2 else "module."), "teacher": (pretrained.teacher, wrapped)}
     checkpoint: dict[str, Any] = {
         who: {
-            f"{prefix}{part}.{name}": x
-            for part in ("backbone", "head")
+            f"{prefix}{parts[part]}.{name}": x
+            for part in weights.params
             for name, x in official.with_counters(_tensors(weights, part)).items()
         }
         for who, (weights, prefix) in networks.items()
@@ -130,18 +139,21 @@ def write_official_checkpoint(pretrained: Pretrained, target: Path) -> None:
 
 
 def _tensors(weights: Weights, part: str) -> dict[str, np.ndarray]:
-    tensors = official.to_official(weights.params[part]) | official.to_official(weights.stats[part])
-    if part == "head" and "last_layer.weight_g" not in tensors:  # not a parameter here if it is fixed at 1
+    tensors = official.to_official(weights.params[part]) | official.to_official(weights.stats.get(part, {}))
+    if part != "backbone" and "last_layer.weight_g" not in tensors:  # not a parameter here if it is fixed at 1
         tensors["last_layer.weight_g"] = np.ones((len(tensors["last_layer.weight_v"]), 1), np.float32)
     return tensors
 
 
 FORMS = {
     "official": write_official,
-    "timm": write_official,
+    "timm": write_timm,
     "hf": write_huggingface,
     "orbax": write_orbax,
     "stablehlo": write_stablehlo,
     "official_checkpoint": write_official_checkpoint,
 }
+# Part of `Weights` -> its name in a checkpoint of the official trainer.
+DINO_PARTS = {"backbone": "backbone", "head": "head"}
+DINOV2_PARTS = {"backbone": "backbone", "head": "dino_head", "patch_head": "ibot_head"}
 KEEP_EVERYTHING = ("orbax", "official_checkpoint")

@@ -39,8 +39,11 @@ def bicubic(n_in: int, n_out: int, scale: float, antialias: bool) -> np.ndarray:
     """Returns torch's bicubic interpolation of one axis as a matrix, float32 [n_out, n_in].
 
     Without `antialias`, the kernel has a = -0.75 and taps beyond the border count for the border. With it, a = -0.5,
-    the kernel is as wide as an output pixel where the axis shrinks, and weights within the border are normalized.
+    the kernel is as wide as an output pixel where the axis shrinks, weights within the border are normalized, and an
+    axis of the same size stays as it is, whatever the scale.
     """
+    if antialias and n_in == n_out:
+        return np.eye(n_in, dtype=np.float32)
     center = (np.arange(n_out) + 0.5) / scale - 0.5
     if antialias:
         stretch = max(1 / scale, 1.0)

@@ -46,10 +46,13 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
         pretrained = pretrained._replace(teacher=_head_of(pretrained.teacher, config))
         student = _head_of(student, config)
 
-    parts = ("backbone", "head") if heads else ("backbone",)
+    parts = ["backbone", "head"] if heads else ["backbone"]
+    if heads and "patch_head" in fresh.student and "patch_head" in pretrained.teacher.params:
+        _check_patch_head(pretrained.teacher.params["patch_head"], fresh.teacher["patch_head"], config)
+        parts.append("patch_head")
 
     def merged(before: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
-        after = before | place({part: loaded[part] for part in parts}, mesh)
+        after = before | place({part: loaded[part] for part in parts if part in before}, mesh)
         return after | {"backbone": _mask_token_as_in(before["backbone"], after["backbone"])}
 
     state = fresh.replace(
@@ -61,6 +64,16 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     if heads and pretrained.center is not None and config.dino.centering:  # without it the center stays at 0
         state = state.replace(center=replicate(pretrained.center, mesh))
     return state, _describe(pretrained, config, heads)
+
+
+def _check_patch_head(loaded: dict[str, Any], fresh: dict[str, Any], config: ConfigDict) -> None:
+    there, here = (jax.tree.map(np.shape, head) for head in (loaded, fresh))
+    if there != here:
+        sizes = [head["last_layer"]["weight_v"] for head in (there, here)]
+        raise UserError(
+            f"init_from={config.init_from} has a patch head with prototypes {sizes[0]}, this run one with {sizes[1]}: "
+            "make them the same, or set --config.init_heads=False for fresh heads"
+        )
 
 
 def _mask_token_as_in(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -51,9 +51,10 @@ class Backbone:
         return _last_blocks(self.model, self.variables, images, n)
 
     def attention(self, images: jax.Array) -> jax.Array:
-        """Returns the self-attention of a ViT's last block, float32 [B, heads, 1+N, 1+N]; rows are queries, CLS first.
+        """Returns the self-attention of a ViT's last block, float32 [B, heads, 1+R+N, 1+R+N].
 
-        Equivalent to the reference's `get_last_selfattention`. Raises UserError for a convnet, which has no attention.
+        Rows are queries; rows and columns are CLS, registers and patches. Equivalent to the reference's
+        `get_last_selfattention`. Raises UserError for a convnet, which has no attention.
         """
         if not self.family.attention_maps:
             raise UserError(f"{self.config['arch']} has no attention: use a vision transformer")
@@ -61,7 +62,7 @@ class Backbone:
 
     @property
     def config(self) -> dict[str, Any]:
-        """The card's architecture: arch, patch_size, in_channels, image_size, embed_dim (see `architecture_card`)."""
+        """The card's architecture: arch, patch_size, in_channels, image_size and more (see `architecture_card`)."""
         return self.card["architecture"]
 
     @property
@@ -131,8 +132,9 @@ def load_backbone(
 
     Args:
         path: a run's workdir (loads the teacher) or its `export` folder; a .pth or .safetensors file from the official
-            code (a bare backbone, or the teacher of a full checkpoint), timm, torchvision (ResNet) or Hugging Face
-            (`ViTModel`); or a Hugging Face folder. All of them may also lie in an object store (gs://, s3://).
+            code of DINO or DINOv2 (a bare backbone, or the teacher of a full checkpoint), timm, torchvision (ResNet) or
+            Hugging Face (`ViTModel`, `Dinov2Model`, `Dinov2WithRegistersModel`); or a Hugging Face folder. All of them
+            may also lie in an object store (gs://, s3://).
         image_size: pixels; adapts the weights to another image size, see `load.load_weights`.
         in_channels: adapts the weights to another number of channels, see `load.load_weights`.
         num_heads: attention heads of a ViT whose file does not state them. By default, the heads of the named ViT with

@@ -1,8 +1,8 @@
 """ViTs of Hugging Face transformers: maps tensor names to and from the official ones, writes `from_pretrained` folders.
 
-The names are those that `ViTModel` has on disk. The names that it has in memory since transformers 5, and the prefix of
-`ViTForImageClassification`, are also read. Tensors have the same layout in both forms, except that Hugging Face stores
-query, key and value separately.
+The names are those that `ViTModel`, `Dinov2Model` and `Dinov2WithRegistersModel` have on disk. The names that they have
+in memory since transformers 5, and the prefix of a model for classification, are also read. Tensors have the same
+layout in both forms, except that Hugging Face stores query, key and value separately.
 
 A folder written here states the reference's settings: LayerNorm eps 1e-6, and the preprocessing of the model card (in
 the reference: shorter side to 256, bicubic, center crop 224). The DINO folders on the hub state other settings: eps
@@ -23,13 +23,15 @@ from dino_jax import atomic
 from dino_jax.errors import UserError
 from dino_jax.json_files import NUMBERS, POSITIVES, SIZE, read_object, require
 from dino_jax.models import family_of, from_card
-from dino_jax.models.registry import VIT
+from dino_jax.models.registry import VIT, variant_on_card
 from dino_jax.weights import tensor_files
 from dino_jax.weights.official import refuse_antialiased, renamed
 
 # Hugging Face module or parameter -> official name, outside of blocks (STEM) and inside.
 STEM = {
     "embeddings.cls_token": "cls_token",
+    "embeddings.mask_token": "mask_token",
+    "embeddings.register_tokens": "register_tokens",
     "embeddings.position_embeddings": "pos_embed",
     "embeddings.patch_embeddings.projection": "patch_embed.proj",
     "layernorm": "norm",
@@ -44,6 +46,20 @@ BLOCK = {
     "intermediate.dense": "mlp.fc1",
     "output.dense": "mlp.fc2",
 }
+DINOV2_BLOCK = {
+    "norm1": "norm1",
+    "attention.attention.query": "attn.query",
+    "attention.attention.key": "attn.key",
+    "attention.attention.value": "attn.value",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "norm2": "norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+    "mlp.weights_in": "mlp.w12",
+    "mlp.weights_out": "mlp.w3",
+    "layer_scale2.lambda1": "ls2.gamma",
+}
 BLOCK_IN_MEMORY = {
     "attention.q_proj": "attn.query",
     "attention.k_proj": "attn.key",
@@ -51,16 +67,26 @@ BLOCK_IN_MEMORY = {
     "attention.o_proj": "attn.proj",
     "mlp.fc1": "mlp.fc1",
     "mlp.fc2": "mlp.fc2",
+    "mlp.gate_proj": "mlp.gate",
+    "mlp.up_proj": "mlp.up",
+    "mlp.down_proj": "mlp.w3",
 }
+# Official layers that are concatenations of layers there: the names of these layers.
 QKV = ("query", "key", "value")
+MODELS = {"vit": "ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+JOINED = {"attn.qkv.": [f"attn.{part}." for part in QKV], "mlp.w12.": ["mlp.gate.", "mlp.up."]}
 
-NAME = re.compile(r"(?:vit\.)?(?:(?:encoder\.layer|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
+PREFIXES = ("vit.", "dinov2.", "dinov2_with_registers.")  # of models for classification
+NAME = re.compile(
+    r"(?:(?:vit|dinov2|dinov2_with_registers)\.)?(?:(?:encoder\.layer|layers)\.(\d+)\.)?(.*?)(\.weight|\.bias)?",
+    re.DOTALL,
+)
 OFFICIAL_NAME = re.compile(r"(?:blocks\.(\d+)\.)?(.*?)(\.weight|\.bias)?", re.DOTALL)
 
 
 def is_huggingface(names: Iterable[str]) -> bool:
     """Returns whether these are the tensor names of a transformers model."""
-    return any(name.removeprefix("vit.").startswith("embeddings.") for name in names)
+    return any(name.startswith(("embeddings.", *(f"{prefix}embeddings." for prefix in PREFIXES))) for name in names)
 
 
 def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -70,36 +96,45 @@ def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     missing, the other two keep separate names and there is no qkv.
     """
     official = renamed(tensors, _official_name)
-    for query in [name for name in official if ".attn.query." in name]:
-        names = [query.replace("query", part) for part in QKV]
-        if all(name in official for name in names):
-            official[query.replace("query", "qkv")] = np.concatenate([official.pop(name) for name in names])
+    for whole, parts in JOINED.items():
+        for first in [name for name in official if parts[0] in name]:
+            names = [first.replace(parts[0], part) for part in parts]
+            if all(name in official for name in names):
+                official[first.replace(parts[0], whole)] = np.concatenate([official.pop(name) for name in names])
     return official
 
 
 def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Official names of a backbone -> names of `ViTModel` on disk, with qkv split. The inverse of `to_official`."""
+    """Official names of a backbone -> names on disk, with qkv split. The inverse of `to_official`.
+
+    The names are those of `Dinov2Model` and `Dinov2WithRegistersModel` for a ViT with LayerScale, else of `ViTModel`.
+    """
+    block = DINOV2_BLOCK if any(name.endswith(".ls1.gamma") for name in tensors) else BLOCK
     separate: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if ".attn.qkv." in name:
             separate |= {name.replace("qkv", part): x for part, x in zip(QKV, np.split(tensor, 3), strict=True)}
         else:
             separate[name] = tensor
-    return {_huggingface_name(name): tensor for name, tensor in separate.items()}
+    return {_huggingface_name(name, block): tensor for name, tensor in separate.items()}
 
 
 def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Mapping[str, Any]) -> None:
     """Atomically writes a new folder with a ViT's tensors (official names) and the settings of its `model_card`.
 
     `AutoModel.from_pretrained` and `AutoImageProcessor.from_pretrained` read the folder. Pass add_pooling_layer=False
-    to avoid the warning about a pooler, which DINO does not have. Raises UserError for the card of a convnet.
+    to avoid the warning about a pooler of `ViTModel`, which DINO does not have. Raises UserError for the card of a
+    convnet, or of a ViT that transformers does not have.
     """
     architecture, folder = card["architecture"], Path(folder)
-    if family_of(architecture["arch"]) is not VIT:
-        raise UserError(f"the Hugging Face form only supports ViTs, not {architecture['arch']}: use --to=timm")
+    model_type, names = _model_type(architecture), dict(tensors)
+    if model_type == "vit":
+        names.pop("mask_token", None)
+    elif model_type == "dinov2_with_registers":  # always has one
+        names.setdefault("mask_token", np.zeros_like(names["cls_token"][0]))
     processor = _processor(card["preprocessing"], architecture["in_channels"])
     with atomic.folder(folder) as unfinished:
-        tensor_files.write(unfinished / "model.safetensors", from_official(tensors))
+        tensor_files.write(unfinished / "model.safetensors", from_official(names))
         atomic.write_json(unfinished / "config.json", _config(architecture))
         atomic.write_json(unfinished / "preprocessor_config.json", processor)
 
@@ -107,9 +142,10 @@ def write_folder(folder: str | Path, tensors: Mapping[str, np.ndarray], card: Ma
 def read_folder_settings(folder: str | Path) -> dict[str, Any]:
     """Reads the settings in a folder's JSON files that its tensors do not show.
 
-    Returns {"num_attention_heads": int, "preprocessing": {"resize": int, "crop": int, "mean": [C], "std": [C]}}, with
-    preprocessing as in a model card. Settings that the files do not state are omitted. Raises UserError if a file is
-    damaged, the activation is not the exact GELU, or the network is an anti-aliased ResNet.
+    Returns {"num_attention_heads": int, "pos_offset": float, "preprocessing": {"resize": int, "crop": int, "mean": [C],
+    "std": [C]}}, with preprocessing as in a model card. Settings that the files do not state are omitted; `Dinov2Model`
+    resizes positions without the reference's offset. Raises UserError if a file is damaged, the activation is not the
+    exact GELU, or the network is an anti-aliased ResNet.
     """
     config, processor = (_read_json(Path(folder) / name) for name in ("config.json", "preprocessor_config.json"))
     source = f"{Path(folder) / 'preprocessor_config.json'}"
@@ -119,6 +155,8 @@ def read_folder_settings(folder: str | Path) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     if "num_attention_heads" in config:
         settings["num_attention_heads"] = config["num_attention_heads"]
+    if config.get("model_type") == "dinov2":
+        settings["pos_offset"] = 0.0
     if preprocessing := _sizes(processor) | _statistics(processor, config.get("num_channels", 3), source):
         kinds = {"resize": SIZE, "crop": SIZE, "mean": NUMBERS, "std": POSITIVES}
         require(preprocessing, {name: kinds[name] for name in preprocessing}, source)
@@ -131,13 +169,13 @@ def _official_name(name: str) -> str:
     layer, module, kind = _parts(NAME, name)
     if layer is None:
         return STEM[module] + kind if module in STEM else name
-    inside = BLOCK | BLOCK_IN_MEMORY
+    inside = BLOCK | DINOV2_BLOCK | BLOCK_IN_MEMORY
     return f"blocks.{layer}.{inside[module]}{kind}" if module in inside else name
 
 
-def _huggingface_name(name: str) -> str:
+def _huggingface_name(name: str, block: Mapping[str, str]) -> str:
     layer, module, kind = _parts(OFFICIAL_NAME, name)
-    inverse = {official: huggingface for huggingface, official in (STEM if layer is None else BLOCK).items()}
+    inverse = {official: huggingface for huggingface, official in (STEM if layer is None else block).items()}
     return ("" if layer is None else f"encoder.layer.{layer}.") + inverse[module] + kind
 
 
@@ -147,16 +185,39 @@ def _parts(pattern: re.Pattern[str], name: str) -> tuple[str | None, str, str]:
     return layer, module, kind or ""
 
 
+def _model_type(architecture: Mapping[str, Any]) -> str:
+    """Returns transformers' model for an architecture, a key of MODELS. Raises UserError if it has none."""
+    arch = architecture["arch"]
+    if family_of(arch) is not VIT:
+        raise UserError(f"the Hugging Face form only supports ViTs, not {arch}: use --to=timm")
+    variant = variant_on_card(architecture)
+    if variant["layer_scale"]:
+        return "dinov2_with_registers" if variant["registers"] else "dinov2"
+    if variant["registers"] or variant["ffn"] != "mlp":
+        raise UserError(f"transformers has no {arch} with registers or SwiGLU but without LayerScale: use --to=timm")
+    return "vit"
+
+
 def _config(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings of ViTConfig."""
+    """Returns the settings of ViTConfig, Dinov2Config or Dinov2WithRegistersConfig."""
     model: Any = from_card(architecture)
-    return {
-        "architectures": ["ViTModel"],
-        "model_type": "vit",
+    model_type = _model_type(architecture)
+    dinov2 = {
+        "mlp_ratio": model.mlp_ratio,
+        "layerscale_value": model.layer_scale,
+        "use_swiglu_ffn": model.ffn == "swiglu",
+    }
+    special = {
+        "vit": {"intermediate_size": model.mlp_ratio * model.embed_dim},
+        "dinov2": dinov2 | {"use_mask_token": model.mask_token},
+        "dinov2_with_registers": dinov2 | {"num_register_tokens": model.registers},
+    }
+    return special[model_type] | {
+        "architectures": [MODELS[model_type]],
+        "model_type": model_type,
         "hidden_size": model.embed_dim,
         "num_hidden_layers": model.depth,
         "num_attention_heads": model.num_heads,
-        "intermediate_size": model.mlp_ratio * model.embed_dim,
         "image_size": architecture["image_size"],
         "patch_size": architecture["patch_size"],
         "num_channels": architecture["in_channels"],

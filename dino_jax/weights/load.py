@@ -11,13 +11,14 @@ import numpy as np
 
 from dino_jax import checkpoints, provenance
 from dino_jax.errors import UserError
-from dino_jax.json_files import NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, parse, read_object, require
-from dino_jax.models.registry import num_heads_of
-from dino_jax.weights import huggingface, official, tensor_files
+from dino_jax.json_files import FLAG, NUMBER, NUMBERS, OBJECT, POSITIVES, SIZE, TEXT, Kind, parse, read_object, require
+from dino_jax.models.registry import num_heads_of, variant_on_card
+from dino_jax.weights import huggingface, official, tensor_files, timm
 from dino_jax.weights.pretrained import Pretrained, Weights, per_channel, resized, with_channels
 
-# Keys in the metadata of a safetensors file, with JSON values: a section of the card, and an int (ViTs only).
-PREPROCESSING, NUM_HEADS = "preprocessing", "num_attention_heads"
+# Keys in the metadata of a safetensors file, with JSON values: a section of the card, and, for ViTs, an int and how
+# positions are resized (`positions.resize_pos_embed`).
+PREPROCESSING, NUM_HEADS, ANTIALIAS, POS_OFFSET = "preprocessing", "num_attention_heads", "antialias", "pos_offset"
 HUGGINGFACE_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -33,10 +34,22 @@ CARD = {  # what is read of a model card
     **{f"preprocessing.{name}": kind for name, kind in PREPROCESSING_KINDS.items()},
     "provenance": OBJECT,
 }
+OFFSET = Kind("a number or null", lambda value: value is None or NUMBER.fits(value))
+VARIANT = {  # what is read of a ViT's card, where it is there
+    "registers": Kind("a whole number", lambda value: value == 0 or SIZE.fits(value)),
+    "layer_scale": NUMBER,
+    "ffn": TEXT,
+    ANTIALIAS: FLAG,
+    POS_OFFSET: OFFSET,
+    "mask_token": FLAG,
+}
 EMA = ("model_ema.", "state_dict_ema.", "ema.", "module_ema.")  # a moving average beside the weights
-NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args")  # keys of an official full checkpoint
-HEAD = ("head.mlp.", "head.last_layer.")
+# Keys of an official full checkpoint, of DINO and of DINOv2.
+NOT_NETWORKS = ("optimizer", "fp16_scaler", "dino_loss", "epoch", "args", "ibot_patch_loss", "scheduler", "iteration")
+HEADS = {"head": "head", "dino_head": "head", "ibot_head": "patch_head"}  # official name -> name in `Weights`
+HEAD = re.compile(rf"({'|'.join(HEADS)})\.((?:mlp|last_layer)\..*)", re.DOTALL)
 CLASSIFIERS = ("fc.", "head.weight", "head.bias", "classifier.", "pooler.", "vit.pooler.")  # not part of a backbone
+DINOV2_CROP = 224  # pixels
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -114,7 +127,11 @@ def covers(export: Path, step: int) -> bool:
 
 def read_card(folder: Path) -> dict[str, Any]:
     """Returns the model card in an export folder. Raises UserError, which names the key, if it is damaged."""
-    return read_object(folder / "card.json", CARD, "copy it again, or resume the run to export again")
+    path, way_out = folder / "card.json", "copy it again, or resume the run to export again"
+    card = read_object(path, CARD, way_out)
+    architecture = card["architecture"]
+    require(architecture, {name: kind for name, kind in VARIANT.items() if name in architecture}, f"{path}", way_out)
+    return card
 
 
 def _from_run(path: Path, training: bool) -> Pretrained:
@@ -205,10 +222,11 @@ def _huggingface_file(folder: Path) -> Path | None:
 def _settings(weights: Path) -> dict[str, Any]:
     """Returns settings stated beside the tensors: in the metadata of our files, in the folder of Hugging Face's."""
     metadata = tensor_files.read_metadata(weights)
-    if ours := [key for key in (PREPROCESSING, NUM_HEADS) if key in metadata]:
+    if ours := [key for key in (PREPROCESSING, NUM_HEADS, ANTIALIAS, POS_OFFSET) if key in metadata]:
         source = f"the metadata of {weights}"
         stated = {key: parse(metadata[key], source) for key in ours}
-        kinds = {f"{PREPROCESSING}.{name}": kind for name, kind in PREPROCESSING_KINDS.items()} | {NUM_HEADS: SIZE}
+        kinds = {f"{PREPROCESSING}.{name}": kind for name, kind in PREPROCESSING_KINDS.items()}
+        kinds |= {NUM_HEADS: SIZE, ANTIALIAS: FLAG, POS_OFFSET: OFFSET}
         require(stated, {name: kind for name, kind in kinds.items() if name.split(".")[0] in ours}, source)
         return stated
     return huggingface.read_folder_settings(weights.parent) if weights.name in HUGGINGFACE_FILES else {}
@@ -224,6 +242,9 @@ def _from_tensors(
     if "teacher" not in networks:
         print(f"{path.name} has no teacher: using its student", file=sys.stderr)
     architecture = official.backbone_architecture(main["backbone"], path.name, settings.get(NUM_HEADS))
+    architecture |= {
+        name: x for name, x in settings.items() if name in (ANTIALIAS, POS_OFFSET) and name in architecture
+    }
     teacher = _weights(main, architecture, path.name, training and heads)
     card = {
         "architecture": architecture,
@@ -269,7 +290,7 @@ def _without_wrappers(name: str) -> str:
 
 
 def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """Flat names in any convention -> {"teacher" | "student": {"backbone": tensors, "head": tensors}}, official names.
+    """Flat names in any convention -> {"teacher" | "student": {"backbone": tensors, and heads}}, official names.
 
     A file with a single network is read as a teacher.
     """
@@ -285,12 +306,16 @@ def _networks(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, dict[str
 
 
 def _parts(tensors: Mapping[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """One network -> tensors of its backbone and head, without the prefixes of torch's wrappers."""
+    """One network -> tensors of its backbone and heads, without the prefixes of torch's wrappers."""
     tensors = official.renamed(tensors, _without_wrappers)
-    head = {name.removeprefix("head."): x for name, x in tensors.items() if name.startswith(HEAD)}
-    rest = {name: x for name, x in tensors.items() if not name.startswith(HEAD)}
-    rest = official.renamed(rest, lambda name: _without_wrappers(name.removeprefix("backbone.")))
-    return {"backbone": _without_classifier(rest), "head": head}
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, x in tensors.items():
+        part, rest = (HEADS[found[1]], found[2]) if (found := HEAD.fullmatch(name)) else ("backbone", name)
+        parts.setdefault(part, {})[rest] = x
+    backbone = official.renamed(
+        parts.get("backbone", {}), lambda name: _without_wrappers(name.removeprefix("backbone."))
+    )
+    return parts | {"backbone": _without_classifier(backbone)}
 
 
 def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -298,28 +323,37 @@ def _without_classifier(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarr
     if left_out := [name for name in tensors if name.startswith(CLASSIFIERS)]:
         print(f"left out {', '.join(left_out[:8])}: a classifier is not part of the backbone", file=sys.stderr)
     tensors = {name: x for name, x in tensors.items() if name not in left_out}
-    return huggingface.to_official(tensors) if huggingface.is_huggingface(tensors) else official.unchunked(tensors)
+    if huggingface.is_huggingface(tensors):
+        return huggingface.to_official(tensors)
+    return timm.to_official(official.unchunked(tensors))
 
 
 def _weights(network: Mapping[str, Any], architecture: dict[str, Any], source: str, with_head: bool) -> Weights:
     """Builds the trees of one network from its tensors."""
     like = {"backbone": official.backbone_like(architecture)}
-    if with_head and network["head"]:
-        like["head"] = official.head_like(network["head"], architecture["embed_dim"])
+    if with_head:
+        heads = {part: tensors for part, tensors in network.items() if part != "backbone"}
+        like |= {part: official.head_like(tensors, architecture["embed_dim"]) for part, tensors in heads.items()}
     variables = {part: official.from_official(like[part], network[part], f"{source} ({part})") for part in like}
     return Weights(*({part: variables[part][kind] for part in like} for kind in ("params", "batch_stats")))
 
 
 def file_metadata(card: Mapping[str, Any]) -> dict[str, str]:
     """Returns the metadata of our .safetensors files, which `_settings` reads back."""
-    heads = num_heads_of(card["architecture"])
+    heads, variant = num_heads_of(card["architecture"]), variant_on_card(card["architecture"])
     stated = {PREPROCESSING: card["preprocessing"]} | ({} if heads is None else {NUM_HEADS: heads})
+    stated |= {name: variant[name] for name in (ANTIALIAS, POS_OFFSET) if name in variant}
     return {key: json.dumps(value) for key, value in stated.items()}
 
 
 def _preprocessing(architecture: Mapping[str, Any]) -> dict[str, Any]:
-    """The reference's evaluation: shorter side 256, center crop 224 (others in proportion), ImageNet statistics."""
+    """The references' evaluation: shorter side 256, center crop 224 (others in proportion), ImageNet statistics.
+
+    DINOv2 evaluates at 224 pixels as well, although its positions are learned for 518.
+    """
     crop, channels = architecture["image_size"], architecture["in_channels"]
+    if architecture.get("layer_scale") and crop > DINOV2_CROP and not DINOV2_CROP % architecture["patch_size"]:
+        crop = DINOV2_CROP
     mean, std = (per_channel(values, channels) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return {"resize": round(crop * 256 / 224), "crop": crop, "mean": mean, "std": std, "interpolation": "bicubic"}
 

@@ -197,17 +197,19 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads:
 
 
 def _vit_variant(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns `registry.VARIANT`, without what no tensor shows: initial factors are DINOv2's.
+    """Returns `registry.VARIANT`, with DINOv2's initial factors, which no tensor shows.
 
-    The released models with registers resize positions with antialiasing, those without do not.
+    The released models with registers resize positions with antialiasing, those without do not; timm always does. Of
+    files with LayerScale, only timm's have no mask token.
     """
-    registers = tensors["register_tokens"].shape[1] if "register_tokens" in tensors else 0
+    tokens = tensors.get("register_tokens")
+    registers = 0 if tokens is None else tokens.shape[1] if tokens.ndim == 3 else 1
     scaled = any(re.fullmatch(r"blocks\.\d+\.ls1\.gamma", name) for name in tensors)
     return {
         "registers": registers,
         "layer_scale": LAYER_SCALE if scaled else 0.0,
         "ffn": "swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
-        "antialias": registers > 0,
+        "antialias": registers > 0 or (scaled and "mask_token" not in tensors),
         "mask_token": "mask_token" in tensors,
     }
 

@@ -7,10 +7,14 @@ import numpy as np
 from dino_jax.errors import UserError
 from dino_jax.models import family_of
 from dino_jax.models.positions import resize_pos_embed
+from dino_jax.models.registry import variant_on_card
 
 
 class Weights(NamedTuple):
-    """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and "head" if it has one."""
+    """One network, student or teacher, as trees of NumPy arrays: {"backbone": ...} and its heads.
+
+    "head" is that of CLS, "patch_head" that of patches in DINOv2's training, if patches have their own.
+    """
 
     params: dict[str, Any]
     stats: dict[str, Any]  # running statistics of batch norm; {} for a part without batch norm
@@ -35,10 +39,11 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
     pretrained = _described(pretrained, {"image_size": image_size}, preprocessing)
     if not patch:
         return pretrained
-    side = image_size // patch
+    side, variant = image_size // patch, variant_on_card(architecture)
+    how = {"antialias": variant["antialias"], "offset": variant["pos_offset"]}
 
     def with_positions(params: Any) -> Any:
-        return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side, square=True))}
+        return params | {"pos_embed": np.asarray(resize_pos_embed(params["pos_embed"], side, side, square=True, **how))}
 
     return _map_backbones(with_positions, pretrained)
 

@@ -13,7 +13,7 @@ from dino_jax.errors import UserError
 from dino_jax.training import loop
 from dino_jax.training.init_from import start_from
 from dino_jax.training.setup import build_setup, init_state
-from dino_jax.weights import load, tensor_files
+from dino_jax.weights import load, official, tensor_files
 
 pytestmark = pytest.mark.slow
 
@@ -142,3 +142,20 @@ def test_other_sizes_and_channels_are_taken_when_asked_for(sources):
     assert jax.tree.map(np.shape, state) == jax.tree.map(np.shape, random)
     taken, of_chance = state.student["backbone"]["blocks"], random.student["backbone"]["blocks"]
     assert not np.allclose(taken["mlp"]["fc1"]["kernel"], of_chance["mlp"]["fc1"]["kernel"])
+
+
+DINOV2 = {"model__registers": 2, "model__layer_scale": 1e-5, "model__ffn": "swiglu", "model__antialias": True}
+
+
+def test_weights_of_dinov2_need_a_model_of_its_kind_and_their_mask_token_is_left_out(tmp_path):
+    config = tiny_config(**DINOV2)
+    backbone = official.to_official(fresh(config).teacher["backbone"])
+    backbone["mask_token"] = np.ones((1, 64), np.float32)
+    path = tmp_path / "dinov2.safetensors"
+    tensor_files.write(path, backbone, {load.NUM_HEADS: "4"})
+    state, _, _ = begin(init_from=str(path), **DINOV2)
+    loaded = official.to_official(state.student["backbone"])
+    assert loaded.keys() == backbone.keys() - {"mask_token"}
+    np.testing.assert_array_equal(loaded["register_tokens"], backbone["register_tokens"])
+    with pytest.raises(UserError, match="--config.model.registers=2 --config.model.layer_scale=1e-05 --config.model"):
+        begin(init_from=str(path))

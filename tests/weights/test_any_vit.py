@@ -13,6 +13,7 @@ from dino_jax.checkpoints import model_card
 from dino_jax.commands import convert
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
+from dino_jax.models.registry import CONFIGURED, VARIANT
 from dino_jax.training import loop
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.init_from import start_from
@@ -126,7 +127,7 @@ def test_heads_of_64_channels_are_assumed_with_one_line(tmp_path, capsys):
     tensors = jax.tree.map(lambda s: np.ones(s.shape, np.float32), like)
     tensor_files.write(tmp_path / "a.safetensors", official.to_official(tensors["params"]))
     found = load.load_weights(tmp_path / "a.safetensors")
-    assert found.card["architecture"] == architecture
+    assert found.card["architecture"] == architecture | VARIANT
     (line,) = capsys.readouterr().err.splitlines()
     assert "2 are assumed" in line
     assert load.load_weights(tmp_path / "a.safetensors", num_heads=8).card["architecture"]["num_heads"] == 8
@@ -143,21 +144,24 @@ def test_num_heads_of_a_convnet_are_refused(tmp_path):
         load.load_weights(tmp_path / "r.safetensors", num_heads=8)
 
 
-def without_sizes(tree):
+LATER = {*SIZES, *CONFIGURED}  # settings that earlier versions do not have
+
+
+def earlier(tree):
     """A config or card as an earlier version wrote it."""
-    return {key: without_sizes(x) for key, x in tree.items() if key not in SIZES} if isinstance(tree, dict) else tree
+    return {key: earlier(x) for key, x in tree.items() if key not in LATER} if isinstance(tree, dict) else tree
 
 
 def test_cards_and_checkpoints_of_earlier_versions_load_and_resume(tmp_path, monkeypatch, capsys):
     now = tiny_config(**SHORT)
-    before = without_sizes(now.to_dict())
-    assert set(now.model) - set(before["model"]) == set(SIZES)
+    before = earlier(now.to_dict())
+    assert set(now.model) - set(before["model"]) == LATER
     assert model_card(before, 3)["architecture"] == model_card(now, 3)["architecture"]
     plain = checkpoints.manager.plain
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints.manager, "plain", lambda config: without_sizes(plain(config)))
+        patch.setattr(checkpoints.manager, "plain", lambda config: earlier(plain(config)))
         loop.train(now, tmp_path)
-    assert not set(json.loads((tmp_path / "config.json").read_text())["model"]) & set(SIZES)
+    assert not set(json.loads((tmp_path / "config.json").read_text())["model"]) & LATER
     loop.train(now, tmp_path)
     assert "resuming after step 2" in capsys.readouterr().out
     exported = dino_jax.load_backbone(tmp_path)

@@ -11,9 +11,10 @@ import pytest
 
 from dino_jax import checkpoints
 from dino_jax.errors import UserError
+from dino_jax.models.registry import VARIANT
 from dino_jax.weights import huggingface, load, official, tensor_files
 
-CARD = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 40, "embed_dim": 64}
+CARD = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 40, "embed_dim": 64} | VARIANT
 LIKE = official.backbone_like(CARD)
 TEACHER = official.to_official(jax.tree.map(lambda x: np.full(x.shape, 0.5, np.float32), LIKE["params"]))
 PREPROCESSING = {"resize": 60, "crop": 40, "mean": [0.1] * 3, "std": [0.3] * 3}

@@ -14,9 +14,10 @@ from dino_jax import checkpoints
 from dino_jax.errors import UserError
 from dino_jax.models import DINOHead
 from dino_jax.models.positions import resize_pos_embed
+from dino_jax.models.registry import VARIANT
 from dino_jax.weights import huggingface, load, official, tensor_files
 
-CARD = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 40, "embed_dim": 64}
+CARD = {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "image_size": 40, "embed_dim": 64} | VARIANT
 K = 32
 
 
@@ -160,10 +161,7 @@ def test_sharded_hugging_face_weights(tmp_path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("register_tokens", "a ViT with registers, such as DINOv2's"),
-        ("reg_token", "a ViT with registers"),
-        ("blocks.0.ls1.gamma", "a ViT with LayerScale, such as DINOv2's"),
-        ("blocks.1.mlp.w12.weight", "a ViT with SwiGLU"),
+        ("blocks.0.gamma_1", "a BEiT or CaiT"),
         ("dist_token", "a distilled DeiT"),
         ("rope_embed.periods", "a DINOv3 ViT"),
         ("storage_tokens", "a DINOv3 ViT"),

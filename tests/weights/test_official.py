@@ -58,6 +58,59 @@ def test_published_models_come_and_go_bit_for_bit(published, name):
             np.testing.assert_array_equal(back[tensor], value, err_msg=tensor)
 
 
+@pytest.fixture(scope="module")
+def published2(goldens2_dir):
+    """Facts about the eight released models of DINOv2: name -> number of parameters, and shapes by tensor name."""
+    return json.loads((goldens2_dir / "official_models2.json").read_text())["published"]
+
+
+DINOV2 = {
+    "dinov2_vits14": ("vit_small", 384, "mlp"),
+    "dinov2_vitb14": ("vit_base", 768, "mlp"),
+    "dinov2_vitl14": ("vit_large", 1024, "mlp"),
+    "dinov2_vitg14": ("vit_giant", 1536, "swiglu"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("name", DINOV2)
+def test_shapes_of_dinov2_come_and_go(published2, name, registers):
+    facts = published2[name + ("_reg4" if registers else "")]
+    shapes = {tensor: tuple(shape) for tensor, shape in facts["state_dict"].items()}
+    zero = np.float32(0)  # seen in every shape without memory: ViT-g has a billion parameters
+    architecture = official.backbone_architecture({t: np.broadcast_to(zero, s) for t, s in shapes.items()}, name)
+    arch, embed_dim, ffn = DINOV2[name]
+    assert architecture == {
+        "arch": arch,
+        "patch_size": 14,
+        "in_channels": 3,
+        "image_size": 518,
+        "embed_dim": embed_dim,
+        "registers": registers,
+        "layer_scale": 1e-5,
+        "ffn": ffn,
+        "antialias": registers > 0,
+        "pos_offset": None,
+        "mask_token": True,
+    }
+    like = official.backbone_like(architecture)
+    assert size(like) == facts["params"]
+    tree = jax.tree.map(lambda s: np.broadcast_to(zero, s.shape), like["params"])
+    assert {tensor: x.shape for tensor, x in official.to_official(tree).items()} == shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dinov2_vits14", "dinov2_vits14_reg4"])
+def test_released_dinov2_models_come_and_go_bit_for_bit(published2, rule_weights2, name):
+    tensors = rule_weights2(published2[name]["state_dict"], seed=7)
+    like = official.backbone_like(official.backbone_architecture(tensors, name))
+    back = official.to_official(official.from_official(like, tensors, name)["params"])
+    assert set(back) == set(tensors)
+    for tensor, value in tensors.items():
+        np.testing.assert_array_equal(back[tensor], value, err_msg=tensor)
+
+
 def test_every_name_that_strict_loading_in_torch_wants_is_there(published, goldens_dir):
     (backbone, _), _ = published("resnet50")
     like = official.backbone_like(official.backbone_architecture(backbone, "resnet50"))

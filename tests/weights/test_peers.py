@@ -1,19 +1,22 @@
 """The features of PyTorch's own models from their own files, and ours from files that we write for them."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
-from peers import import_timm, import_torch, import_torchvision, import_transformers
+from peers import (
+    assert_equal,
+    convert,
+    import_timm,
+    import_torch,
+    import_torchvision,
+    import_transformers,
+    randomized,
+    run,
+)
 
 from dino_jax.weights.backbone import load_backbone
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
 TOLERANCE = 1e-4  # of features of the order of 1, after 12 blocks or 50 layers in float32
 
 
@@ -56,21 +59,6 @@ def vit_model(transformers):
     return randomized(transformers.ViTModel(transformers.ViTConfig(**shape, layer_norm_eps=1e-6)))
 
 
-def randomized(model):
-    """The model with no value left where training starts (zeros, ones), and attention that is far from uniform."""
-    import torch
-
-    torch.manual_seed(0)
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:
-            torch.nn.init.normal_(parameter, 0 if name.endswith("bias") else 1, 0.1)
-        elif parameter.ndim == 3:  # tokens and positions
-            torch.nn.init.normal_(parameter, 0, 0.5)
-        else:
-            torch.nn.init.normal_(parameter, 0, parameter[0].numel() ** -0.5)
-    return model.eval()
-
-
 def randomized_resnet(model):
     """The same with the statistics of a photograph in its batch norms."""
     for module in randomized(model).modules():
@@ -87,32 +75,12 @@ def photograph(size):
     return ((crop - 0.45) / 0.225)[None].astype(np.float32)
 
 
-def run(model, images):
-    """A peer's output for our images."""
-    import torch
-
-    return model(torch.from_numpy(images.transpose(0, 3, 1, 2).copy()))
-
-
 def assert_same_features(ours, theirs):
     """theirs: tokens [1, 1+N, D] of a ViT, pooled [1, D] of a convnet."""
     theirs = theirs.numpy()
     assert 0.3 < np.sqrt(np.mean(theirs**2)) < 3  # else the tolerance says nothing
     ours = ours.cls if theirs.ndim == 2 else np.concatenate([ours.cls[:, None], ours.patches], axis=1)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
-
-
-def assert_equal(tensors, expected):
-    assert tensors.keys() == expected.keys()
-    for name, tensor in expected.items():
-        np.testing.assert_array_equal(tensors[name], tensor, err_msg=name)
-
-
-def convert(source, target, to):
-    command = [sys.executable, "-m", "dino_jax", "convert", str(source), str(target), f"--to={to}"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return target
 
 
 def test_timm_vit_from_its_file(small):
