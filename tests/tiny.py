@@ -33,6 +33,23 @@ KNN = {
     "evals__knn__k": 5,
 }
 
+# DINOv2 with all that it adds. 32 images: each of 8 devices computes a group of two at a time, even in two parts.
+DINOV2: dict[str, Any] = {
+    "method": "dinov2",
+    "batch_size": 32,
+    "dinov2__group_images": 2,
+    "dinov2__targets": "sinkhorn",
+    "dinov2__separate_head": True,
+    "dinov2__patch_out_dim": 256,
+    "dinov2__patch_bottleneck_dim": 16,
+    "head__norm_last_layer": False,
+    "model__layer_scale": 1.0,
+    "model__registers": 2,
+    "model__ffn": "swiglu",
+    "optim__clip_by": "module",
+    "optim__layer_decay": 0.9,
+    "optim__freeze_by": "lr",
+}
 # The demo and the ablation as commands, a few steps long.
 SHORT = [
     "--config.epochs=2",

@@ -23,6 +23,25 @@ def shuffled(source: Source, seed: int) -> grain.MapDataset:
     return grain.MapDataset.source(_GroupedOrder(source.groups, source.window, seed))
 
 
+def part_of_batches(stream: grain.MapDataset, batch_size: int, first: int, size: int) -> grain.MapDataset:
+    """Divides a stream into batches, and returns the records `first` to `first + size` of each, int [size]."""
+    return grain.MapDataset.source(_Part(stream, batch_size, first, size)).batch(size, drop_remainder=True)
+
+
+class _Part:
+    """A sequence of the records of a stream that are in a part of a batch."""
+
+    def __init__(self, stream: grain.MapDataset, batch_size: int, first: int, size: int):
+        self.stream, self.batch_size, self.first, self.size = stream, batch_size, first, size
+
+    def __len__(self) -> int:
+        return len(self.stream) // self.batch_size * self.size
+
+    def __getitem__(self, place: int) -> int:
+        step, row = divmod(place, self.size)
+        return int(self.stream[step * self.batch_size + self.first + row])
+
+
 class _GroupedOrder:
     """A sequence of record numbers without end, for groups of these numbers of records, int [g], `window` at a time."""
 

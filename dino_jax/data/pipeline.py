@@ -11,7 +11,7 @@ import grain
 import numpy as np
 
 from dino_jax.data.decoding import DecodeError, eval_image, to_canvas
-from dino_jax.data.order import shuffled
+from dino_jax.data.order import part_of_batches, shuffled
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, read_example
 from dino_jax.data.workers import STALL_TIMEOUT, Batches, iterate
@@ -55,7 +55,7 @@ def train_batches(
     """Returns this process's share of an endless stream of training batches, starting at step `start_step`.
 
     Each epoch has all images in a new order. Batches may span two epochs, so no image is dropped. The order depends
-    only on seed and step. Process p of n has the positions p, p + n, p + 2n, ... of every global batch. An image that
+    only on seed and step. Process p of n has the p-th of n equal parts of every global batch. An image that
     cannot be decoded is replaced by another one, always the same, and recorded in `Batch.bad`.
 
     Args:
@@ -78,9 +78,9 @@ def train_batches(
             f"batch_size {batch_size} does not divide over {process_count} processes: "
             f"set --config.batch_size to a multiple of {process_count}"
         )
-    records = shuffled(source, seed)[process_index::process_count]
-    batches = records.batch(batch_size // process_count, drop_remainder=True)
-    positions = np.arange(process_index, batch_size, process_count, dtype=np.int32)
+    share = batch_size // process_count
+    batches = part_of_batches(shuffled(source, seed), batch_size, process_index * share, share)
+    positions = np.arange(process_index * share, (process_index + 1) * share, dtype=np.int32)
     load = partial(_load_train, source=source, positions=positions, canvas_size=canvas_size, pixels=pixels)
     return iterate(batches.map(load)[start_step:], workers, stall_timeout)
 

@@ -90,9 +90,7 @@ class DeviceBatch(NamedTuple):
 
 def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
     """Builds the DINO method of config.dino, with the loss that never holds all logits in memory."""
-    settings = config.dino
-    center_momentum = settings.center_momentum if settings.centering else 1.0
-    return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
+    return dino.DINO(backbone, head, config.dino.student_temp, _center_momentum(config), chunked_loss.loss_from_head)
 
 
 def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
@@ -106,12 +104,16 @@ def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
         head,
         patch_head,
         config.dino.student_temp,
-        config.dino.center_momentum,
+        _center_momentum(config),
         sinkhorn=settings.targets == "sinkhorn",
         group_images=settings.group_images,
         axes=sharding.AXES,
         loss_from_head=chunked_loss.loss_from_head,
     )
+
+
+def _center_momentum(config: ConfigDict) -> float:
+    return config.dino.center_momentum if config.dino.centering else 1.0
 
 
 # config.method -> (config, backbone, head) -> method

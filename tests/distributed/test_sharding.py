@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from processes import Process
-from tiny import tiny_config
+from tiny import DINOV2, tiny_config
 
 from dino_jax import checkpoints
 from dino_jax.commands.plan import collectives
@@ -20,23 +20,6 @@ from dino_jax.training.step import lower_step
 pytestmark = pytest.mark.slow
 
 DEVICES = 8
-# 32 images, so that each of 8 devices computes a group of two at a time, even in two parts.
-DINOV2 = {
-    "method": "dinov2",
-    "batch_size": 32,
-    "dinov2__group_images": 2,
-    "dinov2__targets": "sinkhorn",
-    "dinov2__separate_head": True,
-    "dinov2__patch_out_dim": 256,
-    "dinov2__patch_bottleneck_dim": 16,
-    "head__norm_last_layer": False,
-    "model__layer_scale": 1.0,
-    "model__registers": 2,
-    "model__ffn": "swiglu",
-    "optim__clip_by": "module",
-    "optim__layer_decay": 0.9,
-    "optim__freeze_by": "lr",
-}
 # (fsdp, changes of the config): the first is what the others must agree with.
 RUNS = {
     "replicated": (1, {}),
