@@ -4,7 +4,7 @@
 
 SOURCE is anything that `dino_jax.load_backbone` reads: a run, an export, or a weights file. FORM is one of
   official             the teacher's backbone for the official code (.safetensors, or .pth with torch installed)
-  timm                 the same for timm and, for ResNets, torchvision; the names only differ for DINOv2's ViTs
+  timm                 the same for timm and, for ResNets, torchvision; names differ for DINOv2 and XCiT
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
   orbax                an export folder of this package, with heads, student and center if SOURCE has them
   stablehlo            a file that JAX runs without this package, with its model card in a second file
