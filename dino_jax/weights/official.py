@@ -201,21 +201,27 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads:
 
 
 def _vit_variant(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns `registry.VARIANT`, with DINOv2's initial factors, which no tensor shows.
-
-    The released models with registers resize positions with antialiasing, those without do not; timm always does. Of
-    files with LayerScale, only timm's have no mask token.
-    """
+    """Returns `registry.VARIANT`, with DINOv2's initial factors, which no tensor shows."""
     tokens = tensors.get("register_tokens")
     registers = 0 if tokens is None else tokens.shape[1] if tokens.ndim == 3 else 1
     scaled = any(re.fullmatch(r"blocks\.\d+\.ls1\.gamma", name) for name in tensors)
+    mask_token = "mask_token" in tensors
     return {
         "registers": registers,
         "layer_scale": LAYER_SCALE if scaled else 0.0,
         "ffn": "swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
-        "antialias": registers > 0 or (scaled and "mask_token" not in tensors),
-        "mask_token": "mask_token" in tensors,
+        "antialias": assumed_antialias(registers, scaled, mask_token),
+        "mask_token": mask_token,
     }
+
+
+def assumed_antialias(registers: int, scaled: bool, mask_token: bool) -> bool:
+    """Returns whether a ViT resizes positions with antialiasing, if its file does not say so.
+
+    Released models with registers do, those without do not; timm always does. Of files with LayerScale, only timm's
+    have no mask token.
+    """
+    return registers > 0 or (scaled and not mask_token)
 
 
 def _default_heads(embed_dim: int, depth: int, source: str) -> int:
