@@ -34,19 +34,20 @@ def get_config() -> ConfigDict:
     config.init_adapt = ""  # what may be adapted: image_size (resizes position embeddings), in_channels, or both (a,b)
 
     config.model = ConfigDict()
-    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | resnet18 | resnet50, or vit (sizes below)
+    # vit_nano | vit_tiny | vit_small | vit_base | vit_large | vit_giant | xcit_small_12 | xcit_medium_24 | resnet18 |
+    # resnet50, or vit (sizes below)
     config.model.arch = "vit_small"
     config.model.embed_dim = 0  # channels of a token, a multiple of num_heads; only for arch vit, else 0
     config.model.depth = 0  # number of blocks; only for arch vit, else 0
     config.model.num_heads = 0  # attention heads of each block; only for arch vit, else 0
-    config.model.patch_size = 16  # pixels; ViTs only
+    config.model.patch_size = 16  # pixels; ViTs and XCiTs (8 or 16)
     config.model.registers = 0  # register tokens, which collect global information; ViTs only (DINOv2: 0 or 4)
     config.model.layer_scale = 0.0  # initial factors of residual branches; 0: none; ViTs only (DINOv2: 1e-5)
     config.model.ffn = "mlp"  # mlp | swiglu: network after attention in each block; ViTs only
     # Resize positions to other image sizes with antialiasing, as DINOv2 does with registers; ViTs only.
     config.model.antialias = False
     config.model.in_channels = 3  # channels of the images
-    config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for convnets
+    config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for XCiTs and convnets
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
     config.model.unroll = False  # unroll the loop over the blocks: less time, more memory, longer compilation
     # xla | cudnn (fused; NVIDIA GPUs, Ampere or newer, in bfloat16). xla is the default because cudnn is not measured.

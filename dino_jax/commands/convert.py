@@ -4,14 +4,14 @@
 
 SOURCE is anything that `dino_jax.load_backbone` reads: a run, an export, or a weights file. FORM is one of
   official             the teacher's backbone for the official code (.safetensors, or .pth with torch installed)
-  timm                 the same for timm and, for ResNets, torchvision; the names only differ for DINOv2's ViTs
+  timm                 the same for timm and, for ResNets, torchvision; names differ for DINOv2 and XCiT
   hf                   a folder for Hugging Face's AutoModel and AutoImageProcessor (ViTs)
   orbax                an export folder of this package, with heads, student and center if SOURCE has them
   stablehlo            a file that JAX runs without this package, with its model card in a second file
   official_checkpoint  student, teacher, heads and center, as saved by the official trainer
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from absl import flags
 from dino_jax import atomic, checkpoints
 from dino_jax.commands import cli
 from dino_jax.errors import UserError
+from dino_jax.models.registry import variant_on_card
 from dino_jax.weights import huggingface, load, official, stablehlo, tensor_files, timm
 from dino_jax.weights.backbone import backbone_of
 from dino_jax.weights.pretrained import Pretrained, Weights
@@ -69,8 +70,19 @@ def main(arguments: Sequence[str]) -> None:
         sizes = f"shorter side {trained['resize']}, center {trained['crop']}"
         numbers = f"mean {trained['mean']}, std {trained['std']}"
         print(f"a {target.suffix} file does not store its preprocessing: {sizes}, {numbers}")
+        if _resizes_otherwise(architecture, form):
+            print("or how positions are resized, which is assumed from its tensors: write .safetensors to keep it")
         if architecture["arch"] == "vit":
             print(f"or its number of attention heads: load it with num_heads={architecture['num_heads']}")
+
+
+def _resizes_otherwise(architecture: Mapping[str, Any], form: str) -> bool:
+    """Returns whether positions of a ViT are resized in another way than a file without settings lets assume."""
+    if not (variant := variant_on_card(architecture)):
+        return False
+    mask_token = variant["mask_token"] and form != "timm"  # which has none
+    assumed = official.assumed_antialias(variant["registers"], variant["layer_scale"] > 0, mask_token)
+    return variant["pos_offset"] is not None or variant["antialias"] != assumed
 
 
 def write_official(pretrained: Pretrained, target: Path) -> None:

@@ -121,9 +121,11 @@ def attention_maps(backbone: Backbone, images: jax.Array | np.ndarray) -> np.nda
     1, because the attention of CLS to itself and to registers is left out.
 
     Raises:
-        UserError: the backbone is a convnet.
+        UserError: the backbone has no attention between patches.
     """
     patch = patch_size(backbone)
+    if not backbone.family.attention_maps:
+        raise UserError(f"{backbone.config['arch']} has no attention between patches: use a vision transformer")
     rows, columns = images.shape[1] // patch, images.shape[2] // patch
     attention = np.asarray(_cls_attention(backbone.model.apply, backbone.variables, images, rows * columns))
     return attention.reshape(*attention.shape[:2], rows, columns)

@@ -14,8 +14,9 @@ from dino_jax.errors import UserError
 from dino_jax.models.blocks import FFNS
 from dino_jax.models.resnet import ResNet
 from dino_jax.models.vit import ViT
+from dino_jax.models.xcit import PATCH_SIZES, XCiT
 
-BackboneModule = ViT | ResNet
+BackboneModule = ViT | ResNet | XCiT
 
 # Keys of config.model, of a model card and of a ViT's constructor. They are only used for arch `vit`.
 SIZES = ("embed_dim", "depth", "num_heads")
@@ -42,10 +43,12 @@ class Family:
     arguments: tuple[str, ...]  # the arguments of `build_backbone` that the module takes
     settings: tuple[str, ...]  # the keys of config.model that the family has, besides arch, in_channels and sizes
     input_layer: str  # name of the layer whose kernel reads the images' channels
-    square_patches: bool  # a patch token covers patch_size x patch_size pixels, and positions are learned for a grid
+    square_patches: bool  # a patch token covers patch_size x patch_size pixels
+    learned_positions: bool  # has `pos_embed`, learned for the grid of image_size
     block_tokens: bool  # `last_blocks` returns up to `depth` blocks of one width, not only the last feature map
     attention_maps: bool  # has `last_attention`
     masks: bool  # `__call__` takes masks of patches
+    patch_sizes: tuple[int, ...] = ()  # the only patch sizes of the family; empty: any
 
 
 VIT = Family(
@@ -54,6 +57,7 @@ VIT = Family(
     settings=("patch_size", *CONFIGURED, "drop_path_rate", "remat", "unroll", "attention"),
     input_layer="patch_embed",
     square_patches=True,
+    learned_positions=True,
     block_tokens=True,
     attention_maps=True,
     masks=True,
@@ -64,9 +68,22 @@ RESNET = Family(
     settings=(),
     input_layer="conv1",
     square_patches=False,
+    learned_positions=False,
     block_tokens=False,
     attention_maps=False,
     masks=False,
+)
+XCIT = Family(
+    module=XCiT,
+    arguments=("patch_size", "axis_name", "dtype"),
+    settings=("patch_size",),
+    input_layer="patch_embed_conv0",
+    square_patches=True,
+    learned_positions=False,
+    block_tokens=False,
+    attention_maps=False,
+    masks=False,
+    patch_sizes=PATCH_SIZES,
 )
 
 
@@ -90,6 +107,8 @@ ARCHITECTURES = {
     "vit_large": _vit(1024, 24, 16),
     "vit_giant": _vit(1536, 40, 24),  # DINOv2's sizes; ViT-g/14 of DINOv2 also has ffn swiglu
     "vit": Architecture(VIT, {}),  # of any `SIZES`
+    "xcit_small_12": Architecture(XCIT, {"embed_dim": 384, "depth": 12, "layer_scale": 1.0}),
+    "xcit_medium_24": Architecture(XCIT, {"embed_dim": 512, "depth": 24, "layer_scale": 1e-5}),
     "resnet18": Architecture(RESNET, {"blocks": (2, 2, 2, 2), "kernels": (3, 3), "expansion": 1}),
     "resnet50": Architecture(RESNET, {"blocks": (3, 4, 6, 3), "kernels": (1, 3, 1), "expansion": 4}),
 }
@@ -163,13 +182,14 @@ def build_backbone(
         gather: gathers parameters that are split over devices (`fsdp.gather`).
 
     Raises:
-        UserError: the name is unknown, or `check_sizes` rejects the sizes.
+        UserError: the name is unknown, or `check_sizes` or `check_patch_size` rejects the sizes.
     """
     if ffn not in FFNS:
         raise UserError(f"unknown feed-forward network {ffn!r}: set --config.model.ffn to one of {', '.join(FFNS)}")
     family = family_of(arch)
     given = {"embed_dim": embed_dim, "depth": depth, "num_heads": num_heads}
     check_sizes(arch, given)
+    check_patch_size(arch, patch_size)
     arguments = {
         "patch_size": patch_size,
         "image_size": image_size,
@@ -212,6 +232,13 @@ def check_sizes(arch: str, sizes: Mapping[str, int]) -> None:
             f"model.embed_dim {sizes['embed_dim']} is not a multiple of model.num_heads {sizes['num_heads']}: "
             f"set --config.model.num_heads to a divisor of {sizes['embed_dim']}"
         )
+
+
+def check_patch_size(arch: str, patch_size: int) -> None:
+    """Raises UserError if the architecture does not have this patch size."""
+    if (known := family_of(arch).patch_sizes) and patch_size not in known:
+        options = " or ".join(map(str, known))
+        raise UserError(f"model.arch={arch} has no patch size {patch_size}: set --config.model.patch_size to {options}")
 
 
 def given_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
@@ -295,6 +322,15 @@ def vit_heads(embed_dim: int, depth: int) -> int | None:
 def vit_name(sizes: Mapping[str, int]) -> str:
     """Returns the name of the ViT with exactly these `SIZES`, or `vit`."""
     return next((name for name in names_of(VIT) if ARCHITECTURES[name].sizes == sizes), "vit")
+
+
+def xcit_name(embed_dim: int, depth: int) -> str | None:
+    """Returns the XCiT with this width and depth; None if there is none."""
+    for name in names_of(XCIT):
+        sizes = ARCHITECTURES[name].sizes
+        if (sizes["embed_dim"], sizes["depth"]) == (embed_dim, depth):
+            return name
+    return None
 
 
 def resnet_name(blocks: tuple[int, ...], convolutions: int) -> str | None:

@@ -23,7 +23,7 @@ from dino_jax.limits import (
     check_numbers,
 )
 from dino_jax.models.blocks import FFNS
-from dino_jax.models.registry import ARCHITECTURES, SIZES, check_sizes, family_of
+from dino_jax.models.registry import ARCHITECTURES, SIZES, check_patch_size, check_sizes, family_of
 from dino_jax.provenance import flat
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import CLIPS, FREEZES, OPTIMIZERS
@@ -261,6 +261,7 @@ def _check_channels(config: ConfigDict) -> None:
 def _check_model(config: ConfigDict) -> None:
     model, crops, family = config.model, config.crops, family_of(config.model.arch)
     check_sizes(model.arch, model)
+    check_patch_size(model.arch, model.patch_size)
     for key, (what, without) in FAMILY_SETTINGS.items():
         if key not in family.settings and model[key] != without:
             raise UserError(f"{model.arch} has no {what}: set --config.model.{key}={without}")

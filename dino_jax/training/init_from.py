@@ -13,7 +13,7 @@ from dino_jax.distributed.fsdp import place
 from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
-from dino_jax.models.registry import VARIANT, given_sizes, given_variant, sizes_of, sizes_on_card
+from dino_jax.models.registry import VARIANT, family_of, given_sizes, given_variant, sizes_of, sizes_on_card
 from dino_jax.storage import is_remote
 from dino_jax.weights import load
 from dino_jax.weights.pretrained import Pretrained, Weights
@@ -116,14 +116,18 @@ def _check_backbone(architecture: dict[str, Any], config: ConfigDict) -> None:
         required |= _network(architecture["arch"], card_sizes)
         current |= _network(config.model.arch, config_sizes)
     if architecture["patch_size"]:
+        required["model.patch_size"], current["model.patch_size"] = architecture["patch_size"], config.model.patch_size
+    if family_of(architecture["arch"]).learned_positions:
         there = {name: architecture.get(name, VARIANT[name]) for name in given_variant(config.model)}
         here = given_variant(config.model)
         if here["layer_scale"] and there["layer_scale"]:  # only its presence matters, because its factors are loaded
             there["layer_scale"] = here["layer_scale"]
         required |= {f"model.{name}": value for name, value in there.items()}
         current |= {f"model.{name}": value for name, value in here.items()}
-        required |= {"model.patch_size": architecture["patch_size"], "crops.global_size": architecture["image_size"]}
-        current |= {"model.patch_size": config.model.patch_size, "crops.global_size": config.crops.global_size}
+        required["crops.global_size"], current["crops.global_size"] = (
+            architecture["image_size"],
+            config.crops.global_size,
+        )
     adaptable = {"crops.global_size": "image_size", "model.in_channels": "in_channels"}
     names = [adaptation for name, adaptation in adaptable.items() if required.get(name) != current.get(name)]
     way_out = f", or --config.init_adapt={','.join(names)} to adapt the weights" if names else ""

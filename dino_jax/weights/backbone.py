@@ -57,7 +57,7 @@ class Backbone:
         `get_last_selfattention`. Raises UserError for a convnet, which has no attention.
         """
         if not self.family.attention_maps:
-            raise UserError(f"{self.config['arch']} has no attention: use a vision transformer")
+            raise UserError(f"{self.config['arch']} has no attention between patches: use a vision transformer")
         return _attention(self.model, self.variables, images)
 
     @property

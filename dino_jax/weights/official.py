@@ -18,11 +18,13 @@ from dino_jax.models import DINOHead, from_card
 from dino_jax.models.registry import (
     CHANNELS_A_HEAD,
     RESNET,
+    XCIT,
     architecture_card,
     names_of,
     resnet_name,
     vit_heads,
     vit_name,
+    xcit_name,
 )
 
 LAYER_SCALE = 1e-5  # DINOv2's initial factors
@@ -110,11 +112,13 @@ def backbone_architecture(tensors: Mapping[str, np.ndarray], source: str, num_he
             )
     if "cls_token" in tensors and "pos_embed" in tensors and "patch_embed.proj.weight" in tensors:
         return _vit_architecture(tensors, source, num_heads)
+    if "cls_attn_blocks.0.attn.qkv.weight" in tensors and "patch_embed.proj.0.0.weight" in tensors:
+        return _xcit_architecture(tensors, source)
     if "conv1.weight" in tensors:
         return _resnet_architecture(tensors, source)
     raise UserError(
-        f"{source} holds no known backbone ({_listed(list(tensors))}): give a DINO or DINOv2 ViT or a ResNet with the "
-        "tensor names of the official code, timm, torchvision or Hugging Face"
+        f"{source} holds no known backbone ({_listed(list(tensors))}): give a DINO or DINOv2 ViT, an XCiT or a ResNet "
+        "with the tensor names of the official code, timm, torchvision or Hugging Face"
     )
 
 
@@ -197,21 +201,27 @@ def _vit_architecture(tensors: Mapping[str, np.ndarray], source: str, num_heads:
 
 
 def _vit_variant(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Returns `registry.VARIANT`, with DINOv2's initial factors, which no tensor shows.
-
-    The released models with registers resize positions with antialiasing, those without do not; timm always does. Of
-    files with LayerScale, only timm's have no mask token.
-    """
+    """Returns `registry.VARIANT`, with DINOv2's initial factors, which no tensor shows."""
     tokens = tensors.get("register_tokens")
     registers = 0 if tokens is None else tokens.shape[1] if tokens.ndim == 3 else 1
     scaled = any(re.fullmatch(r"blocks\.\d+\.ls1\.gamma", name) for name in tensors)
+    mask_token = "mask_token" in tensors
     return {
         "registers": registers,
         "layer_scale": LAYER_SCALE if scaled else 0.0,
         "ffn": "swiglu" if any(".mlp.w12." in name for name in tensors) else "mlp",
-        "antialias": registers > 0 or (scaled and "mask_token" not in tensors),
-        "mask_token": "mask_token" in tensors,
+        "antialias": assumed_antialias(registers, scaled, mask_token),
+        "mask_token": mask_token,
     }
+
+
+def assumed_antialias(registers: int, scaled: bool, mask_token: bool) -> bool:
+    """Returns whether a ViT resizes positions with antialiasing, if its file does not say so.
+
+    Released models with registers do, those without do not; timm always does. Of files with LayerScale, only timm's
+    have no mask token.
+    """
+    return registers > 0 or (scaled and not mask_token)
 
 
 def _default_heads(embed_dim: int, depth: int, source: str) -> int:
@@ -250,6 +260,19 @@ def _resnet_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict
     return architecture_card(arch, in_channels=stem.shape[1], image_size=224)
 
 
+def _xcit_architecture(tensors: Mapping[str, np.ndarray], source: str) -> dict[str, Any]:
+    embed_dim = tensors["cls_attn_blocks.0.attn.qkv.weight"].shape[-1]
+    depth = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
+    convolutions = len({name.split(".")[2] for name in tensors if name.startswith("patch_embed.proj.")})
+    arch, first = xcit_name(embed_dim, depth), tensors["patch_embed.proj.0.0.weight"]
+    if arch is None or first.ndim != 4 or 2**convolutions not in XCIT.patch_sizes:
+        raise UserError(
+            f"{source} is an XCiT of width {embed_dim} and depth {depth} with {convolutions} convolutions, "
+            f"which is none of {', '.join(names_of(XCIT))}: give one of those"
+        )
+    return architecture_card(arch, patch_size=2**convolutions, in_channels=first.shape[1], image_size=224)
+
+
 def _shapes(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
     variables = jax.eval_shape(module.init, jax.random.key(0), jax.ShapeDtypeStruct(shape, jnp.float32))
     return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
@@ -274,9 +297,14 @@ def _name(path: tuple[str, ...], tree: Mapping[str, Any]) -> str:
     single = "mlp_0" in tree and "mlp_1" not in tree  # ... but a plain layer if it has only one
     rules: list[tuple[str, Any]] = [
         (r"^layer(\d)_(\d+)\.", r"layer\1.\2."),
+        (r"^block(\d+)\.", r"blocks.\1."),
+        (r"^cls_attn_block(\d+)\.", r"cls_attn_blocks.\1."),
+        (r"^patch_embed_(conv|bn)(\d)\.", lambda m: f"patch_embed.proj.{2 * int(m[2])}.{int(m[1] == 'bn')}."),
+        (r"^pos_embedder\.", "pos_embeder.token_projection."),  # spelled so there
+        (r"\.(gamma\d)\.gamma$", r".\1"),
         (r"downsample_conv", "downsample.0"),
         (r"downsample_bn", "downsample.1"),
-        (r"^patch_embed\.", "patch_embed.proj."),
+        (r"^patch_embed\.(?!proj)", "patch_embed.proj."),
         (r"^mlp_(\d+)\.", lambda m: "mlp." if single else f"mlp.{stride * int(m[1])}."),
         (r"^bn_(\d+)\.", lambda m: f"mlp.{stride * int(m[1]) + 1}."),
         (r"(kernel|scale)$", "weight"),

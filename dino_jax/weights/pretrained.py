@@ -37,7 +37,7 @@ def resized(pretrained: Pretrained, image_size: int) -> Pretrained:
         raise UserError(f"image_size {image_size} is not a multiple of the patch size {patch or 1}: change image_size")
     preprocessing = trained | {"resize": round(trained["resize"] * image_size / trained["crop"]), "crop": image_size}
     pretrained = _described(pretrained, {"image_size": image_size}, preprocessing)
-    if not patch:
+    if not patch or not family_of(architecture["arch"]).learned_positions:
         return pretrained
     side, variant = image_size // patch, variant_on_card(architecture)
     how = {"antialias": variant["antialias"], "offset": variant["pos_offset"]}

@@ -1,7 +1,8 @@
-"""DINOv2's ViTs in timm: maps tensor names to and from the official ones, where the two differ.
+"""DINOv2's ViTs and XCiTs in timm: maps tensor names to and from the official ones, where the two differ.
 
 Other ViTs have the same names in both. timm has no mask token, names registers and SwiGLU differently, and, in models
-with registers, stores the position of CLS as part of the CLS token.
+with registers, stores the position of CLS as part of the CLS token. It splits query, key and value in an XCiT's class
+attention.
 """
 
 import re
@@ -13,12 +14,18 @@ from dino_jax.weights.official import renamed
 
 REGISTERS = {"reg_token": "register_tokens"}
 SWIGLU = {"mlp.fc1.": "mlp.w12.", "mlp.fc2.": "mlp.w3."}
+XCIT = {"pos_embed.token_projection.": "pos_embeder.token_projection."}
+CLASS_ATTENTION = re.compile(r"(cls_attn_blocks\.\d+\.attn\.)(q|k|v|qkv)(\..*)")
 
 
 def to_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """timm's names -> official names; names that are the same in both, and others, stay."""
-    names = (REGISTERS if "reg_token" in tensors else {}) | (SWIGLU if _has_packed_swiglu(tensors) else {})
+    names = REGISTERS | XCIT | (SWIGLU if _has_packed_swiglu(tensors) else {})
     official = _renamed(tensors, names)
+    for name in [name for name in official if (found := CLASS_ATTENTION.fullmatch(name)) and found[2] == "q"]:
+        parts = [CLASS_ATTENTION.sub(rf"\g<1>{part}\3", name) for part in "qkv"]
+        if all(part in official for part in parts):
+            official[CLASS_ATTENTION.sub(r"\1qkv\3", name)] = np.concatenate([official.pop(part) for part in parts])
     positions = official.get("pos_embed")
     if "reg_token" in tensors and positions is not None and positions.ndim == 3:
         nothing = np.zeros_like(positions[:, :1])  # the position of CLS is in its token
@@ -32,7 +39,10 @@ def from_official(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     if "register_tokens" in kept:
         positions = kept["pos_embed"]
         kept |= {"cls_token": kept["cls_token"] + positions[:, :1], "pos_embed": positions[:, 1:]}
-    return _renamed(kept, {official: timm for timm, official in (REGISTERS | SWIGLU).items()})
+    for name in [name for name in kept if CLASS_ATTENTION.fullmatch(name)]:
+        parts = np.split(kept.pop(name), 3)
+        kept |= {CLASS_ATTENTION.sub(rf"\g<1>{part}\3", name): x for part, x in zip("qkv", parts, strict=True)}
+    return _renamed(kept, {official: timm for timm, official in (REGISTERS | XCIT | SWIGLU).items()})
 
 
 def _has_packed_swiglu(tensors: Mapping[str, np.ndarray]) -> bool:
@@ -44,7 +54,5 @@ def _has_packed_swiglu(tensors: Mapping[str, np.ndarray]) -> bool:
 
 def _renamed(tensors: Mapping[str, np.ndarray], names: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Replaces parts of names."""
-    if not names:
-        return dict(tensors)
     pattern = re.compile("|".join(map(re.escape, names)))
     return renamed(tensors, lambda name: pattern.sub(lambda found: names[found[0]], name))

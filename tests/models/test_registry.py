@@ -33,7 +33,7 @@ def test_every_architecture_does_what_its_family_says(arch):
     assert tokens.registers.shape == (2, 0, module.embed_dim)
     assert tokens.patches.shape == (2, rows * columns, module.embed_dim)
     assert family.input_layer in variables["params"]
-    assert ("pos_embed" in variables["params"]) == family.square_patches
+    assert ("pos_embed" in variables["params"]) == family.learned_positions
     blocks = 2 if family.block_tokens else 1
     assert jax.tree.map(jnp.shape, shapes("last_blocks", blocks)) == [jax.tree.map(jnp.shape, tokens)] * blocks
     assert hasattr(module, "last_attention") == family.attention_maps
@@ -111,6 +111,7 @@ def test_a_vit_of_a_named_ones_sizes_is_that_one():
         ("vit", ANY | {"num_heads": 5}, "embed_dim 48 is not a multiple of model.num_heads 5: set --config.model.num"),
         ("vit_small", {"depth": 4}, r"model.depth=4 is set: set --config.model.arch=vit, or --config.model.depth=0"),
         ("resnet18", {"num_heads": 4}, "model.arch=resnet18 has fixed sizes"),
+        ("xcit_small_12", {"patch_size": 14}, "no patch size 14: set --config.model.patch_size to 8 or 16"),
         ("vit_huge", {}, "unknown architecture 'vit_huge': set --config.model.arch to one of vit_nano"),
     ],
 )

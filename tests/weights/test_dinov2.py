@@ -200,6 +200,23 @@ def test_metadata_says_how_positions_are_resized(saved, tmp_path):
         load.load_weights(tmp_path / "odd.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("kind", "changes", "form", "said"),
+    [
+        ("mlp", {}, "official", False),
+        ("reg4", {}, "official", False),
+        ("reg4", {}, "timm", False),
+        ("mlp", {}, "timm", True),  # read back as timm's, which antialiases
+        ("mlp", {"mask_token": False}, "official", True),
+        ("mlp", {"pos_offset": 0.0}, "official", True),
+        ("reg4", {"antialias": False}, "official", True),
+    ],
+)
+def test_what_a_pth_file_cannot_say_of_positions_is_said(kind, changes, form, said):
+    assert convert._resizes_otherwise(card_of(kind, **changes), form) == said
+    assert not convert._resizes_otherwise({"arch": "resnet18"}, form)
+
+
 def test_a_damaged_card_is_named(tmp_path):
     source = {"architecture": card_of("mlp"), "preprocessing": {}, "provenance": {}}
     assert source["architecture"].keys() >= VARIANT.keys()

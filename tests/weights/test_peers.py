@@ -59,7 +59,7 @@ def vit_model(transformers):
     return randomized(transformers.ViTModel(transformers.ViTConfig(**shape, layer_norm_eps=1e-6)))
 
 
-def randomized_resnet(model):
+def randomized_convnet(model):
     """The same with the statistics of a photograph in its batch norms."""
     for module in randomized(model).modules():
         module.momentum = None  # the average of what has been seen
@@ -118,10 +118,29 @@ def test_resnet50_from_its_file(timm, torch, folder, library):
     else:
         model = import_torchvision().models.resnet50()
         model.fc = torch.nn.Identity()
-    randomized_resnet(model)
+    randomized_convnet(model)
     torch.save(model.state_dict(), folder / f"{library}.pth")
     images = photograph(224)
     assert_same_features(load_backbone(folder / f"{library}.pth")(images), run(model, images))
+
+
+XCITS = [("small_12", 16), ("small_12", 8), ("medium_24", 16), ("medium_24", 8)]
+
+
+@pytest.mark.parametrize(("size", "patch"), XCITS)
+def test_timm_xcit_from_and_to_its_file(timm, folder, size, patch):
+    from safetensors.torch import load_file, save_file
+
+    model = randomized_convnet(timm.create_model(f"xcit_{size}_p{patch}_224", num_classes=0))
+    source = folder / f"xcit_{size}_{patch}.safetensors"
+    save_file(model.state_dict(), source)
+    backbone = load_backbone(source)
+    assert (backbone.config["arch"], backbone.patch_size) == (f"xcit_{size}", patch)
+    for image in (photograph(128), photograph(128)[:, :96]):
+        assert_same_features(backbone(image), run(model.forward_features, image))
+    tensors = load_file(convert(source, folder / f"back_{source.name}", "timm"))
+    counters = {name: tensor for name, tensor in tensors.items() if name.endswith("num_batches_tracked")}
+    assert_equal(tensors, model.state_dict() | counters)
 
 
 def test_transformers_vit_from_its_folder(vit_model, folder):
@@ -190,7 +209,7 @@ def test_transformers_prepares_images_as_our_card_says(transformers, ours, for_t
 def test_our_resnet_in_timm(timm, folder):
     from safetensors.torch import load_file, save_file
 
-    model = randomized_resnet(timm.create_model("resnet18", num_classes=0))
+    model = randomized_convnet(timm.create_model("resnet18", num_classes=0))
     save_file(model.state_dict(), folder / "resnet18.safetensors")
     ours = convert(folder / "resnet18.safetensors", folder / "resnet18", "orbax")
     tensors = load_file(convert(ours, folder / "resnet18_for_timm.safetensors", "timm"))
