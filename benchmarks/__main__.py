@@ -12,6 +12,7 @@ import sys
 from benchmarks import environment
 
 GPU = (
+    ("ceilings",),
     (
         "step",
         "--arch=vit_small,vit_base",
@@ -22,7 +23,7 @@ GPU = (
     ("crops", "--batch=64", "--repeats=20"),
     ("loss", "--repeats=10"),
 )
-CPU = (("step",), ("crops",), ("loss",), ("input",), ("startup",), ("linear",))
+CPU = (("ceilings",), ("step",), ("crops",), ("loss",), ("input",), ("startup",), ("linear",))
 
 
 def main() -> None:

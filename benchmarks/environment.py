@@ -45,7 +45,15 @@ def describe() -> str:
         f"{datetime.date.today()}, {jax.device_count()} x {device.device_kind}, {os.cpu_count()} cores ({cpu}), "
         f"Python {platform.python_version()}, {', '.join(_versions())}"
         + (f", GLIBC_TUNABLES={os.environ['GLIBC_TUNABLES']}" if "GLIBC_TUNABLES" in os.environ else "")
+        + _huge_pages()
     )
+
+
+def _huge_pages() -> str:
+    """Who gets transparent huge pages on Linux: always, those that ask (madvise; with GLIBC_TUNABLES we do), or never."""
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
+    return f", huge pages: {found[1]}" if found else ""
 
 
 def _vector_instructions(cpuinfo: list[str]) -> list[str]:

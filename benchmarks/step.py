@@ -6,7 +6,8 @@
 The train step is the real one: crops made on the device from uint8 canvases (2 x 224 and 8 x 96), student, teacher,
 loss with K = 65,536, gradients, clip, AdamW, teacher and center. float32 on a CPU, bfloat16 elsewhere. The peer is
 `benchmarks/torch_peer.py`. Both run on one device (of a CPU all cores). `--batch=largest` looks for the largest power
-of two from 64 on that fits, for each by itself. First: seconds of the first call, which compiles.
+of two from 64 on that fits, for each by itself. First: seconds of the first call, which compiles. A percentage is the
+row's FLOP/s as a share of what each one's own matrix products reach on this machine (`benchmarks/ceilings.py`).
 """
 
 import json
@@ -18,9 +19,9 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import environment
+from benchmarks import ceilings, environment
 from dino_jax.distributed import sharding
-from dino_jax.training.flops import peak_flops
+from dino_jax.training.flops import count_flops, peak_flops
 from dino_jax.training.setup import DeviceBatch, build_setup, flops_per_image, init_state
 from dino_jax.training.step import compile_lowered, lower_step
 
@@ -62,7 +63,7 @@ def ours_features(arch: str, batch: int, program: str):
     images = jax.random.normal(jax.random.key(0), (batch, 224, 224, 3))
     variables = jax.jit(backbone.init)(jax.random.key(1), images[:1])
     apply = jax.jit(lambda variables, images: backbone.apply(variables, images).cls)
-    return lambda: jax.block_until_ready(apply(variables, images)), None
+    return lambda: jax.block_until_ready(apply(variables, images)), count_flops(apply, variables, images[:1])
 
 
 def theirs(stage: str, arch: str, batch: int, compiled: bool):
@@ -86,7 +87,7 @@ def measure(who: str, stage: str, arch: str, batch: int, repeats: int) -> dict:
     run()
     first = time.perf_counter() - start
     rate = batch / environment.median_seconds(run, repeats)
-    found = {"images_per_second": rate, "first": first, "gib": peak_gib(ours)}
+    found = {"images_per_second": rate, "first": first, "gib": peak_gib(ours)} | ({"flops": work} if work else {})
     peak = peak_flops(jax.devices()[0]) if ours else None
     if peak and work:
         found["mfu"] = rate * work / peak
@@ -122,7 +123,19 @@ def show(found: dict, asked: str) -> str:
         return found["error"]
     batch = f"{found['batch']}: " if asked == "largest" else ""
     mfu = f", MFU {found['mfu']:.0%}" if "mfu" in found else ""
-    return f"{batch}{found['images_per_second']:.2f} ({found['gib']:.2f} GiB, first {found['first']:.1f} s{mfu})"
+    share = f", {found['share']:.0%}" if "share" in found else ""
+    return f"{batch}{found['images_per_second']:.2f} ({found['gib']:.2f} GiB, first {found['first']:.1f} s{mfu}{share})"
+
+
+def with_shares(cells: list[dict], arch: str, reach: dict[tuple[str, str], float | None]) -> list[dict]:
+    """Adds to each cell its FLOP/s as a share of its own products. The peer does the same work as ours, the first."""
+    work = cells[0].get("flops")
+    shared = []
+    for i, found in enumerate(cells):
+        most = reach.get((arch, "xla" if i < len(OURS.value) else "torch"))
+        known = work and most and "images_per_second" in found
+        shared.append(found | ({"share": found["images_per_second"] * work / (most * 1e9)} if known else {}))
+    return shared
 
 
 def main(argv: list[str]) -> None:
@@ -132,11 +145,19 @@ def main(argv: list[str]) -> None:
         return
     print(f"{environment.describe()}; images/s (peak memory, first call), median of {REPEATS.value}\n")
     columns = [*OURS.value, *PEERS.value]
+    reach = {
+        (arch, who): ceilings.products(who, arch)
+        for arch in ARCH.value
+        for who in ("xla", *(["torch"] if PEERS.value else []))
+    }
+    for (arch, who), found in reach.items():
+        print(f"products of {arch} in {who}: {found or float('nan'):,.0f} GFLOP/s")
+    print()
     names = [f"ours, {program}" for program in OURS.value] + [f"PyTorch {peer}" for peer in PEERS.value]
     print(f"| stage | batch | {' | '.join(names)} | ours / best peer |\n|---|---|{'---|' * len(columns)}---|")
     stages = [("train", arch, batch) for arch in ARCH.value for batch in BATCH.value]
     for stage, arch, batch in stages + [("features", arch, str(FEATURE_BATCH)) for arch in ARCH.value]:
-        found = [cell(who, stage, arch, batch) for who in columns]
+        found = with_shares([cell(who, stage, arch, batch) for who in columns], arch, reach)
         rates = [f.get("images_per_second", 0) for f in found]
         ours, peer = max(rates[: len(OURS.value)]), max(rates[len(OURS.value) :], default=0)
         ratio = f"{ours / peer:.2f}" if peer else ""
