@@ -50,7 +50,7 @@ def describe() -> str:
 
 
 def _huge_pages() -> str:
-    """Who gets transparent huge pages on Linux: always, those that ask (madvise; with GLIBC_TUNABLES we do), or never."""
+    """Who gets transparent huge pages on Linux: all (always), who asks (madvise; GLIBC_TUNABLES does), or nobody."""
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     found = re.search(r"\[(\w+)\]", setting.read_text()) if setting.exists() else None
     return f", huge pages: {found[1]}" if found else ""

@@ -27,7 +27,7 @@ from dino_jax.distributed import fsdp, sharding
 from dino_jax.errors import UserError
 from dino_jax.training.config_checks import check_config
 from dino_jax.training.flops import peak_flops
-from dino_jax.training.setup import abstract_state, build_setup, flops_per_image
+from dino_jax.training.setup import abstract_state, build_setup, flops_per_image, share_unit
 from dino_jax.training.step import lower_step
 
 USAGE = "[--topology=CHIP:SHAPE] [--config=RECIPE] [--config.KEY=VALUE ...]"
@@ -111,12 +111,13 @@ def make_plan(config: ConfigDict, mesh: Mesh, chip: Chip, slices: int, utilizati
     program = compile_step(config, mesh)
     peak = peak_bytes(program)
     fits = None
-    smaller = share // 2 // config.accum_steps * config.accum_steps
+    unit = share_unit(config)
+    smaller = share // 2 // unit * unit
     if smaller:
         half = config.copy_and_resolve_references()
         half.batch_size = smaller * chips
         peaks = {share: peak, smaller: peak_bytes(compile_step(half, mesh))}
-        fits = images_that_fit(peaks, chip.memory * (1 - RESERVED), config.accum_steps)
+        fits = images_that_fit(peaks, chip.memory * (1 - RESERVED), unit)
     setup = build_setup(config, steps_per_epoch=1_000)
     flops = flops_per_image(setup) * share
     parameters = sum(x.size for x in jax.tree.leaves(abstract_state(setup, mesh).student))

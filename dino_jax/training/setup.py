@@ -171,6 +171,11 @@ def mask_settings(config: ConfigDict) -> masks.MaskSettings:
     )
 
 
+def share_unit(config: ConfigDict) -> int:
+    """Returns the number that a device's share of a batch must be a multiple of."""
+    return config.accum_steps * (config.dinov2.group_images if config.method == "dinov2" else 1)
+
+
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:
     """Returns the shapes, dtypes and shardings of a global batch."""
     B, side = config.batch_size, config.data.canvas_size
