@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install install-dev install-peers demo test test-fast check format bench chaos wheel wheel-test clean
+.PHONY: install install-dev install-peers demo test test-fast test-beam check format bench chaos wheel wheel-test clean
 
 install: .venv/.installed
 install-dev: .venv/.installed-dev
@@ -34,6 +34,15 @@ test: install-dev  ## the whole test suite
 test-fast: install-dev  ## what takes less than seconds a test, for work in progress
 	$(BIN)/python -m pytest -m "not slow"
 
+# Beam 2.77 needs older Pillow, protobuf and pyarrow than the other libraries, so it does not go into .venv.
+.venv-beam/.installed: requirements.txt requirements-beam.txt
+	$(PYTHON) -m venv .venv-beam
+	.venv-beam/bin/python -m pip install --quiet -r requirements.txt -r requirements-beam.txt
+	touch $@
+
+test-beam: .venv-beam/.installed  ## what runs on Apache Beam, in an environment of its own
+	PYTHONPATH=. .venv-beam/bin/python -m pytest tests/data/test_beam.py
+
 check: install-dev  ## lint, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -57,4 +66,4 @@ wheel-test: install-dev  ## the wheel in a fresh environment, outside the checko
 	.ci/wheel
 
 clean:
-	rm -rf .venv build dist dino_jax.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf .venv .venv-beam build dist dino_jax.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -20,9 +20,10 @@ from ml_collections import ConfigDict
 from benchmarks import environment
 from dino_jax import atomic, recipes
 from dino_jax.commands.demo import knn_top1, untrained
-from dino_jax.data.examination import check, summarize
+from dino_jax.data.examination import check
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
+from dino_jax.data.summary import summarize
 from dino_jax.distributed.processes import set_cpu_device_count
 from dino_jax.report.crops import load_crops, picture
 from dino_jax.suggest import measure

@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config.seed = 0  # for the initial weights, data order, crops and drop paths
     config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 per GPU, 8 GPUs]
     config.epochs = 100.0  # passes over the data; fractions are rounded to whole steps
-    config.method = "dino"  # how student and teacher learn: dino
+    config.method = "dino"  # how student and teacher learn: dino | dinov2
     # Number of parts of a device's batch that are computed one after another to save memory. Batch norm sees one part.
     config.accum_steps = 1
     # Devices that each large parameter is split over (with its moments and its teacher), for models that are too large
@@ -61,11 +61,12 @@ def get_config() -> ConfigDict:
     config.head.use_bn = False  # batch norm in the hidden layers
     config.head.norm_last_layer = True  # fix the gain of the prototypes at 1: more stable, slightly worse in long runs
 
-    config.dino = ConfigDict()  # targets, teacher and center
+    config.dino = ConfigDict()  # targets, teacher and center, also of DINOv2
     config.dino.student_temp = 0.1  # temperature of the student's softmax
     config.dino.teacher_temp = 0.04  # after the warmup; 0.07 with a warmup for long runs
     config.dino.warmup_teacher_temp = 0.04  # at the start; rises linearly to teacher_temp
     config.dino.warmup_teacher_temp_epochs = 0.0  # length of that warmup
+    config.dino.teacher_temp_changes = "epoch"  # how often it rises: every epoch | step
     config.dino.teacher_momentum = 0.996  # weight of the old teacher in each update; 0.9995 for batch 256 [C]
     config.dino.teacher_momentum_end = 1.0  # reached on a cosine at the last step
     config.dino.center_momentum = 0.9  # of the moving average of the teacher's logits
@@ -76,18 +77,38 @@ def get_config() -> ConfigDict:
     config.dino.centering = True  # False: outputs collapse to one prototype
     config.dino.sharpening = True  # False: the teacher uses the student's temperature, and outputs become uniform
 
+    config.dinov2 = ConfigDict()  # only for method dinov2
+    # center (moving average, as in DINO) | sinkhorn (all prototypes get the same share of each batch)
+    config.dinov2.targets = "center"
+    # Images, consecutive in the global batch, that stand for a GPU of the official code: masks and drop paths are drawn
+    # for them together, and KoLeo compares them. It must divide the images that a device computes at a time.
+    config.dinov2.group_images = 16
+    config.dinov2.mask_probability = 0.5  # share of the global crops that the student sees with a mask
+    config.dinov2.mask_ratio = (0.1, 0.5)  # range of the share of patches that are masked in them
+    config.dinov2.separate_head = False  # patches have a head of their own, with the next two sizes
+    config.dinov2.patch_out_dim = 65_536  # number of its prototypes
+    config.dinov2.patch_bottleneck_dim = 256  # width of its bottleneck
+
     config.loss_weights = ConfigDict()  # weights of the method's losses, which are logged as loss_NAME
     config.loss_weights.dino = 1.0  # cross-entropy between the teacher's and the student's outputs
+    config.loss_weights.ibot = 1.0  # the same at masked patches; only DINOv2
+    config.loss_weights.koleo = 0.1  # spreads the features of different images; only DINOv2
 
     config.optim = ConfigDict()  # optimizer and its schedules
     config.optim.name = "adamw"  # adamw | sgd | lars
-    config.optim.lr = 5e-4  # peak learning rate for 256 images; scaled by batch_size / 256
+    config.optim.lr = 5e-4  # peak learning rate before scaling by lr_rule
+    config.optim.lr_rule = "linear"  # linear (batch_size / 256) | sqrt (the square root of batch_size / 1024)
     config.optim.min_lr = 1e-6  # learning rate at the end of the cosine; not scaled
     config.optim.warmup_epochs = 10.0  # the learning rate rises linearly from 0
     config.optim.weight_decay = 0.04  # rises on a cosine to weight_decay_end
     config.optim.weight_decay_end = 0.4  # at the last step
-    config.optim.clip_grad = 3.0  # largest norm of a parameter tensor's gradient; 0: no clipping
+    config.optim.clip_grad = 3.0  # largest norm of a gradient; 0: no clipping
+    config.optim.clip_by = "tensor"  # which norm: of each parameter tensor | module (of backbone and heads)
+    config.optim.layer_decay = 1.0  # factor of the learning rate from each layer of a ViT to the one before it
+    config.optim.patch_embed_lr = 1.0  # factor of the learning rate of the patch embedding
     config.optim.freeze_last_layer_epochs = 1.0  # first epochs in which the prototypes are not trained
+    config.optim.freeze_backbone_epochs = 0.0  # first epochs in which only the heads train, on pretrained features
+    config.optim.freeze_by = "gradient"  # how prototypes are not trained: gradient (none, also for Adam) | lr (0)
     # Largest number of steps in a row that are skipped because of a non-finite loss or gradient; more stop the run.
     config.optim.max_skipped = 10
     # Also skip a step whose gradient norm exceeds the 0.99 quantile of the last 1,000 by this factor; 0: never.
@@ -109,6 +130,7 @@ def get_config() -> ConfigDict:
     config.crops.global_blur = (1.0, 0.1)  # probability in the first and in the second global crop
     config.crops.local_blur = 0.5  # probability in a local crop
     config.crops.blur_sigma = (0.1, 2.0)  # range of the standard deviation, pixels
+    config.crops.blur_taps = 0  # 0: Pillow's blur, as in DINO; an odd number: a kernel of so many pixels (DINOv2: 9)
     config.crops.global_solarize = (0.0, 0.2)  # probability in the first and in the second global crop
 
     config.data = ConfigDict()  # images and how they are read

@@ -7,6 +7,7 @@ leaves the old content in place.
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -43,7 +44,8 @@ def file(path: str | Path, way_out: str = WAY_OUT) -> Iterator[Path]:
     Creates parent folders. On any error `path` stays unchanged. Raises UserError like `disk_errors`.
     """
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")  # other processes may write the same file
+    # Others may write the same file, also on machines whose processes have the same numbers.
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with disk_errors(path, way_out):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -19,6 +19,7 @@ from flax import linen as nn
 
 from dino_jax.data.multicrop import Crops
 from dino_jax.health import signals
+from dino_jax.models.head import prototype_logits
 from dino_jax.models.layers import apply_in_training
 
 Params = dict[str, Any]  # {"backbone": ..., "head": ...}; `*_stats` below are the running statistics of batch norm
@@ -138,5 +139,4 @@ class DINO:
 
     def prototypes(self, last_layer: Params, z: jax.Array) -> jax.Array:
         """Unit vectors [..., D] -> logits float32 [..., K], for all the prototypes of last_layer or a part of them."""
-        head: Any = self.head.clone(out_dim=last_layer["weight_v"].shape[0])
-        return head.apply({"params": {"last_layer": last_layer}}, z, method="prototypes")
+        return prototype_logits(self.head, last_layer, z)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 # Libraries that `pip install dino_jax` does not install, and the extra that installs each (pyproject.toml).
 EXTRAS = {
+    "apache_beam": "beam",
     "array_record": "train",
     "av": "video",
     "datasets": "hf",

@@ -110,6 +110,7 @@ def load_run(golden, rule_weights, kind, **changes):
                 "center_momentum": 0.9,
                 "teacher_momentum": c["momentum"],
                 "teacher_momentum_end": 1.0,
+                "teacher_temp_changes": "epoch",
                 "teacher_update": "ema",
                 "centering": True,
                 "sharpening": True,
@@ -117,13 +118,19 @@ def load_run(golden, rule_weights, kind, **changes):
             "optim": {
                 "name": meta["optimizer"],
                 "lr": c["lr"] * 256 / c["batch"],
+                "lr_rule": "linear",
                 "min_lr": c["min_lr"],
                 "warmup_epochs": c["warmup_epochs"],
                 "weight_decay": c["wd"],
                 "weight_decay_end": c["wd_end"],
                 "clip_grad": meta["clip_grad"],
+                "clip_by": "tensor",
+                "layer_decay": 1.0,
+                "patch_embed_lr": 1.0,
                 "skip_above": 0.0,
                 "freeze_last_layer_epochs": meta["freeze_last_layer"],
+                "freeze_by": "gradient",
+                "freeze_backbone_epochs": 0.0,
             },
         }
     )

@@ -27,6 +27,7 @@ FLOORS = (
     "distributed",
     "health",
     "dino",
+    "dinov2",
     "evals",
     "training",
     "suggest",

@@ -132,7 +132,7 @@ def test_every_number_of_a_protocol_has_a_range(protocol):
         (lambda config: config.optim.__delitem__("lr"), "the recipe lacks optim.lr"),
         (lambda config: config.__delitem__("crops"), "the recipe lacks crops"),
         (lambda config: config.loss_weights.__delitem__("dino"), "the recipe lacks loss_weights.dino"),
-        (lambda config: config.loss_weights.__setitem__("ibot", 1.0), "unknown setting loss_weights.ibot"),
+        (lambda config: config.loss_weights.__setitem__("other", 1.0), "unknown setting loss_weights.other"),
         (lambda config: config.evals.__setitem__("rankme", {"every_epochs": 1}), "unknown setting evals.rankme"),
         (lambda config: config.__setitem__("momentum", 0.9), "unknown setting momentum"),
     ],

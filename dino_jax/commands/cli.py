@@ -44,7 +44,8 @@ COMMANDS = {
 }
 HELP = ("--help", "-help", "-h")
 PATHS = ("workdir", "checkpoint", "out", "output", "report")  # flags that are paths
-IN_STORES = {"train": ("workdir",), "evaluate": ("checkpoint", "out")}  # those that may be in an object store
+# Those that may be in an object store.
+IN_STORES = {"train": ("workdir",), "evaluate": ("checkpoint", "out"), "check": ("report",)}
 
 
 class Settings(NamedTuple):

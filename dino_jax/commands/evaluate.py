@@ -6,6 +6,7 @@
     dino-jax evaluate attention --checkpoint=runs/a --config.video=clip.mp4
     dino-jax evaluate attention_jaccard --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
     dino-jax evaluate video_segmentation --checkpoint=runs/a --config.data=/data/DAVIS
+    dino-jax evaluate segmentation --checkpoint=runs/a --config.data=/data/VOCdevkit/VOC2012
     dino-jax evaluate retrieval --checkpoint=runs/a --config.data=/data/revisited --config.dataset=rparis6k
     dino-jax evaluate copy_detection --checkpoint=runs/a --config.data=copydays --config.whitening=yfcc20k
     dino-jax evaluate features --checkpoint=runs/a --config.source=folder:photos
@@ -14,7 +15,7 @@
 
 `dino-jax evaluate PROTOCOL --help` shows the settings of a protocol. Results, settings and the model card are written
 to OUT/results.json. Started on several hosts with --config.distributed.*, as for training, it is one evaluation: the
-hosts share the images, and process 0 writes the results.
+hosts share the images, and process 0 writes the results. --beam extracts features on Apache Beam instead.
 """
 
 import os
@@ -31,10 +32,11 @@ from ml_collections import ConfigDict
 
 from dino_jax import atomic, checkpoints, recipes, storage
 from dino_jax.commands import cli
+from dino_jax.data import beam
 from dino_jax.distributed import consistency, processes
 from dino_jax.distributed.watchdog import Watchdog
 from dino_jax.errors import UserError
-from dino_jax.evals import DIVIDED, PROTOCOLS
+from dino_jax.evals import DIVIDED, PROTOCOLS, features
 from dino_jax.lease import exclusive
 from dino_jax.limits import check_numbers
 from dino_jax.training import config_checks
@@ -51,6 +53,7 @@ def define_flags(arguments: Sequence[str]) -> cli.Settings | None:
     flags.DEFINE_string(
         "out", None, "folder for results.json and pictures, also in a bucket; default: CHECKPOINT/eval/PROTOCOL"
     )
+    flags.DEFINE_string("beam", "", f"{beam.HELP}; for the protocol features")
     named = [
         argument
         for before, argument in zip(["", *arguments], arguments, strict=False)
@@ -80,6 +83,11 @@ def main(arguments: Sequence[str]) -> None:
     processes.set_cpu_device_count(config.get("batch_size", 0), distributed.num_processes)
     processes.initialize(distributed)
     out = flags.FLAGS.out or f"{results_folder(checkpoint)}/eval/{protocol}"
+    if flags.FLAGS.beam:
+        if protocol != "features" or jax.process_count() > 1:
+            raise UserError("--beam is for the protocol features, started by one process: remove it")
+        cli.require_local("--out with --beam", out)
+        features.extract_on_beam(checkpoint, flags.FLAGS.num_heads, config, Path(out), flags.FLAGS.beam)
     with Watchdog(NO_LIMITS, distributed.heartbeat):
         consistency.require_same(lambda: {"protocol": protocol} | consistency.settings(config))
         evaluate(protocol, checkpoint, config, out, flags.FLAGS.num_heads)

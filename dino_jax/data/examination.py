@@ -1,10 +1,9 @@
-"""Reads and decodes every image of a source, as training would, and sums up what it holds."""
+"""Reads and decodes every image of a source, as training would."""
 
 import hashlib
 import io
-from collections import Counter, defaultdict
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import numpy as np
@@ -18,7 +17,6 @@ from dino_jax.data.workers import iterate
 from dino_jax.progress import progress
 
 CHUNK = 64  # images that a worker examines per task
-LEAST_STD = 1e-4  # for channels that are constant
 SAMPLED = 256  # values of a deep image that are kept for percentiles
 
 
@@ -57,48 +55,18 @@ def examine(source: Source, record: int, canvas_size: int, pixels: Pixels) -> Fi
     return Finding(record, "", kind, size, _digest(image), _moments(canvas[: size[0], : size[1]]), values)
 
 
+def examine_all(source: Source, records: range, canvas_size: int, pixels: Pixels) -> list[Finding]:
+    """Examines some images."""
+    return [examine(source, record, canvas_size, pixels) for record in records]
+
+
 def check(source: Source, *, canvas_size: int, pixels: Pixels, workers: int) -> list[Finding]:
     """Examines every image, in the source's order. workers: number of processes; 0 uses only this one."""
     total = len(source)
     chunks = [range(start, min(start + CHUNK, total)) for start in range(0, total, CHUNK)]
-    examine_chunk = partial(_examine_all, source, canvas_size=canvas_size, pixels=pixels)
+    examine_chunk = partial(examine_all, source, canvas_size=canvas_size, pixels=pixels)
     with iterate(grain.MapDataset.source(chunks).map(examine_chunk), workers) as results:
         return [finding for part in progress(results, total, "check", size=len) for finding in part]
-
-
-def summarize(source: Source, findings: list[Finding]) -> dict[str, Any]:
-    """Builds the report, as plain JSON: `bad` as name -> reason, `duplicates` as lists of names, and counts."""
-    good = [finding for finding in findings if not finding.problem]
-    names_by_digest = defaultdict(list)
-    for finding in good:
-        names_by_digest[finding.digest].append(source.name(finding.record))
-    deep = [finding.values for finding in good if finding.values]
-    shapes = np.array([finding.size for finding in good]).reshape(-1, 2)
-    return {
-        "images": len(findings),
-        "classes": source.num_classes,
-        "kinds": dict(Counter(finding.kind for finding in good).most_common()),
-        "sizes": {
-            name: {"least": int(sides.min()), "median": int(np.median(sides)), "most": int(sides.max())}
-            for name, sides in {"height": shapes[:, 0], "width": shapes[:, 1]}.items()
-            if len(good)
-        },
-        "statistics": dict(zip(("mean", "std"), map(list, mean_and_std(good)), strict=True)) if good else {},
-        "values": _summary(deep) if deep else {},
-        "duplicates": [names for names in names_by_digest.values() if len(names) > 1],
-        "bad": {source.name(finding.record): finding.problem for finding in findings if finding.problem},
-    }
-
-
-def mean_and_std(findings: list[Finding]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Returns data.mean and data.std of the images that can be used, by channel: each image has the same weight."""
-    moments = np.mean([finding.moments for finding in findings if finding.moments is not None], axis=0)
-    std = np.sqrt(np.maximum(moments[1] - moments[0] ** 2, 0))
-    return tuple(map(_rounded, moments[0])), tuple(map(_rounded, std.clip(LEAST_STD)))
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.4g}")  # deep images may fill a small part of their range
 
 
 def _moments(pixels: np.ndarray) -> list[list[float]]:
@@ -133,20 +101,6 @@ def _look(image: bytes | np.ndarray, pixels: Pixels) -> tuple[str, Values | None
 def _values(array: np.ndarray, pixels: Pixels) -> Values:
     some = array.reshape(-1)[:: max(1, array.size // SAMPLED)]
     return Values(float(array.min()), float(array.max()), white_of(array.dtype, pixels), some.astype(float).tolist())
-
-
-def _summary(deep: list[Values]) -> dict[str, Any]:
-    pooled = np.concatenate([values.some for values in deep])
-    return {
-        "least": min(values.least for values in deep),
-        "most": max(values.most for values in deep),
-        "white": max(values.white for values in deep),
-        "percentiles": [float(value) for value in np.percentile(pooled, (1, 99))],
-    }
-
-
-def _examine_all(source: Source, records: range, canvas_size: int, pixels: Pixels) -> list[Finding]:
-    return [examine(source, record, canvas_size, pixels) for record in records]
 
 
 def _digest(image: bytes | np.ndarray) -> str:

@@ -113,7 +113,12 @@ def _group_crops(keys: jax.Array, planes: jax.Array, sizes: jax.Array, group: Gr
             crop = jnp.where(grayed < crops.grayscale, photometric.gray(crop), crop)
         if max(group.blur) > 0:
             sigma = crops.blur_sigma[0] + sigma * (crops.blur_sigma[1] - crops.blur_sigma[0])
-            matrix = photometric.blur_matrix(group.size, jnp.where(blurred < blur, sigma, 0.0))
+            sigma = jnp.where(blurred < blur, sigma, 0.0)
+            matrix = (
+                photometric.kernel_matrix(group.size, sigma, crops.blur_taps)
+                if crops.blur_taps
+                else photometric.blur_matrix(group.size, sigma)
+            )
             crop = jnp.einsum("oh,hcw->ocw", matrix, crop, precision=PRECISION)
             crop = jnp.einsum("hcw,pw->hcp", crop, matrix, precision=PRECISION)
         if max(group.solarize) > 0 and picture:

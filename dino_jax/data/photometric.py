@@ -126,6 +126,20 @@ def blur_matrix(size: int, sigma: jax.Array | float) -> jax.Array:
     return jnp.einsum("ij,jk,kl->il", box, box, box, precision=jax.lax.Precision.HIGHEST)
 
 
+def kernel_matrix(size: int, sigma: jax.Array | float, taps: int) -> jax.Array:
+    """Returns torchvision's gaussian_blur along one axis as a matrix, float32 `[size, size]`.
+
+    A Gaussian sampled at an odd number of taps and normalized; the edge is reflected, without the edge pixel itself.
+    `sigma` is in pixels; 0 gives the identity.
+    """
+    offsets = jnp.arange(taps) - taps // 2
+    weights = jnp.exp(-0.5 * jnp.square(offsets / jnp.maximum(sigma, 1e-3)))
+    sources = jnp.abs(jnp.arange(size)[:, None] + offsets)  # reflected at 0, then at the other end
+    sources = (size - 1) - jnp.abs((size - 1) - sources)
+    matrix = jnp.zeros((size, size)).at[jnp.arange(size)[:, None], sources].add(weights)
+    return matrix / weights.sum()
+
+
 def solarize(image: jax.Array) -> jax.Array:
     """Inverts levels from 128 up: min(level, 255 - level), which is the same for integer levels."""
     return jnp.minimum(image, 255.0 - image)

@@ -11,6 +11,7 @@ from dino_jax.evals import (
     probe,
     projection,
     retrieval,
+    segmentation,
     video_segmentation,
 )
 
@@ -23,6 +24,7 @@ PROTOCOLS = {
     "attention": attention,
     "attention_jaccard": attention_jaccard,
     "video_segmentation": video_segmentation,
+    "segmentation": segmentation,
     "retrieval": retrieval,
     "copy_detection": copy_detection,
     "probe": probe,

@@ -10,13 +10,20 @@ writes to runs/a/eval/features
 --config.format=array_record writes features.array_record instead of the .npy: record i is row i, D float32 numbers,
 little-endian. --config.pooling and --config.blocks choose the features. An undecodable image has no row; results.json
 lists its name.
+
+--beam extracts parts of the source on the workers of Apache Beam, into the cache of features that an interrupted run
+resumes from, and writes the same files from them (docs/data.md).
 """
 
 import csv
+import json
 import os
+import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from functools import cache
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,19 +34,22 @@ import numpy as np
 from ml_collections.config_dict import placeholder
 
 from dino_jax import atomic
-from dino_jax.data.sources import Source, open_source
+from dino_jax.data import beam
+from dino_jax.data.sources import Source, names_digest, open_source
 from dino_jax.data.sources.array_record import as_os_error
-from dino_jax.distributed.processes import on_every_process
+from dino_jax.distributed.processes import on_every_process, set_cpu_device_count
 from dino_jax.distributed.sharding import make_mesh
 from dino_jax.errors import UserError
+from dino_jax.evals.common import extraction
 from dino_jax.evals.common.extraction import FeatureTable, cache_for, extract_with_backbone, image_size, undecodable
-from dino_jax.evals.common.feature_cache import WAY_OUT
+from dino_jax.evals.common.feature_cache import WAY_OUT, FeatureCache
 from dino_jax.evals.common.linear_heads import Kind, probe_features
 from dino_jax.limits import COUNT, PIXELS
-from dino_jax.weights.backbone import Backbone
+from dino_jax.weights.backbone import Backbone, load_backbone
 
 POOLINGS = ("cls", "mean", "cls_mean")
 FORMATS = ("npy", "array_record")
+_LOADING = threading.Lock()
 
 
 class FeatureSet(NamedTuple):
@@ -112,11 +122,7 @@ def extract_set(
 
     Features are cached in `out`/features; the rate is None if all were.
     """
-    if not config.source:
-        raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
-    if config.batch_size < 1:
-        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
-    source = on_every_process(lambda: open_source(config.source), size=len)
+    source = on_every_process(lambda: _opened(config), size=len)
     kind = _check_kind(backbone, config.pooling, config.blocks)
     feature_cache, start = cache_for(out, backbone, config, *kind), time.monotonic()
     apply_fn = reader(backbone.model, kind)
@@ -124,6 +130,14 @@ def extract_set(
     computed = feature_cache.computed
     rate = round(computed / (time.monotonic() - start), 1) if computed else None
     return describe(source, table), undecodable(source, table), rate
+
+
+def _opened(config: ml_collections.ConfigDict) -> Source:
+    if not config.source:
+        raise UserError("--config.source is empty: set it to the images, such as folder:/data/photos")
+    if config.batch_size < 1:
+        raise UserError(f"batch_size {config.batch_size}: set --config.batch_size to 1 or more")
+    return open_source(config.source)
 
 
 def describe(source: Source, table: FeatureTable) -> FeatureSet:
@@ -160,6 +174,83 @@ def _check_kind(backbone: Backbone, pooling: str, blocks: int) -> Kind:
     if not 1 <= blocks <= depth:
         raise UserError(f"blocks {blocks}: {backbone.config['arch']} has {depth}, set --config.blocks to 1..{depth}")
     return Kind(blocks, pooling)
+
+
+# --- on Apache Beam --------------------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """What workers need to extract parts of a source. Paths must be the same on all machines."""
+
+    checkpoint: str
+    num_heads: int | None
+    settings: str  # of the protocol, as JSON
+    names: str  # `names_digest` of the source
+    part: int  # images of a part, see `extraction.parts_of`
+    out: Path
+
+
+class Extractor(NamedTuple):
+    """What a job makes of each part."""
+
+    backbone: Backbone
+    config: ml_collections.ConfigDict
+    kind: Kind
+    cache: FeatureCache
+
+
+def extract_on_beam(
+    checkpoint: str, num_heads: int | None, config: ml_collections.ConfigDict, out: Path, options: str
+) -> None:
+    """Extracts the features that are not in the cache of `out` on the workers of Beam, into that cache.
+
+    `run` with the same settings then finds all of them. Raises UserError like `run` and `beam.pipeline`.
+    """
+    source = _opened(config)
+    settings, names = json.dumps(config.to_dict()), names_digest(source)
+    job = Job(checkpoint, num_heads, settings, names, extraction.PART, out.absolute())
+    parts, feature_cache = extraction.parts_of(source, config.batch_size, job.part), _extractor(job).cache
+
+    def missing() -> list[int]:
+        return [number for number, records in enumerate(parts) if not _is_cached(source, records, feature_cache)]
+
+    if wanted := missing():
+        beam.for_each(partial(_extract_part, job=job), wanted, options)
+        beam.require_results(len(wanted) - len(missing()), len(wanted), str(feature_cache.folder))
+
+
+def _is_cached(source: Source, records: np.ndarray, feature_cache: FeatureCache) -> bool:
+    return feature_cache.path(extraction.identities(source, records)).is_file()
+
+
+def _extract_part(number: int, job: Job) -> None:
+    """Extracts the features of a part on a worker, unless they are in the cache."""
+    backbone, config, kind, feature_cache = _extractor(job)
+    source = beam.reopened(config.source, job.names)
+    records = extraction.parts_of(source, config.batch_size, job.part)[number]
+    if _is_cached(source, records, feature_cache):
+        return
+    apply_fn, reading = reader(backbone.model, kind), extraction.reading_of(backbone, config)
+    tables = extraction.extract_parts(
+        apply_fn, backbone.variables, source, [records], f"part {number}", make_mesh(), cache=feature_cache, **reading
+    )
+    deque(tables, maxlen=0)
+
+
+def _extractor(job: Job) -> Extractor:
+    """Loads the backbone, once per process."""
+    with _LOADING:  # some runners use several threads
+        return _loaded(job)
+
+
+@lru_cache(maxsize=1)
+def _loaded(job: Job) -> Extractor:
+    config = ml_collections.ConfigDict(json.loads(job.settings) | {"workers": 0})  # the worker is one of many itself
+    with suppress(RuntimeError):  # JAX is in use: this is the process that started the pipeline
+        set_cpu_device_count(config.batch_size)
+    backbone = load_backbone(job.checkpoint, num_heads=job.num_heads)
+    kind = _check_kind(backbone, config.pooling, config.blocks)
+    return Extractor(backbone, config, kind, cache_for(job.out, backbone, config, *kind))
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -251,8 +251,8 @@ def knn_predict(
 ) -> dict[int, np.ndarray]:
     """Ranks the classes of each test row by the votes of its k nearest training rows.
 
-    A neighbor votes for its class with weight exp(cosine similarity / temperature). Ties go to the lower row and the
-    lower class. Memory does not grow with T * N: see `nearest`.
+    A neighbor votes for its class with weight exp(cosine similarity / temperature), see `class_votes`. Ties go to the
+    lower row and the lower class. Memory does not grow with T * N: see `nearest`.
 
     Args:
         train_features: float [N, D], not necessarily normalized, the same on every process.
@@ -281,8 +281,8 @@ def knn_predict(
         # The last chunk overlaps the previous one, so that one compiled program serves all.
         part = slice(min(start, len(row) - chunk), None)
         for k in ks:
-            votes = _vote(similarity[part, :k][:chunk], classes[part, :k][:chunk], temperature, num_classes)
-            ranked[k].append(np.asarray(votes)[start - part.start :])
+            votes = class_votes(similarity[part][:chunk], classes[part][:chunk], k, temperature, num_classes)
+            ranked[k].append(np.asarray(_best(votes, min(5, k)))[start - part.start :])
     return {k: np.concatenate(parts) for k, parts in ranked.items()}
 
 
@@ -297,10 +297,21 @@ def _check_votes(ks: tuple[int, ...], temperature: float, rows: int) -> None:
             )
 
 
-@partial(jax.jit, static_argnames="num_classes")
-def _vote(similarity: jax.Array, classes: jax.Array, temperature: jax.Array, num_classes: int) -> jax.Array:
-    """Returns the classes with most votes, int32 [t, min(5, k, num_classes)], given [t, k] neighbors, best first."""
-    # Relative to the best, which keeps the order and cannot overflow at any temperature.
-    weight = jnp.exp((similarity - similarity[:, :1]) / temperature)
-    votes = jnp.zeros((len(similarity), num_classes)).at[jnp.arange(len(similarity))[:, None], classes].add(weight)
-    return jax.lax.top_k(votes, min(5, classes.shape[1], num_classes))[1]
+@partial(jax.jit, static_argnames=("k", "num_classes"))
+def class_votes(similarity: jax.Array, classes: jax.Array, k: int, temperature: Any, num_classes: int) -> jax.Array:
+    """Returns the share of each class in the votes of the first k neighbors, float32 [t, num_classes].
+
+    Weights are the softmax of cosine similarity / temperature over all n given neighbors, as in DINOv2's code, so that
+    a row sums to 1 only for k = n. DINO's weights, exp(similarity / temperature), differ by a factor for each query.
+
+    similarity, classes: [t, n], best first.
+    """
+    weight = jax.nn.softmax(similarity / temperature, axis=1)[:, :k]
+    rows = jnp.arange(len(similarity))[:, None]
+    return jnp.zeros((len(similarity), num_classes)).at[rows, classes[:, :k]].add(weight)
+
+
+@partial(jax.jit, static_argnames="most")
+def _best(votes: jax.Array, most: int) -> jax.Array:
+    """Returns the classes with most votes, int32 [t, min(most, classes)], the best first."""
+    return jax.lax.top_k(votes, min(most, votes.shape[1]))[1]

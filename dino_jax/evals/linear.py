@@ -2,7 +2,8 @@
 
 Each step takes one random crop of each image and runs the backbone once; all classifiers ("heads") share its output.
 Heads on the same features differ in the learning rate, which matters most for the result. The official protocol (dino
-`eval_linear.py`) is one head of the default grid and is reported beside the best one.
+`eval_linear.py`) is one head of the default grid and is reported beside the best one. DINOv2's grid differs in the
+learning rates, the order of the channels and the decay by step: docs/evaluation.md has its settings.
 
 Differences from the official code: training crops are resized with bicubic instead of bilinear interpolation and cut
 from a square canvas (see `canvas_size`); batches may span two epochs, so no image is dropped and no batch is smaller.
@@ -30,6 +31,7 @@ from dino_jax.errors import UserError
 from dino_jax.evals.common import multi_label
 from dino_jax.evals.common.extraction import images_in
 from dino_jax.evals.common.linear_heads import (
+    DECAYS,
     POOLINGS,
     EvalRows,
     Probe,
@@ -79,11 +81,14 @@ def default_config() -> ConfigDict:
             "test": "",  # labeled source of the images to classify
             "epochs": 100,  # passes over the training images
             "batch_size": 1024,  # images, over all devices
-            # Initial rates per 256 images, scaled by batch_size / 256; cosine to 0, constant within an epoch.
+            # Initial rates per 256 images, scaled by batch_size / 256; cosine to 0.
             "lr": (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0),
+            "decay": "epoch",  # the rates fall once an epoch, as in DINO, or each step, as in DINOv2
             # Inputs of the heads of a ViT: all combinations of these two. Heads of a convnet read its pooled features.
             "blocks": (1, 4),  # concatenate CLS of this many last blocks, at most all
-            "pooling": "cls,cls_mean",  # CLS alone, or with the mean patch token of the last block
+            # CLS alone, or with the mean patch token of the last block: interleaved as in DINO (cls_mean), or appended
+            # as in DINOv2 (cls_then_mean).
+            "pooling": "cls,cls_mean",
             "scale": (0.08, 1.0),  # of training crops: share of the image's area
             "flip": 0.5,  # probability
             # Sides of training images that are longer than this, in pixels, are squeezed to it before crops are taken,
@@ -106,8 +111,8 @@ def run(backbone: Backbone, config: ConfigDict, out: Path) -> dict[str, Any]:
     epoch are reported beside them.
 
     Returns:
-        The content of results.json: {"figures": {"best", "official" (None if not in the grid), "grid"} (accuracy in
-        percent), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this
+        The content of results.json: {"figures": {"best", "official" (DINO's, or None if absent), "grid"} (accuracy
+        in percent), "settings", "images", "undecodable", "seconds", "images_per_second"}. The last two are of this
         session; the rate is training images over total time.
 
     Raises:
@@ -188,6 +193,8 @@ def _check_values(config: ConfigDict) -> None:
         raise UserError(f"blocks is {config.blocks}: set --config.blocks to numbers of last blocks, like 1,4")
     if not set(config.pooling.split(",")) <= set(POOLINGS):
         raise UserError(f"pooling {config.pooling!r} is unknown: set --config.pooling to some of {','.join(POOLINGS)}")
+    if config.decay not in DECAYS:
+        raise UserError(f"decay {config.decay!r} is unknown: set --config.decay to {' or '.join(DECAYS)}")
     if len(config.scale) != 2 or not 0 < config.scale[0] <= config.scale[1]:
         raise UserError(f"scale is {config.scale}: set --config.scale to a smaller and a larger share, like 0.08,1.0")
     if not 0 <= config.flip <= 1:
@@ -345,7 +352,8 @@ def summary(probe: Probe, history: list[Record]) -> dict[str, Any]:
     for (kind, lr), head in heads.items():
         grid[kind][str(lr)] = head
     best = max(heads.values(), key=lambda head: head[probe.measures[0]])
-    return {"best": best, "official": heads.get((str(probe.official), OFFICIAL_LR)), "grid": grid}
+    official = heads.get((str(probe.official), OFFICIAL_LR)) if probe.config.decay == "epoch" else None
+    return {"best": best, "official": official, "grid": grid}
 
 
 def _head(measures: tuple[str, ...], kind: str, lr: float, measured: list[tuple[float, ...]]) -> dict[str, Any]:
@@ -362,16 +370,16 @@ def table(figures: dict[str, Any]) -> str:
     measures = [name for name in TITLES if name in best]
     lines = [
         f"{TITLES[measures[0]]} after each head's best epoch, percent:",
-        f"{'lr':>10}" + "".join(f"{kind:>12}" for kind in grid),
+        f"{'lr':>10}" + "".join(f"{kind:>17}" for kind in grid),
     ]
     for lr in grid[best["features"]]:
-        lines.append(f"{lr:>10}" + "".join(f"{column[lr][measures[0]]:12.2f}" for column in grid.values()))
+        lines.append(f"{lr:>10}" + "".join(f"{column[lr][measures[0]]:17.2f}" for column in grid.values()))
     titles = "".join(f"{TITLES[name]:>8}" for name in measures)
-    lines.append(f"{'head':>10}{'features':>12}{'lr':>8}{'epoch':>7}{titles}  last:{titles}")
+    lines.append(f"{'head':>10}{'features':>17}{'lr':>8}{'epoch':>7}{titles}  last:{titles}")
     for name, head in (("best", best), ("official", official)):
         if head is not None:
             best_epoch, last = ("".join(f"{one[name]:8.2f}" for name in measures) for one in (head, head["last"]))
-            lines.append(f"{name:>10}{head['features']:>12}{head['lr']:>8}{head['epoch']:>7}{best_epoch}{'':7}{last}")
+            lines.append(f"{name:>10}{head['features']:>17}{head['lr']:>8}{head['epoch']:>7}{best_epoch}{'':7}{last}")
     rates = [float(lr) for lr in grid[best["features"]]]
     if len(rates) > 1 and best["lr"] in (min(rates), max(rates)):
         lines.append(f"the best learning rate is at the end of the grid: extend --config.lr beyond {best['lr']}")

@@ -77,14 +77,29 @@ def high_rate(h: History) -> Cause | None:
     """A learning rate that makes large steps."""
     if h.last("update_ratio") > 0.02 or h.setting("optim.lr", 0) > 0.05:
         lr = h.setting("optim.lr")
-        return Cause(f"the learning rate is too high: {lr:g} for 256 images", "optim.lr", f"{lr / 10:g}")
+        return Cause(f"the learning rate is too high: optim.lr {lr:g}", "optim.lr", f"{lr / 10:g}")
     return None
+
+
+def fresh_heads(h: History) -> Cause | None:
+    """Random heads whose gradients reach pretrained features from the first step on."""
+    if h.setting("optim.freeze_backbone_epochs", 0.0) == 0:
+        return Cause(
+            "new heads train the backbone before they have settled", "optim.freeze_backbone_epochs", "a tenth of epochs"
+        )
+    return None
+
+
+def large_rate(h: History) -> Cause | None:
+    """A learning rate that is too high for pretrained features."""
+    lr = h.setting("optim.lr")
+    return Cause(f"the learning rate is too high for pretrained features: optim.lr {lr:g}", "optim.lr", f"{lr / 3:.2g}")
 
 
 def low_rate(h: History) -> Cause | None:
     """A learning rate that changes nothing."""
     lr = h.setting("optim.lr")
-    return Cause(f"the learning rate is too low: {lr:g} for 256 images", "optim.lr", "5e-4")
+    return Cause(f"the learning rate is too low: optim.lr {lr:g}", "optim.lr", "5e-4")
 
 
 def fixed_teacher(h: History) -> Cause | None:

@@ -14,6 +14,7 @@ from dino_jax.health.causes import Cause
 from dino_jax.health.history import LATELY, History, information
 
 UNIFORM = 0.97  # share of ln K above which the teacher's entropy is that of uniform outputs
+LOST = 0.9  # share of an evaluation of pretrained weights below which it has got worse
 NOTHING = 0.025  # share of ln K below which an entropy, or what a target tells about its image, counts as 0
 
 
@@ -75,8 +76,8 @@ def uniform_collapse(h: History) -> str | None:
         return None
     if h.always("teacher_entropy", low=UNIFORM * h.ln_k) and _same_targets(h):
         return f"entropy {h.last('teacher_entropy'):.3f} of ln K = {h.ln_k:.3f}, KL {h.last('kl'):.3f}"
-    if math.isnan(h.last("teacher_entropy")) and h.always("loss", 0.998 * h.ln_k, 1.002 * h.ln_k):
-        return f"the loss stays at {h.last('loss'):.3f}, ln K for {h.setting('head.out_dim'):,} prototypes"
+    if math.isnan(h.last("teacher_entropy")) and h.always(h.cross_entropy, 0.998 * h.ln_k, 1.002 * h.ln_k):
+        return f"the loss stays at {h.last(h.cross_entropy):.3f}, ln K for {h.setting('head.out_dim'):,} prototypes"
     return None
 
 
@@ -117,10 +118,10 @@ def not_moving(h: History) -> str | None:
 
 def diverging(h: History) -> str | None:
     """Parameters grow without bound, or the loss is above that of uniform outputs."""
-    norms, losses = [row["param_norm"] for row in h.rows if row.get("param_norm")], h.lately("loss")
+    norms, losses = [row["param_norm"] for row in h.rows if row.get("param_norm")], h.lately(h.cross_entropy)
     if len(norms) >= LATELY and min(norms[-LATELY:]) > 4 * norms[0]:
         return f"the norm of the parameters has grown from {norms[0]:.3g} to {norms[-1]:.3g}"
-    if h.always("loss", low=1.3 * h.ln_k):
+    if h.always(h.cross_entropy, low=1.3 * h.ln_k):
         return f"the loss is {losses[-1]:.2f}, and ln K = {h.ln_k:.2f}"
     return None
 
@@ -165,8 +166,19 @@ def too_many_prototypes(h: History) -> str | None:
     return None
 
 
+def features_lost(h: History) -> str | None:
+    """An evaluation is clearly worse than that of the pretrained weights, twice in a row."""
+    if not h.setting("init_from", ""):
+        return None
+    values = {name: h.measured(name) for name in PROGRESS}
+    lost = {name: many for name, many in values.items() if len(many) > 2 and max(many[-2:]) < LOST * many[0]}
+    return ", ".join(f"{name} {many[0]:.1f}, now {many[-1]:.1f}" for name, many in lost.items()) or None
+
+
 def no_progress(h: History) -> str | None:
     """No evaluation is better than that of the network before training."""
+    if features_lost(h):
+        return None
     gains = {name: (values[0], max(values[-2:])) for name in PROGRESS if len(values := h.measured(name)) > 2}
     if gains and all(best <= first for first, best in gains.values()):
         return ", ".join(f"{name} {first:.1f}, now {best:.1f}" for name, (first, best) in gains.items())
@@ -223,6 +235,12 @@ EFFECTS = (
     Effect("overfitting_few_images", "different images are few", overfitting_few_images, (causes.copies, causes.few)),
     Effect("crops_too_alike", "the crops of an image are alike", crops_alike, (causes.no_input, causes.weak_crops)),
     Effect("too_many_prototypes", "prototypes are too many", too_many_prototypes, (causes.many_prototypes,)),
+    Effect(
+        "features_lost",
+        "features are worse than those that the run started from",
+        features_lost,
+        (causes.fresh_heads, causes.large_rate),
+    ),
     Effect(
         "no_progress",
         "features are no better than before training",

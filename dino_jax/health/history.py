@@ -1,7 +1,7 @@
 """What is known of a run: its settings, and the scalars that it logged so far."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 LATELY = 3  # logged rows that have to agree, because one batch is noisy
@@ -41,6 +41,11 @@ class History(NamedTuple):
         prototypes = self.settings.get("head.out_dim")
         return math.log(prototypes) if prototypes else math.nan
 
+    @property
+    def cross_entropy(self) -> str:
+        """The name of the scalar that is ln K for uniform outputs: see `cross_entropy_of`."""
+        return cross_entropy_of(self.rows)
+
     def lately(self, name: str) -> list[float]:
         """Returns a scalar in each of the last `LATELY` rows, NaN where it is missing or null."""
         return [number(row.get(name)) for row in self.rows[-LATELY:]]
@@ -61,6 +66,11 @@ class History(NamedTuple):
     def measured(self, name: str) -> list[float]:
         """Returns a scalar of all evaluations that have it, in order."""
         return [number(row[name]) for row in self.evaluations if name in row]
+
+
+def cross_entropy_of(rows: Sequence[Row]) -> str:
+    """Returns the name of DINO's loss; other terms may be added in "loss", which is all that other programs log."""
+    return "loss_dino" if rows and "loss_dino" in rows[-1] else "loss"
 
 
 def number(value: Any) -> float:

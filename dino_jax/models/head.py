@@ -1,5 +1,7 @@
 """The projection head (Caron et al., 2021, section 3.1): MLP, bottleneck, weight-normalized prototypes."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -69,6 +71,12 @@ class DINOHead(nn.Module):
     def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
         """Backbone features [..., D] -> float32 logits [..., K]."""
         return self.prototypes(self.bottleneck(x, train))
+
+
+def prototype_logits(head: Any, last_layer: dict[str, Any], z: jax.Array) -> jax.Array:
+    """Unit vectors [..., bottleneck] -> logits float32 [..., K], for all the prototypes of last_layer or a part."""
+    part: Any = head.clone(out_dim=last_layer["weight_v"].shape[0])
+    return part.apply({"params": {"last_layer": last_layer}}, z, method="prototypes")
 
 
 def l2_normalize(x: jax.Array, epsilon: float = 1e-12) -> jax.Array:

@@ -47,6 +47,7 @@ class Family:
     learned_positions: bool  # has `pos_embed`, learned for the grid of image_size
     block_tokens: bool  # `last_blocks` returns up to `depth` blocks of one width, not only the last feature map
     attention_maps: bool  # has `last_attention`
+    masks: bool  # `__call__` takes masks of patches
     patch_sizes: tuple[int, ...] = ()  # the only patch sizes of the family; empty: any
 
 
@@ -59,6 +60,7 @@ VIT = Family(
     learned_positions=True,
     block_tokens=True,
     attention_maps=True,
+    masks=True,
 )
 RESNET = Family(
     module=ResNet,
@@ -69,6 +71,7 @@ RESNET = Family(
     learned_positions=False,
     block_tokens=False,
     attention_maps=False,
+    masks=False,
 )
 XCIT = Family(
     module=XCiT,
@@ -79,6 +82,7 @@ XCIT = Family(
     learned_positions=False,
     block_tokens=False,
     attention_maps=False,
+    masks=False,
     patch_sizes=PATCH_SIZES,
 )
 

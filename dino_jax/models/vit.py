@@ -161,15 +161,3 @@ class ViT(nn.Module):
         block = Block(**self._block_settings(), parent=None)
         attention: jax.Array = block.apply({"params": last}, x, method=Block.attention)  # type: ignore[assignment]
         return attention
-
-
-def drop_path_factors(keys: jax.Array, rate: float, depth: int, views: int) -> jax.Array:
-    """Stochastic depth (Huang et al., 2016): factors float32 [depth, 2, B * views], 0 or 1 / keep.
-
-    `keys` [B] has one key per image, so the factors do not depend on how the images are sharded. The rate grows
-    linearly from 0 at the first block to `rate` at the last.
-    """
-    keep = 1 - jnp.linspace(0, rate, depth)[:, None, None]
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (views, depth, 2)))(keys)
-    uniform = uniform.reshape(-1, depth, 2).transpose(1, 2, 0)
-    return (uniform < keep) / keep

@@ -16,7 +16,7 @@ from dino_jax.data.sources import Source, open_source
 from dino_jax.errors import UserError
 from dino_jax.evals.common import pictures
 from dino_jax.health import monitor
-from dino_jax.health.history import information, number, split_rows
+from dino_jax.health.history import cross_entropy_of, information, number, split_rows
 from dino_jax.health.logs import Log, read_log
 from dino_jax.provenance import flat
 from dino_jax.report.charts import Chart, Curve, svg
@@ -128,7 +128,7 @@ def _charts(log: Log) -> list[str]:
     measures, ranks = ("probe_crop_retrieval", "knn_top1_teacher"), ("probe_rankme", "probe_rankme_patch")
     charts = [
         Chart("crop retrieval and k-NN, %", _curves(evaluations, measures, ("crops", "k-NN"))),
-        Chart("loss, nats", _curves(rows, ("loss",)), uniform),
+        Chart("loss, nats", _curves(rows, (cross_entropy_of(rows),)), uniform),
         Chart(
             "entropy of targets, nats",
             _curves(rows, ("teacher_entropy", "mean_target_entropy"), ("each", "of mean")),

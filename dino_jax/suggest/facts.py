@@ -8,9 +8,10 @@ import numpy as np
 
 from dino_jax.data.array_files import read_array
 from dino_jax.data.decoding import MAX_MEMORY, DecodeError, to_canvas
-from dino_jax.data.examination import check, mean_and_std
+from dino_jax.data.examination import check
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import Source, read_example, spread
+from dino_jax.data.summary import mean_and_std, tally
 from dino_jax.errors import UserError
 
 LOOKED_AT = 5_000  # most images that are read
@@ -56,7 +57,7 @@ def of_images(spec: str, source: Source, workers: int) -> Images:
     good = [finding for finding in findings if not finding.problem]
     if not good:
         raise UserError(f"{spec}: none of {len(sample):,} images can be decoded; the first: {findings[0].problem}")
-    mean, std = mean_and_std(good)
+    mean, std = mean_and_std(tally(sample, good))
     deep = [finding.values for finding in good if finding.values]
     return Images(
         source=spec,

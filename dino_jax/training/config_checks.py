@@ -26,9 +26,9 @@ from dino_jax.models.blocks import FFNS
 from dino_jax.models.registry import ARCHITECTURES, SIZES, check_patch_size, check_sizes, family_of
 from dino_jax.provenance import flat
 from dino_jax.training.init_from import ADAPTATIONS
-from dino_jax.training.optimizers import OPTIMIZERS
-from dino_jax.training.schedules import TEACHER_UPDATES
-from dino_jax.training.setup import METHODS
+from dino_jax.training.optimizers import CLIPS, FREEZES, OPTIMIZERS
+from dino_jax.training.schedules import LR_RULES, TEACHER_UPDATES, TEMPERATURE_STEPS
+from dino_jax.training.setup import METHODS, TARGETS, mask_settings
 from dino_jax.training.writers import WRITERS
 
 CHOICES = {
@@ -36,6 +36,11 @@ CHOICES = {
     "method": tuple(METHODS),
     "optim.name": OPTIMIZERS,
     "dino.teacher_update": TEACHER_UPDATES,
+    "dino.teacher_temp_changes": TEMPERATURE_STEPS,
+    "dinov2.targets": TARGETS,
+    "optim.lr_rule": tuple(LR_RULES),
+    "optim.clip_by": CLIPS,
+    "optim.freeze_by": FREEZES,
     "data.dtype": tuple(WHITE),
     "dtype": ("auto", "float32", "bfloat16"),
     "model.attention": ("xla", "cudnn"),
@@ -67,13 +72,21 @@ LIMITS: Limits = {
     "dino.teacher_momentum": SHARE,
     "dino.teacher_momentum_end": SHARE,
     "dino.center_momentum": SHARE,
+    "dinov2.group_images": (2, 1_000_000),
+    "dinov2.mask_probability": SHARE,
+    "dinov2.mask_ratio": SHARE,
+    "dinov2.patch_out_dim": (2, 10_000_000),
+    "dinov2.patch_bottleneck_dim": (1, 1_000_000),
     "optim.lr": Above(0, 1e38),  # what float32 holds
+    "optim.layer_decay": Above(0, 1),
+    "optim.patch_embed_lr": FACTOR,
     "optim.min_lr": FACTOR,
     "optim.weight_decay": FACTOR,
     "optim.weight_decay_end": FACTOR,
     "optim.clip_grad": FACTOR,
     "optim.warmup_epochs": EPOCHS,
     "optim.freeze_last_layer_epochs": EPOCHS,
+    "optim.freeze_backbone_epochs": EPOCHS,
     "optim.max_skipped": COUNT_OR_NONE,
     "optim.skip_above": FACTOR,
     "crops.global_size": PIXELS,
@@ -92,6 +105,7 @@ LIMITS: Limits = {
     "crops.saturation": (0, 100),
     "crops.hue": (0, 0.5),
     "crops.blur_sigma": Above(0, 1_000),
+    "crops.blur_taps": (0, 1_001),
     "data.canvas_size": PIXELS,
     "data.workers": (0, 1_024),
     "data.stall_timeout": SECONDS,
@@ -114,6 +128,8 @@ LIMITS: Limits = {
     "watchdog.seconds": SECONDS,
     "watchdog.slow_seconds": (1, 1e8),
     "loss_weights.dino": (0, 1e6),
+    "loss_weights.ibot": (0, 1e6),
+    "loss_weights.koleo": (0, 1e6),
     "evals.knn.every_epochs": COUNT_OR_NONE,
     "evals.knn.k": COUNT,
     "evals.probe.every_epochs": COUNT_OR_NONE,
@@ -148,6 +164,8 @@ def check_config(config: ConfigDict, devices: int) -> None:
     _check_channels(config)
     _check_model(config)
     _check_batch(config, devices)
+    if config.method == "dinov2":
+        _check_dinov2(config, devices)
     _check_epochs(config)
     if config.eval.crop > config.eval.resize:
         raise UserError(
@@ -194,7 +212,7 @@ def _check_values(config: ConfigDict) -> None:
 def _check_epochs(config: ConfigDict) -> None:
     """Checks that no part of the schedules takes the whole run."""
     longest = f"the run of {config.epochs:g} epochs"
-    for name in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs"):
+    for name in ("optim.warmup_epochs", "optim.freeze_last_layer_epochs", "optim.freeze_backbone_epochs"):
         if (part := _get(config, name)) >= config.epochs:
             raise UserError(
                 f"{name} {part:g} is not shorter than {longest}: set --config.{name} below {config.epochs:g}"
@@ -214,6 +232,13 @@ def _check_crops(crops: ConfigDict) -> None:
             raise UserError(f"crops.{key} has {len(values)} values: set --config.crops.{key} to two, like '(0.1,1.0)'")
         if key in RANGES and values[0] > values[1]:
             raise UserError(f"crops.{key} is {values}: set --config.crops.{key} to a smaller and a larger number")
+
+    smallest = min(crops.global_size, crops.local_size)
+    if crops.blur_taps and (crops.blur_taps % 2 == 0 or crops.blur_taps // 2 >= smallest):
+        raise UserError(
+            f"crops.blur_taps is {crops.blur_taps}: set --config.crops.blur_taps to 0 or to an odd number below "
+            f"{2 * smallest}"
+        )
 
 
 def _check_channels(config: ConfigDict) -> None:
@@ -287,6 +312,32 @@ def _check_batch(config: ConfigDict, devices: int) -> None:
         options = " or ".join(str(size) for size in (below, below + share) if size)
         parts = f"{devices} devices" + (f" x {config.accum_steps} accum_steps" if config.accum_steps > 1 else "")
         raise UserError(f"batch {config.batch_size} does not divide over {parts}: set --config.batch_size to {options}")
+
+
+def _check_dinov2(config: ConfigDict, devices: int) -> None:
+    """Checks what the masks and the groups of images of DINOv2 need."""
+    if not family_of(config.model.arch).masks:
+        raise UserError(
+            f"method=dinov2 masks patches of a ViT, and {config.model.arch} is none: set --config.model.arch to a ViT"
+        )
+    if config.head.use_bn:
+        raise UserError("method=dinov2 has heads without batch norm: set --config.head.use_bn=False")
+    share, group = config.batch_size // (devices * config.accum_steps), config.dinov2.group_images
+    if share % group:
+        raise UserError(
+            f"dinov2.group_images {group} does not divide the {share} images that a device computes at a time: "
+            f"set --config.dinov2.group_images to a divisor of {share}"
+        )
+    low, high = (settings := mask_settings(config)).ratio
+    if low > high:
+        raise UserError(
+            f"dinov2.mask_ratio is {(low, high)}: set --config.dinov2.mask_ratio to a smaller and a larger number"
+        )
+    if settings.bound == 0:
+        raise UserError(
+            f"dinov2.mask_probability {settings.probability} and dinov2.mask_ratio {(low, high)} mask no patch of "
+            f"{settings.patches}: set --config.dinov2.mask_probability or the end of --config.dinov2.mask_ratio higher"
+        )
 
 
 def _get(config: ConfigDict, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""From gradients to updates: per-tensor clip, decay mask, last-layer freeze, and AdamW, SGD or LARS.
+"""From gradients to updates: clipping, decay mask, layer decay, last-layer freeze, and AdamW, SGD or LARS.
 
 `build` makes an optax transformation from *this step's* learning rate and weight decay, so the schedules stay plain
 functions of the step and the optimizer's state holds moments only.
@@ -10,11 +10,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 OPTIMIZERS = ("adamw", "sgd", "lars")
 
-NOT_DECAYED = ("bias", "scale", "gamma")  # biases, norms and LayerScale; cls_token and pos_embed do decay
+CLIPS = ("tensor", "module")  # config.optim.clip_by: DINO's and DINOv2's
+FREEZES = ("gradient", "lr")  # config.optim.freeze_by: DINO's and DINOv2's
+
+NOT_DECAYED = ("bias", "scale", "gamma")  # biases and the gains of norms and of LayerScale; tokens and positions decay
+FIRST_LAYERS = ("patch_embed", "cls_token", "pos_embed", "mask_token", "register_tokens")
 
 
 def map_tensors(fn: Callable[..., jax.Array], *trees: Any) -> Any:
@@ -51,6 +56,60 @@ def clip_by_tensor_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.stateless(lambda updates, params: map_tensors(clip, updates))
 
 
+def clip_by_module_norm(max_norm: float) -> optax.GradientTransformation:
+    """Scales the gradient of backbone and heads, each on its own, to norm at most `max_norm`; 0 disables it."""
+    if not max_norm:
+        return optax.identity()
+
+    def clip(gradient: Any) -> Any:
+        factor = jnp.minimum(1.0, max_norm / (optax.tree.norm(gradient) + 1e-6))
+        return jax.tree.map(lambda g: g * factor, gradient)
+
+    return optax.stateless(lambda updates, params: {name: clip(part) for name, part in updates.items()})
+
+
+def lr_multipliers(params: Any, layer_decay: float, patch_embed_lr: float) -> Any:
+    """Returns each parameter's multiplier of the learning rate, one per layer [depth, 1, ...] for the stacked blocks.
+
+    It is layer_decay ** (depth + 1 - layer): layer 0 are patch embedding, tokens and positions, block b (from 0) is
+    layer b + 1, and the final norm and the heads have 1. That of the patch embedding is multiplied by patch_embed_lr.
+    """
+    depth = max((len(x) for path, x in jax.tree.leaves_with_path(params) if _has(path, "blocks")), default=0)
+
+    def multiplier(path: Any, x: jax.Array) -> Any:
+        if _has(path, "blocks"):
+            return (layer_decay ** np.arange(depth, 0, -1, dtype=np.float32)).reshape(-1, *[1] * (x.ndim - 1))
+        first = any(_has(path, name) for name in FIRST_LAYERS)
+        alone = patch_embed_lr if _has(path, "patch_embed") else 1.0
+        return np.float32(layer_decay ** (depth + 1 if first else 0) * alone)
+
+    return jax.tree.map_with_path(multiplier, params)
+
+
+def _has(path: Any, name: str) -> bool:
+    return any(key.key == name for key in path)
+
+
+def scale_by_lr(optim: Any, lr: Any, backbone_frozen: Any = False) -> optax.GradientTransformation:
+    """Multiplies updates by -lr and, if config.optim asks for them, by `lr_multipliers` and 0 for a frozen backbone."""
+    if optim.layer_decay == optim.patch_embed_lr == 1 and not optim.freeze_backbone_epochs:
+        return optax.scale(-lr)
+    backbone_lr = jnp.where(backbone_frozen, 0.0, lr)
+
+    def scale(updates: Any, params: Any) -> Any:
+        multipliers = lr_multipliers(params, optim.layer_decay, optim.patch_embed_lr)
+        return {
+            part: jax.tree.map(
+                lambda u, multiplier, lr=backbone_lr if part == "backbone" else lr: u * (-lr * multiplier),
+                updates[part],
+                multipliers[part],
+            )
+            for part in updates
+        }
+
+    return optax.stateless(scale)
+
+
 def trust_ratio(eta: float = 0.001) -> optax.GradientTransformation:
     """LARS (You et al., 2017): scales each decayed tensor's update by eta * |weights| / |update|.
 
@@ -82,13 +141,18 @@ def frozen_when(frozen: jax.Array, transformation: optax.GradientTransformation)
 
 
 def build(
-    optim: Any, lr: Any = 0.0, weight_decay: Any = 0.0, last_layer_frozen: Any = False
+    optim: Any,
+    lr: Any = 0.0,
+    weight_decay: Any = 0.0,
+    last_layer_frozen: Any = False,
+    backbone_frozen: Any = False,
 ) -> optax.GradientTransformation:
     """The optimizer `optim.name` for one step over {"backbone": ..., "head": {..., "last_layer": ...}}.
 
     optim: config.optim. The other arguments may be traced, and do not affect the state: `build(optim).init(params)`
-    creates it. The last layer has a state of its own (with its own Adam step count), which stands still while the layer
-    is frozen, because the reference then gives torch no gradient for it.
+    creates it. The last layer has a state of its own (with its own Adam step count). With config.optim.freeze_by
+    "gradient", it stands still while the layer is frozen, because DINO's reference then gives torch no gradient for it;
+    with "lr", as in DINOv2's, only the layer itself does.
     """
     decay = optax.add_decayed_weights(weight_decay, mask=decay_mask)
     transform = {
@@ -96,14 +160,14 @@ def build(
         "sgd": optax.chain(decay, optax.trace(0.9)),
         "lars": optax.chain(decay, trust_ratio(), optax.trace(0.9)),
     }[optim.name]
-    transform = optax.chain(transform, optax.scale(-lr))
+    body = optax.chain(transform, scale_by_lr(optim, lr, backbone_frozen))
+    if optim.freeze_by == "gradient":
+        last_layer = frozen_when(last_layer_frozen, body)
+    else:
+        last_layer = optax.chain(transform, scale_by_lr(optim, jnp.where(last_layer_frozen, 0.0, lr)))
+    clip = {"tensor": clip_by_tensor_norm, "module": clip_by_module_norm}[optim.clip_by](optim.clip_grad)
 
     def labels(params: Any) -> Any:
-        return jax.tree.map_with_path(
-            lambda path, _: "last_layer" if any(key.key == "last_layer" for key in path) else "body", params
-        )
+        return jax.tree.map_with_path(lambda path, _: "last_layer" if _has(path, "last_layer") else "body", params)
 
-    return optax.chain(
-        clip_by_tensor_norm(optim.clip_grad),
-        optax.partition({"body": transform, "last_layer": frozen_when(last_layer_frozen, transform)}, labels),
-    )
+    return optax.chain(clip, optax.partition({"body": body, "last_layer": last_layer}, labels))

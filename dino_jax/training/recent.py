@@ -15,6 +15,9 @@ from dino_jax.training.schedules import Values
 WINDOW = 1_000  # last steps whose gradient norms determine the quantile
 FEW = 100  # fewest norms for a meaningful limit
 
+# Schedules whose last values are kept: changing these changes the checkpoints' layout.
+SCHEDULED = ("lr", "weight_decay", "teacher_momentum", "teacher_temp", "last_layer_frozen")
+
 Recent = dict[str, Any]
 
 
@@ -22,9 +25,9 @@ def init(prototypes: int) -> Recent:
     """Returns the memory of no step.
 
     "grad_norms" is float32 [WINDOW], where -1 stands for a missing norm; "scheduled" holds the float32 scalars of
-    `schedules.Values` at the last step; "winners" is float32 [prototypes], see `signals.remember_winners`.
+    SCHEDULED at the last step; "winners" is float32 [prototypes], see `signals.remember_winners`.
     """
-    scheduled = {name: jnp.float32(0) for name in Values._fields}
+    scheduled = {name: jnp.float32(0) for name in SCHEDULED}
     norms, winners = jnp.full(WINDOW, -1, jnp.float32), jnp.zeros(prototypes, jnp.float32)
     return {"grad_norms": norms, "scheduled": scheduled, "winners": winners}
 
@@ -34,7 +37,7 @@ def add(
 ) -> Recent:
     """Remembers a step, int32 []: its norm replaces the oldest. A skipped step leaves none, so spikes do not count."""
     norms = recent["grad_norms"].at[step % WINDOW].set(jnp.where(skipped, -1, grad_norm))
-    scheduled = {name: jnp.float32(value) for name, value in now._asdict().items()}
+    scheduled = {name: jnp.float32(getattr(now, name)) for name in SCHEDULED}
     before = recent["winners"]
     lately = jnp.where(skipped, before, signals.remember_winners(before, winners))
     return {"grad_norms": norms, "scheduled": scheduled, "winners": lately}

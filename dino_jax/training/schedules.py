@@ -1,9 +1,11 @@
 """Schedules: pure functions from the step to a value, built once from the config.
 
-Reference: dino `utils.cosine_scheduler` and the teacher temperature of `DINOLoss`. All return float32 scalars and work
-under `jit`. Epochs become steps in `steps_of` and nowhere else.
+Reference: dino `utils.cosine_scheduler` and the teacher temperature of `DINOLoss`; dinov2 for the square root and the
+temperature by step. All return float32 scalars and work under `jit`. Epochs become steps in `steps_of` and nowhere
+else.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +16,12 @@ from ml_collections import ConfigDict
 Schedule = Callable[[jax.Array], jax.Array]
 
 TEACHER_UPDATES = ("ema", "epoch", "copy")
+TEMPERATURE_STEPS = ("epoch", "step")
+# config.optim.lr_rule -> the factor of optim.lr for a batch: DINO's and DINOv2's
+LR_RULES: dict[str, Callable[[int], float]] = {
+    "linear": lambda batch_size: batch_size / 256,
+    "sqrt": lambda batch_size: math.sqrt(batch_size / 1024),
+}
 
 
 class Values(NamedTuple):
@@ -24,6 +32,7 @@ class Values(NamedTuple):
     teacher_momentum: jax.Array
     teacher_temp: jax.Array
     last_layer_frozen: jax.Array
+    backbone_frozen: jax.Array
 
 
 class Schedules(NamedTuple):
@@ -34,6 +43,7 @@ class Schedules(NamedTuple):
     teacher_momentum: Schedule
     teacher_temp: Schedule
     last_layer_frozen: Schedule
+    backbone_frozen: Schedule
 
     def at(self, step: jax.Array) -> Values:
         """The values at a step, an int32 scalar."""
@@ -61,8 +71,12 @@ def steps_of(epochs: float, steps_per_epoch: int) -> int:
     return round(epochs * steps_per_epoch)
 
 
-def temperature(start: float, final: float, warmup_epochs: float, steps_per_epoch: int) -> Schedule:
-    """Linear from `start` to `final` over `warmup_epochs`, constant within an epoch, then `final`."""
+def temperature(
+    start: float, final: float, warmup_epochs: float, steps_per_epoch: int, changes: str = "epoch"
+) -> Schedule:
+    """Linear from `start` to `final` over `warmup_epochs`, then `final`. It changes every `epoch` or `step`."""
+    if changes == "step":
+        steps_per_epoch, warmup_epochs = 1, steps_of(warmup_epochs, steps_per_epoch)
     warmup_steps = steps_of(warmup_epochs, steps_per_epoch)
 
     def schedule(step: jax.Array) -> jax.Array:
@@ -87,23 +101,29 @@ def teacher_momentum(update: str, start: float, end: float, total_steps: int, st
 
 
 def from_config(config: ConfigDict, steps_per_epoch: int) -> Schedules:
-    """All schedules of a run. lr is `optim.lr * batch_size / 256` at its peak; `optim.min_lr` does not scale."""
+    """All schedules of a run. `optim.lr` is scaled by `optim.lr_rule` to its peak; `optim.min_lr` is not."""
     dino, optim = config.dino, config.optim
     total_steps = steps_of(config.epochs, steps_per_epoch)
     warmup_steps = steps_of(optim.warmup_epochs, steps_per_epoch)
     frozen_steps = steps_of(optim.freeze_last_layer_epochs, steps_per_epoch)
+    heads_only_steps = steps_of(optim.freeze_backbone_epochs, steps_per_epoch)
     if dino.sharpening:
         teacher_temp = temperature(
-            dino.warmup_teacher_temp, dino.teacher_temp, dino.warmup_teacher_temp_epochs, steps_per_epoch
+            dino.warmup_teacher_temp,
+            dino.teacher_temp,
+            dino.warmup_teacher_temp_epochs,
+            steps_per_epoch,
+            dino.teacher_temp_changes,
         )
     else:  # the teacher is no sharper than the student
         teacher_temp = temperature(dino.student_temp, dino.student_temp, 0, steps_per_epoch)
     return Schedules(
-        lr=cosine(optim.lr * config.batch_size / 256, optim.min_lr, total_steps, warmup_steps),
+        lr=cosine(optim.lr * LR_RULES[optim.lr_rule](config.batch_size), optim.min_lr, total_steps, warmup_steps),
         weight_decay=cosine(optim.weight_decay, optim.weight_decay_end, total_steps),
         teacher_momentum=teacher_momentum(
             dino.teacher_update, dino.teacher_momentum, dino.teacher_momentum_end, total_steps, steps_per_epoch
         ),
         teacher_temp=teacher_temp,
         last_layer_frozen=lambda step: jnp.asarray(step) < frozen_steps,
+        backbone_frozen=lambda step: jnp.asarray(step) < heads_only_steps,
     )

@@ -9,10 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import dino
+from dino_jax import dino, dinov2
+from dino_jax.data import masks
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.models import DINOHead, build_backbone
+from dino_jax.models.drop_path import drop_path_factors, drop_path_subsets
 from dino_jax.models.registry import given_sizes, given_variant
 from dino_jax.training import chunked_loss, optimizers, recent, schedules
 from dino_jax.training.flops import count_flops
@@ -36,7 +38,7 @@ class Method(Protocol):
         """Returns the state before the first step, without opt_state and recent."""
 
     def losses(
-        self, student: Tree, state: State, crops: Crops, drop_paths: list[Any], teacher_temp: jax.Array
+        self, student: Tree, state: State, crops: Any, drop_paths: list[Any], teacher_temp: jax.Array
     ) -> tuple[Tree, Tree, Tree]:
         """Returns losses by name, means over the batch (`winners` [K] among them), and new batch norm statistics."""
 
@@ -53,17 +55,29 @@ class Method(Protocol):
         """Returns further scalars to log with the losses."""
 
 
+class BatchCentered(Method, Protocol):
+    """A method that centers the targets of a batch on the batch itself; `losses` then takes what `teach` returns."""
+
+    def teach(self, state: State, crops: Any) -> Tree:
+        """Returns the teacher's outputs for a part of the batch."""
+
+    def center_on(self, state: State, taught: Tree, teacher_temp: jax.Array) -> State:
+        """Returns the state with the center of a batch, given the teacher's outputs for a device's share of it."""
+
+
 class Setup(NamedTuple):
     """The constants of a run, shared by all steps.
 
-    `augment(keys [B], batch) -> Crops` is applied first to each batch, a pytree whose leaves have `B` rows and whose
+    `augment(keys [B], batch)` -> crops is applied first to each batch, a pytree whose leaves have `B` rows and whose
     `position` (int32 [B]) is the index of each image in the *global* batch.
     """
 
     config: ConfigDict
     method: Method
     schedules: schedules.Schedules
-    augment: Callable[..., Crops]
+    augment: Callable[..., Any]
+    drop_path: Callable[..., jax.Array] = drop_path_factors  # (keys [B], rate, depth, views) -> factors
+    batch_centered: BatchCentered | None = None  # the method, if it is one
 
 
 class DeviceBatch(NamedTuple):
@@ -81,7 +95,28 @@ def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
     return dino.DINO(backbone, head, settings.student_temp, center_momentum, chunked_loss.loss_from_head)
 
 
-METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino}  # config.method -> (config, backbone, head) -> method
+def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
+    """Builds the DINOv2 method of config.dino and config.dinov2."""
+    settings, patch_head = config.dinov2, None
+    if settings.separate_head:
+        sizes = {"out_dim": settings.patch_out_dim, "bottleneck_dim": settings.patch_bottleneck_dim}
+        patch_head = DINOHead(**(config.head.to_dict() | sizes), axis_name=sharding.AXES, dtype=head.dtype)
+    return dinov2.DINOv2(
+        backbone,
+        head,
+        patch_head,
+        config.dino.student_temp,
+        config.dino.center_momentum,
+        sinkhorn=settings.targets == "sinkhorn",
+        group_images=settings.group_images,
+        axes=sharding.AXES,
+        loss_from_head=chunked_loss.loss_from_head,
+    )
+
+
+# config.method -> (config, backbone, head) -> method
+METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino, "dinov2": build_dinov2}
+TARGETS = ("center", "sinkhorn")  # config.dinov2.targets
 
 
 def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
@@ -99,6 +134,7 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         dtype=dtype,
         axis_name=sharding.AXES,
         gather=fsdp.gather if config.fsdp > 1 else None,
+        mask_token=config.method == "dinov2",
     )
     head = DINOHead(**config.head, axis_name=sharding.AXES, dtype=dtype)
 
@@ -106,8 +142,31 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
         with jax.named_scope("crops"):
             return multicrop(keys, batch.canvas, batch.size, config.crops, config.data.mean, config.data.std, dtype)
 
-    method = METHODS[config.method](config, backbone, head)
-    return Setup(config, method, schedules.from_config(config, steps_per_epoch), augment)
+    method: Any = METHODS[config.method](config, backbone, head)
+    schedule = schedules.from_config(config, steps_per_epoch)
+    if config.method == "dino":
+        return Setup(config, method, schedule, augment)
+    settings = mask_settings(config)
+    return Setup(
+        config,
+        method,
+        schedule,
+        augment=lambda keys, batch: masks.mask_crops(keys, augment(keys, batch), settings),
+        drop_path=partial(drop_path_subsets, images=settings.images),
+        batch_centered=method if config.dinov2.targets == "sinkhorn" else None,
+    )
+
+
+def mask_settings(config: ConfigDict) -> masks.MaskSettings:
+    """Returns the settings of the masks of config.dinov2."""
+    size, patch, settings = config.crops.global_size, config.model.patch_size, config.dinov2
+    return masks.MaskSettings(
+        grid=(size // patch, size // patch),
+        largest=masks.largest_block(size, patch),
+        images=settings.group_images,
+        probability=settings.mask_probability,
+        ratio=tuple(settings.mask_ratio),
+    )
 
 
 def abstract_batch(config: ConfigDict, mesh: jax.sharding.Mesh) -> DeviceBatch:

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 
 from dino_jax.distributed import fsdp, sharding
 from dino_jax.health import signals
-from dino_jax.models.vit import drop_path_factors
 from dino_jax.training import optimizers, recent
 from dino_jax.training.setup import Setup, State, Tree, abstract_batch
 
@@ -37,7 +36,8 @@ def train_step(
     now = setup.schedules.at(state.step)
     grads, losses, means, stats = gradients(setup, mesh, state, batch)
 
-    optimizer = optimizers.build(setup.config.optim, now.lr, now.weight_decay, now.last_layer_frozen)
+    frozen = now.last_layer_frozen, now.backbone_frozen
+    optimizer = optimizers.build(setup.config.optim, now.lr, now.weight_decay, *frozen)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.student)
     student = optax.apply_updates(state.student, updates)
     new = state.replace(student=student, opt_state=opt_state, **stats)
@@ -57,7 +57,7 @@ def train_step(
     metrics |= {"prototypes_used": signals.prototypes_used(lately["winners"])}
     metrics |= {"grad_norm": grad_norm, "grad_norm_q99": recent.quantile(lately)}
     metrics |= {"param_norm": optax.tree.norm(new.student), "skipped": 1.0 - good}
-    metrics |= {name: value for name, value in now._asdict().items() if name != "last_layer_frozen"}
+    metrics |= {name: value for name, value in now._asdict().items() if not name.endswith("_frozen")}
     return new, metrics
 
 
@@ -87,28 +87,51 @@ def share_of_gradients(setup: Setup, state: State, batch: Any) -> tuple[Tree, Tr
     gather = partial(fsdp.gather, dtype=method.backbone.dtype)
     state = state.replace(teacher=gather(state.teacher))
     teacher_temp = setup.schedules.at(state.step).teacher_temp
+    taught = None
+    if centered := setup.batch_centered:
+
+        def teach(rows: Any) -> Any:
+            return centered.teach(state, crops_of(setup, state.step, rows)[0])
+
+        taught = in_parts(teach, batch, config.accum_steps)
+        state = centered.center_on(state, taught, teacher_temp)
 
     def part(stats: Tree, rows: Any) -> tuple[Tree, Tree]:
         """Returns new statistics, and the values to average over the batch, for a part of the share's images."""
-        keys = image_keys(config.seed, state.step, rows.position)
-        crops = setup.augment(keys[:, 0], rows)
-        rate = config.model.drop_path_rate
-        drop_paths = [
-            drop_path_factors(keys[:, 1 + i], rate, method.backbone.depth, group.shape[1]) if rate else None
-            for i, group in enumerate(crops.groups)
-        ]
+        rows, taught = rows
+        crops, drop_paths = crops_of(setup, state.step, rows)
+        known = () if taught is None else (taught,)
 
         def loss(student: Tree) -> tuple[jax.Array, tuple[Tree, Tree, Tree]]:
-            outputs = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp)
+            outputs = method.losses(gather(student), state.replace(**stats), crops, drop_paths, teacher_temp, *known)
             return total_loss(setup, outputs[0]), outputs
 
         grads, (losses, means, new_stats) = jax.grad(loss, has_aux=True)(state.student)
         return new_stats, {"grads": grads, "losses": losses, "means": means}
 
     stats = {"student_stats": state.student_stats, "teacher_stats": state.teacher_stats}
-    stats, sums = accumulate(part, stats, batch, config.accum_steps)
+    stats, sums = accumulate(part, stats, (batch, taught), config.accum_steps)
     means = fsdp.mean(jax.tree.map(lambda x: x / config.accum_steps, sums))  # the only reduction over devices
     return means["grads"], means["losses"], means["means"], stats
+
+
+def crops_of(setup: Setup, step: jax.Array, rows: Any) -> tuple[Any, list[Any]]:
+    """Returns the crops of some rows of a batch and, for each of their groups, the drop path factors or None."""
+    keys = image_keys(setup.config.seed, step, rows.position)
+    crops, rate = setup.augment(keys[:, 0], rows), setup.config.model.drop_path_rate
+    depth = setup.method.backbone.depth if rate else 0
+    return crops, [
+        setup.drop_path(keys[:, 1 + i], rate, depth, group.shape[1]) if rate else None
+        for i, group in enumerate(crops.groups)
+    ]
+
+
+def in_parts(function: Callable[..., Any], rows: Any, steps: int) -> Any:
+    """Splits `rows` into `steps` parts, runs function(rows) on each in turn, and joins the results."""
+    if steps == 1:
+        return function(rows)
+    results = jax.lax.map(function, jax.tree.map(lambda x: x.reshape(steps, -1, *x.shape[1:]), rows))
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 def accumulate(part: Callable[..., tuple[Any, Any]], carry: Any, rows: Any, steps: int) -> tuple[Any, Any]:

@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 from zoo import BAD, LINKED_NOWHERE, NO_ACCESS, USED, put_in_folder
 
-from dino_jax.commands.check import check, describe, summarize
+from dino_jax.commands.check import check, describe
 from dino_jax.data.pixels import Pixels
 from dino_jax.data.sources import open_source
+from dino_jax.data.summary import summarize
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 ROOT = Path(__file__).parents[2]
@@ -105,6 +106,8 @@ def test_a_mistake_is_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].endswith("no such folder")
     assert "Traceback" not in done.stderr
+    done = run(f"folder:{tmp_path}", "--beam=--runner=DirectRunner")
+    assert (done.returncode, "error: --report is missing" in done.stderr) == (2, True)
 
 
 def test_findings_hold_no_arrays():

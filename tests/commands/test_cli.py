@@ -85,7 +85,6 @@ def test_the_recipe_is_told_from_its_settings(arguments, rest):
         (["prepare", "demo"], "usage: dino-jax prepare SOURCE OUT"),
         (["demo", "--workdir=gs://bucket/run"], "--workdir: gs://bucket/run is not a local path"),
         (["convert", "a.pth", "s3://bucket/a", "--to=hf"], "TARGET: s3://bucket/a is not a local path"),
-        (["prepare", "demo", "s3://bucket/a"], "OUT: s3://bucket/a is not a local path"),
     ],
 )
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path, arguments, message):

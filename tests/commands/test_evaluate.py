@@ -25,13 +25,14 @@ SETTINGS = {  # of each protocol; {} stands for the folder of images
     "linear": {**LABELED, "epochs": 1, "lr": (0.1,)},
     "features": {"source": "folder:{}/train", "batch_size": 8, "workers": 0},
     "copy_detection": {"data": "{}", "batch_size": 4, "sheet": 2},
+    "segmentation": {"data": "{}/scenes", "size": 32, "steps": 2, "batch_size": 2, "bank": 40, "k": 3, "workers": 0},
     "patch_pca": {"images": "{}/test/0"},
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Images of three classes in train/ and test/, copies in original/ and strong/, and random weights.safetensors."""
+    """Images of three classes in train/ and test/, copies in original/ and strong/, scenes/, weights.safetensors."""
     folder, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, count in (("train", 7), ("test", 3)):
         for label in range(3):
@@ -44,6 +45,14 @@ def folder(tmp_path_factory):
         for number in range(5):
             pixels = rng.integers(0, 256, (44, 52, 3), np.uint8)
             Image.fromarray(pixels).save(folder / kind / f"{number:04d}.png")
+    for kind in ("images", "masks"):
+        (folder / "scenes" / kind).mkdir(parents=True)
+    for number in range(5):
+        labels = np.arange(44 * 52).reshape(44, 52).astype(np.uint8) // 128
+        Image.fromarray(labels).save(folder / "scenes" / "masks" / f"{number}.png")
+        Image.fromarray(rng.integers(0, 256, (44, 52, 3), np.uint8)).save(
+            folder / "scenes" / "images" / f"{number}.png"
+        )
     like = official.backbone_like(CARD)["params"]
     weights = jax.tree.map(lambda x: rng.normal(0, 0.2, x.shape).astype(np.float32), like)
     tensor_files.write(folder / "weights.safetensors", official.to_official(weights))

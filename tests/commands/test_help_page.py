@@ -112,7 +112,7 @@ def test_the_page_of_every_command(name):
     assert "absl" not in page
     if name in ("train", "demo", "ablation", "preview", "plan"):
         assert "--config.optim.lr=" in page
-        assert "peak learning rate for 256 images" in page
+        assert "peak learning rate before scaling" in page
 
 
 def test_train_py_shows_the_values_of_a_recipe_and_of_the_command_line():

@@ -142,3 +142,9 @@ def test_command_in_parallel_writes_the_same(folder, tmp_path):
     assert "24 images in 5 files" in done.stdout
     assert f"--config.data.source='array_record:{tmp_path}/two/*.array_record'" in done.stdout
     assert files(tmp_path / "one") == files(tmp_path / "two")
+
+
+def test_beam_that_is_not_installed_is_named(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "apache_beam", None)
+    with pytest.raises(UserError, match=r"apache_beam is not installed: pip install 'dino_jax\[beam\]'"):
+        prepare(f"folder:{folder}", tmp_path / "out", **AS_THEY_ARE, beam_options="--runner=DirectRunner")

@@ -88,6 +88,20 @@ def test_blur_is_pillows_for_any_sigma_edges_included(sigma):
     assert gap.mean() < 1.0
 
 
+def test_the_kernel_and_solarize_are_dinov2s(golden2):
+    """torchvision rounds to whole levels once, after both axes."""
+    arrays, meta = golden2("aug2")
+    planes = planar(arrays["in/image"])
+    for key in arrays:
+        if key.startswith("blur_sigma"):
+            sigma, taps = float(key.removeprefix("blur_sigma")), meta["blur_kernel"]
+            rows, columns = (photometric.kernel_matrix(planes.shape[axis], sigma, taps) for axis in (0, 2))
+            blurred = jnp.einsum("oh,hcw,pw->ocp", rows, planes, columns)
+            assert difference(blurred, arrays[key]).max() <= 0.501, key
+    assert difference(photometric.solarize(planes), arrays["solarize128"]).max() == 0
+    np.testing.assert_array_equal(photometric.kernel_matrix(12, 0.0, 9), np.eye(12))
+
+
 def test_blur_of_sigma_zero_changes_nothing():
     np.testing.assert_array_equal(photometric.blur_matrix(9, 0.0), np.eye(9))
 

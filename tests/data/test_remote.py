@@ -186,3 +186,64 @@ def test_a_store_that_refuses_is_asked_again(local, store, cache, fault, monkeyp
         bad = {int(record) for _ in range(3) for record in next(batches).bad}
     assert bad == {-1}
     assert refused
+
+
+def test_prepare_writes_to_a_bucket_and_goes_on_there(store, local, monkeypatch):
+    out, settings = f"{store.url}/prepared", {"canvas_size": 16, "pixels": Pixels(3), "shard_images": 5, "workers": 0}
+    prepare(f"folder:{local}/files", local / "prepared", **settings)
+    whole = {path.name: path.read_bytes() for path in (local / "prepared").iterdir()}
+    done = prepare(f"folder:{local}/files", out, **settings)
+    assert {name: Store(out).read(name) for name in Store(out).sizes()} == whole
+
+    names = sorted(done)
+    Store(out).write(names[0], b"damaged")
+    Store(out).remove([names[2]])
+    sent = []
+    monkeypatch.setattr(Store, "upload", lambda self, files, real=Store.upload: sent.extend(files) or real(self, files))
+    assert prepare(f"folder:{local}/files", out, **settings) == done
+    assert sorted(sent) == [names[0], names[2]]
+    assert {name: Store(out).read(name) for name in Store(out).sizes()} == whole
+    with pytest.raises(UserError, match="another canvas_size .16, now 8"):
+        prepare(f"folder:{local}/files", out, **settings | {"canvas_size": 8})
+
+
+@pytest.fixture(scope="module")
+def tfds_set(tmp_path_factory):
+    """The folder of a TFDS set with two splits."""
+    tfds = pytest.importorskip("tensorflow_datasets")
+
+    class TinyRemote(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+        code_path = None  # its search fails for a class outside any package
+
+        def _info(self):
+            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples(9), "test": self._generate_examples(3)}
+
+        def _generate_examples(self, count):
+            for i in range(count):
+                yield i, {"image": jpeg(i), "label": i % 3}
+
+    builder = TinyRemote(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
+    builder.download_and_prepare()
+    return builder.data_dir
+
+
+@pytest.mark.parametrize(("split", "copied"), [("train[:50%]", 1), ("train[:2]+test", 2), ("all", 2)])
+def test_a_tfds_set_in_a_bucket_gives_the_images_of_the_local_one(tfds_set, store, cache, split, copied):
+    url = sent(tfds_set, store, "tfds/tiny/1.0.0")
+    theirs, ours = open_source(f"tfds:{tfds_set}:{split}"), open_source(f"tfds:{url}:{split}")
+    assert [ours[i] for i in range(len(ours))] == [theirs[i] for i in range(len(theirs))]
+    assert ours.num_classes == 3
+    assert sum("array_record" in path.name for path in (cache / "dino_jax" / "files").iterdir()) == copied
+
+
+def test_a_tfds_set_that_is_not_in_the_bucket_is_one_line(tfds_set, store, cache):
+    url = sent(tfds_set, store, "tfds/tiny/1.0.0")
+    with pytest.raises(UserError, match=f"^data.source.*tfds:{url}:validation: "):
+        open_source(f"tfds:{url}:validation")
+    with pytest.raises(UserError, match="no dataset_info.json: name the folder that holds it"):
+        open_source(f"tfds:{store.url}/tfds/tiny")

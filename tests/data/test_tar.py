@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -100,6 +101,17 @@ def test_the_index_is_kept_and_renewed(tmp_path, monkeypatch):
     assert len(open_source(spec)) == 5
     write(tmp_path / "train-000.tar", [("a.jpg", jpeg(99))])
     assert open_source(spec)[0].image == jpeg(99)
+
+
+def test_reading_a_small_index_takes_little_memory(tmp_path):
+    write(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    open_source(f"wds:{tmp_path}/a.tar")
+    tracemalloc.start()
+    try:
+        open_source(f"wds:{tmp_path}/a.tar")
+        assert tracemalloc.get_traced_memory()[1] < 2**24  # it was 2 GiB a thread
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

@@ -1,6 +1,7 @@
 """Parameters in parts: the same training, and no more communication than the arithmetic asks for."""
 
 import json
+import sys
 import tempfile
 
 import jax
@@ -19,6 +20,23 @@ from dino_jax.training.step import lower_step
 pytestmark = pytest.mark.slow
 
 DEVICES = 8
+# 32 images, so that each of 8 devices computes a group of two at a time, even in two parts.
+DINOV2 = {
+    "method": "dinov2",
+    "batch_size": 32,
+    "dinov2__group_images": 2,
+    "dinov2__targets": "sinkhorn",
+    "dinov2__separate_head": True,
+    "dinov2__patch_out_dim": 256,
+    "dinov2__patch_bottleneck_dim": 16,
+    "head__norm_last_layer": False,
+    "model__layer_scale": 1.0,
+    "model__registers": 2,
+    "model__ffn": "swiglu",
+    "optim__clip_by": "module",
+    "optim__layer_decay": 0.9,
+    "optim__freeze_by": "lr",
+}
 # (fsdp, changes of the config): the first is what the others must agree with.
 RUNS = {
     "replicated": (1, {}),
@@ -30,6 +48,12 @@ RUNS = {
     "fsdp_unrolled": (4, {"model__unroll": True}),
     "lars": (1, {"optim__name": "lars"}),
     "lars_fsdp": (8, {"optim__name": "lars"}),
+}
+DINOV2_RUNS = {
+    "sinkhorn": (1, DINOV2),
+    "sinkhorn_fsdp_accum": (4, DINOV2 | {"accum_steps": 2}),
+    "center": (1, DINOV2 | {"dinov2__targets": "center"}),
+    "center_accum": (1, DINOV2 | {"dinov2__targets": "center", "accum_steps": 2}),
 }
 MESHES = {"1x1": (1, 1), "4x1": (4, 1), "8x4": (8, 4), "8x8": (8, 8)}  # devices and groups of them
 # Halves the time of a compilation. LLVM sees one device's program, in which nothing between devices is left to change.
@@ -63,7 +87,7 @@ def follow(groups, changes, steps=5):
     setup, mesh, state = tiny_run(groups, **changes)
     batch = random_batch(setup, mesh)
     step = lower_step(setup, mesh, state).compile(FAST)
-    kernel = state.student["backbone"]["blocks"]["mlp"]["fc1"]["kernel"]
+    kernel = state.student["backbone"]["blocks"]["attn"]["qkv"]["kernel"]
     moments = [x for path, x in jax.tree.leaves_with_path(state.opt_state) if "kernel" in jax.tree_util.keystr(path)]
     held = [kernel, state.teacher["head"]["last_layer"]["weight_v"], *moments]
     parts = [x.addressable_shards[0].data.size / x.size for x in held]
@@ -137,6 +161,15 @@ def test_parameters_in_parts_train_alike(followed, name):
     assert ours["sums"] == pytest.approx(whole["sums"], rel=1e-4)
 
 
+def test_dinov2_trains_alike_in_parts(tmp_path):
+    """Centers and Sinkhorn-Knopp are those of the whole batch, however it is divided over devices and in time."""
+    process = Process(tmp_path / "log", __file__, "dinov2", devices=DEVICES)
+    found = json.loads(process.finish().splitlines()[-1])
+    for whole, part in (("sinkhorn", "sinkhorn_fsdp_accum"), ("center", "center_accum")):
+        np.testing.assert_allclose(found[part]["losses"], found[whole]["losses"], rtol=1e-5)
+        assert found[part]["sums"] == pytest.approx(found[whole]["sums"], rel=1e-4)
+
+
 def test_each_device_holds_its_part(followed):
     assert len(followed["fsdp"]["parts"]) > 10  # with the optimizer's moments
     assert set(followed["fsdp"]["parts"]) == {1 / 4}
@@ -198,6 +231,9 @@ def test_a_number_that_does_not_divide_is_named():
 
 
 def main():
+    if sys.argv[1:] == ["dinov2"]:
+        print(json.dumps({name: follow(*run) for name, run in DINOV2_RUNS.items()}))
+        return
     found = {name: follow(*run) for name, run in RUNS.items()}
     with tempfile.TemporaryDirectory() as folder:
         saved = save_on_8(folder)

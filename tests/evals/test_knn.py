@@ -9,6 +9,7 @@ import processes
 import pytest
 from backbones import Pooled
 from PIL import Image
+from tolerances import assert_close
 
 from dino_jax.data.sources import open_source
 from dino_jax.distributed.sharding import make_mesh
@@ -75,6 +76,27 @@ def test_matches_reference(golden):
         bounds = arrays.get(f"{key}_bounds", np.repeat(expected, 2))
         assert bounds[0] - 1e-4 <= result[0] <= bounds[1] + 1e-4, key
         assert bounds[2] - 1e-4 <= result[1] <= bounds[3] + 1e-4, key
+
+
+def test_matches_dinov2(golden2):
+    """Its votes are a softmax over the most neighbors asked for, of which the first k count."""
+    arrays, meta = golden2("evals2")
+    train, labels, test, truth = (
+        arrays[f"in/{split}_{part}"] for split in ("train", "test") for part in ("features", "labels")
+    )
+    ks, temperature, classes = (10, 20, 100, 200), meta["T"], meta["config"]["classes"]
+    similarity, row = neighbors.nearest(train, test, max(ks))
+    accuracy = knn.knn_accuracy(train, labels, test, truth, ks, temperature, classes)
+    for k in ks:
+        votes = knn.class_votes(similarity, labels[row], k, temperature, classes)
+        assert_close(votes, arrays, f"knn_probas_k{k}", meta)
+        top1, top5 = arrays[f"knn_top1_top5_k{k}"]
+        assert accuracy[k][0] == pytest.approx(top1, rel=1e-4)
+        # Classes without votes are tied: the fifth is any of them.
+        own = np.take_along_axis(arrays[f"knn_probas_k{k}"], truth[:, None], axis=1)
+        certain = 100 * ((arrays[f"knn_probas_k{k}"] >= own).sum(1) <= 5).mean()
+        possible = 100 * ((arrays[f"knn_probas_k{k}"] > own).sum(1) < 5).mean()
+        assert certain - 1e-4 <= min(accuracy[k][1], top5) <= max(accuracy[k][1], top5) <= possible + 1e-4
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,18 @@ def test_features_are_the_references(golden):
         assert_close(probe_features(blocks, Kind(1, "cls_mean")), arrays, f"linear_n1_avgpool_{size}", meta)
 
 
+def test_features_are_those_of_dinov2(golden2):
+    arrays, meta = golden2("evals2")
+    blocks = [
+        as_tokens(np.concatenate([cls[:, None], patches], 1))
+        for cls, patches in zip(arrays["in/tokens_cls"], arrays["in/tokens_patch"], strict=True)
+    ]
+    for n in (1, 4):
+        for number, pooling in enumerate(("cls", "cls_then_mean")):
+            features = probe_features(blocks, Kind(n, pooling))
+            assert_close(features, arrays, f"linear_input_n{n}_avgpool{number}", meta)
+
+
 def test_older_blocks_come_before_the_last_one_with_its_mean():
     older, last = (jax.random.normal(jax.random.key(i), (2, 5, 3)) for i in range(2))
     features = probe_features([as_tokens(older), as_tokens(last)], Kind(2, "cls_mean"))
@@ -117,7 +129,7 @@ def plain_training(features, labels, order, weights, config, steps_per_epoch):
     weights, classes = weights.astype(np.float64), weights.shape[1]
     bias, velocity, losses = np.zeros(classes), [0, 0], []
     for step, rows in enumerate(order):
-        epoch = step // steps_per_epoch
+        epoch = step // steps_per_epoch if config["decay"] == "epoch" else step / steps_per_epoch
         lr = config["lr"] * config["batch_size"] / 256 * (1 + np.cos(np.pi * epoch / config["epochs"])) / 2
         x, truth = features[rows], np.eye(classes)[labels[rows]]
         z = x @ weights + bias
@@ -130,9 +142,10 @@ def plain_training(features, labels, order, weights, config, steps_per_epoch):
     return weights, bias, np.mean(losses[-steps_per_epoch:])
 
 
-def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colors, folders, tmp_path):
+@pytest.mark.parametrize("decay", ["epoch", "step"])
+def test_training_is_plain_sgd_with_momentum_and_a_cosine(colors, folders, tmp_path, decay):
     """Images of one color: whatever the crop, their features are the same."""
-    config = settings(folders, lr=(0.5, 2.0))
+    config = settings(folders, lr=(0.5, 2.0), decay=decay)
     results = linear.run(colors, config, tmp_path)
     source = open_source(config.train)
     features = np.array([np.array(Image.open(f"{folders}/train/{path}"))[0, 0] for path in source.paths])
@@ -142,7 +155,7 @@ def test_training_is_plain_sgd_with_momentum_and_a_cosine_by_epoch(colors, folde
     probe = linear.design(colors, config, 3, 48, 1)
     start, end = linear_heads.init_heads(probe, {})["cls_1"]["kernel"], saved(tmp_path)
     for i, lr in enumerate(config.lr):
-        one = {"lr": lr, "batch_size": 24, "epochs": 3}
+        one = {"lr": lr, "batch_size": 24, "epochs": 3, "decay": decay}
         weights, bias, loss = plain_training(features, source.labels, order, start[:, i], one, steps_per_epoch=2)
         # Crops of one color are that color to 1e-6 of 255; the rest is float32.
         np.testing.assert_allclose(end["heads/cls_1/kernel"][:, i], weights, rtol=1e-4, atol=1e-5)
@@ -216,6 +229,20 @@ def test_a_head_alone_is_that_head_in_the_grid(vit, grid, tmp_path):
     assert results["figures"]["official"] is None
     one, same = results["figures"]["best"], in_grid["figures"]["grid"]["cls_mean_1"]["0.05"]
     assert abs(one["top1"] - same["top1"]) <= 0.5  # an image on the edge
+
+
+def test_the_grid_of_dinov2(vit, tmp_path):
+    """Its heads see the same features as DINO's, in another order, and its rates fall each step."""
+    rates = 0.001, 0.05
+    config = demo_settings(epochs=2, lr=rates, blocks=(1, 2), pooling="cls,cls_then_mean", decay="step")
+    figures = linear.run(vit, config, tmp_path)["figures"]
+    assert list(figures["grid"]) == ["cls_1", "cls_2", "cls_then_mean_1", "cls_then_mean_2"]
+    assert figures["official"] is None
+    heads = [head["top1"] for column in figures["grid"].values() for head in column.values()]
+    assert len(heads) == 8
+    assert figures["best"]["top1"] == max(heads)
+    header = linear.table(figures).splitlines()[1]
+    assert header.split() == ["lr", *figures["grid"]]
 
 
 def test_a_run_that_was_cut_off_ends_as_if_it_had_not_been(colors, folders, tmp_path, monkeypatch):
@@ -335,6 +362,7 @@ def test_mistakes_are_named(colors, folders, tmp_path):
         ({"lr": ()}, "config.lr"),
         ({"lr": (0.1, -1.0)}, "config.lr"),
         ({"blocks": (0,)}, "config.blocks"),
+        ({"decay": "batch"}, "decay 'batch' is unknown: set --config.decay to epoch or step"),
         ({"pooling": "cls,gem"}, "pooling 'cls,gem' is unknown: set --config.pooling to some of cls,cls_mean"),
         ({"scale": (0.5, 0.1)}, "config.scale"),
         ({"flip": 2.0}, "config.flip"),

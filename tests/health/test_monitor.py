@@ -115,7 +115,7 @@ def test_every_effect_is_tested():
         for mark in test_each_fault_is_named_with_its_knob.pytestmark
         for i in range(len(mark.args[1]))
     }
-    assert {effect.name for effect in EFFECTS} - tested == {"no_progress"}
+    assert {effect.name for effect in EFFECTS} - tested == {"no_progress", "features_lost"}
 
 
 def test_few_images_seen_thousands_of_times():
@@ -161,6 +161,23 @@ def test_measures_decide_once_they_rise_or_do_not():
         row for step in (500, 1000) for row in ({"step": step, **HEALTHY}, {"step": step, "probe_crop_retrieval": 1})
     ]
     assert found(monitor.of_log(SETTINGS, 1_000, 12_000, short))["no_progress"]["knob"] == "epochs"
+
+
+@pytest.mark.parametrize(("frozen", "knob"), [(0.0, "optim.freeze_backbone_epochs"), (2.0, "optim.lr")])
+def test_pretrained_features_that_get_worse_are_named(frozen, knob):
+    def continued(*values, **settings):
+        rows = [{"step": 0, "knn_top1_teacher": values[0]}]
+        for i, value in enumerate(values[1:], start=1):
+            rows += [{"step": 1000 * i, **HEALTHY}, {"step": 1000 * i, "knn_top1_teacher": value}]
+        settings |= {"optim.freeze_backbone_epochs": frozen, "optim.lr": 1e-3}
+        return found(monitor.of_log(SETTINGS | settings, TOTAL, 12_000, rows))
+
+    lost = continued(80.0, 40.0, 25.0, init_from="dinov2_vits14_pretrain.pth")
+    assert lost["features_lost"]["evidence"].endswith("knn_top1_teacher 80.0, now 25.0")
+    assert lost["features_lost"]["knob"] == knob
+    assert "no_progress" not in lost
+    assert "features_lost" not in continued(80.0, 78.0, 79.0, init_from="dinov2_vits14_pretrain.pth")
+    assert "features_lost" not in continued(80.0, 40.0, 25.0)
 
 
 def test_a_log_with_the_loss_only_shows_a_loss_at_ln_k():

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from tolerances import assert_close
 
+from dino_jax.models.drop_path import drop_path_factors
 from dino_jax.models.positions import resize_pos_embed
-from dino_jax.models.vit import ViT, drop_path_factors
+from dino_jax.models.vit import ViT
 from dino_jax.weights.official import from_official, to_official
 
 

@@ -51,8 +51,8 @@ def open_source(spec: str) -> Source:
     """Opens the source that a specification names.
 
     folder:PATH          an image folder, any depth; class folders give labels      folder:/data/imagenet/train
-    tfds:NAME[:SPLIT]    a prepared TFDS dataset, by name or by its folder;         tfds:imagenet2012:train[:10%]
-                         SPLIT defaults to train                                    tfds:/data/my_set/1.0.0:train
+    tfds:NAME[:SPLIT]    a prepared TFDS dataset, by name or by its folder, which   tfds:imagenet2012:train[:10%]
+                         may be in a bucket; SPLIT defaults to train                tfds:/data/my_set/1.0.0:train
     array_record:GLOB    ArrayRecord files (layout: sources/array_record.py)        array_record:/data/train-*
     wds:SHARDS.tar       WebDataset shards, with {000..127} or *; labels of         wds:/data/train-{000..127}.tar
                          .cls or .json

@@ -5,6 +5,9 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,7 +82,16 @@ def read_part(path: str, offset: int, size: int) -> bytes:
         store, name = _located(path)
         return store.read_part(name, offset, offset + size)
     with open(path, "rb", buffering=0) as file:
-        return os.pread(file.fileno(), size, offset)
+        # At most what is there: pread first allocates as much as it is asked for.
+        return os.pread(file.fileno(), min(size, os.fstat(file.fileno()).st_size), offset)
+
+
+def read(path: str) -> bytes | None:
+    """Returns the content of a file, None if it is not there."""
+    if is_remote(path):
+        store, name = _located(path)
+        return store.read(name)
+    return Path(path).read_bytes() if os.path.exists(path) else None
 
 
 def write(path: str, content: bytes) -> None:
@@ -90,6 +102,42 @@ def write(path: str, content: bytes) -> None:
     else:
         with atomic.file(path) as unfinished:
             unfinished.write_bytes(content)
+
+
+@contextmanager
+def written(path: str) -> Iterator[Path]:
+    """Yields a local path to write to. After the block, the file there appears at `path` as a whole.
+
+    Raises UserError if it cannot be written.
+    """
+    if not is_remote(path):
+        with atomic.file(path) as unfinished:
+            yield unfinished
+        return
+    store, name = _located(path)
+    with tempfile.TemporaryDirectory(prefix="dino_jax-") as folder:
+        local = Path(folder) / name
+        with atomic.disk_errors(local, "make room there, or set TMPDIR to a larger disk"):
+            yield local
+        store.upload({name: local})
+
+
+def sizes(folder: str) -> dict[str, int]:
+    """Returns name -> bytes of the files right in a folder; of one that is not there, none."""
+    if is_remote(folder):
+        return Store(folder).entries()[0]
+    if not os.path.isdir(folder):
+        return {}
+    with os.scandir(folder) as entries:
+        return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+
+
+def remove_files(folder: str) -> None:
+    """Removes a folder of files, and these."""
+    if is_remote(folder):
+        Store(folder).remove(sizes(folder))
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def opened(path: str) -> Any:

@@ -3,10 +3,11 @@
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NotRequired, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +38,18 @@ class FeatureTable(NamedTuple):
     records: np.ndarray  # int32 [N], record number in the source
 
 
+class Reading(TypedDict):
+    """How the images of a source are read and normalized."""
+
+    batch_size: int
+    resize: int
+    crop: int
+    pixels: Pixels
+    mean: Sequence[float]
+    std: Sequence[float]
+    workers: NotRequired[int]
+
+
 def extract_source(
     apply_fn: Callable[..., Any],
     variables: Any,
@@ -44,14 +57,8 @@ def extract_source(
     what: str,
     mesh: Mesh,
     *,
-    batch_size: int,
-    resize: int,
-    crop: int,
-    pixels: Pixels,
-    mean: Sequence[float],
-    std: Sequence[float],
-    workers: int = 0,
     cache: FeatureCache | None = None,
+    **reading: Unpack[Reading],
 ) -> FeatureTable:
     """Extracts the features of every image of a source: reads and crops (`eval_batches`), then `extract_batches`.
 
@@ -61,34 +68,13 @@ def extract_source(
 
     Raises UserError if no image can be decoded.
     """
-    # Parts are whole batches, so that batches are the same whichever parts are missing.
-    size = batch_size * max(1, PART // batch_size) if cache else max(1, len(source))
-    parts = [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+    parts = parts_of(source, reading["batch_size"], PART if cache else len(source))
     tables = [_cached_table(source, records, cache) for records in parts]
     missing = [records for records, table in zip(parts, tables, strict=True) if table is None]
     if cache:
         report_cached(what, len(source) - sum(map(len, missing)), len(source), cache)
-    if missing:
-        todo = Subset(source, np.concatenate(missing))
-        with eval_batches(
-            todo,
-            batch_size=batch_size,
-            resize=resize,
-            crop=crop,
-            pixels=pixels,
-            workers=workers,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-        ) as batches:
-            in_source = (batch._replace(index=todo.records[batch.index]) for batch in batches)
-            reported = progress(in_source, len(todo), what, size=images_in)
-            for number, records in enumerate(parts):
-                if tables[number] is None:
-                    own = itertools.islice(reported, -(-len(records) // batch_size))
-                    tables[number] = table = extract_batches(apply_fn, variables, own, mesh, mean, std)
-                    if cache:
-                        cache.computed += len(records)
-                        cache.save(identities(source, records), **table._asdict())
+    with closing(extract_parts(apply_fn, variables, source, missing, what, mesh, cache=cache, **reading)) as extracted:
+        tables = [table or next(extracted) for table in tables]
     found = [table for table in tables if table is not None and len(table.records)]
     if not found:
         raise UserError(f"{what}: none of its {len(source):,} images can be decoded")
@@ -97,6 +83,51 @@ def extract_source(
         names = ", ".join(bad[:5]) + ", ..." * (len(bad) > 5)
         print(f"{what}: skipped {len(bad)} of {len(source):,} images that cannot be decoded: {names}", file=sys.stderr)
     return table
+
+
+def parts_of(source: Source, batch_size: int, images: int) -> list[np.ndarray]:
+    """Returns the record numbers of each part of a source, of about so many images.
+
+    Parts are whole batches, so that batches are the same whichever parts are extracted.
+    """
+    size = batch_size * max(1, -(-images // batch_size))
+    return [np.arange(start, min(start + size, len(source))) for start in range(0, len(source), size)]
+
+
+def extract_parts(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    source: Source,
+    parts: Sequence[np.ndarray],
+    what: str,
+    mesh: Mesh,
+    *,
+    cache: FeatureCache | None = None,
+    **reading: Unpack[Reading],
+) -> Generator[FeatureTable, None, None]:
+    """Yields the features of each part, which are stored in the cache. Parts are read ahead as one stream."""
+    if not parts:
+        return
+    todo, batch_size = Subset(source, np.concatenate(parts)), reading["batch_size"]
+    with eval_batches(
+        todo,
+        batch_size=batch_size,
+        resize=reading["resize"],
+        crop=reading["crop"],
+        pixels=reading["pixels"],
+        workers=reading.get("workers", 0),
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    ) as batches:
+        in_source = (batch._replace(index=todo.records[batch.index]) for batch in batches)
+        reported = progress(in_source, len(todo), what, size=images_in)
+        for records in parts:
+            own = itertools.islice(reported, -(-len(records) // batch_size))
+            table = extract_batches(apply_fn, variables, own, mesh, reading["mean"], reading["std"])
+            if cache:
+                cache.computed += len(records)
+                cache.save(identities(source, records), **table._asdict())
+            yield table
 
 
 def extract_with_backbone(
@@ -112,20 +143,21 @@ def extract_with_backbone(
 
     `apply_fn` computes other features than `cls`.
     """
-    trained = backbone.card["preprocessing"]
-    return extract_source(
-        apply_fn or cls_features(backbone.model),
-        backbone.variables,
-        source,
-        what,
-        mesh,
+    apply_fn, reading = apply_fn or cls_features(backbone.model), reading_of(backbone, config)
+    return extract_source(apply_fn, backbone.variables, source, what, mesh, cache=cache, **reading)
+
+
+def reading_of(backbone: Backbone, config: ConfigDict) -> Reading:
+    """Returns how a backbone reads images, with the knobs batch_size, workers, resize and crop of a protocol."""
+    trained, size = backbone.card["preprocessing"], image_size(backbone, config)
+    return Reading(
         batch_size=config.batch_size,
+        resize=size["resize"],
+        crop=size["crop"],
         pixels=backbone.pixels,
         mean=trained["mean"],
         std=trained["std"],
         workers=config.workers,
-        cache=cache,
-        **image_size(backbone, config),
     )
 
 

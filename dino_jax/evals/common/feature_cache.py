@@ -42,16 +42,18 @@ class FeatureCache:
 
         Process 0 reads them, and sends them to the others.
         """
-        return on_first(lambda: self._read(self.path(names)))
+        return on_first(lambda: self.read(names))
 
-    def _read(self, path: Path) -> dict[str, np.ndarray] | None:
+    def read(self, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """`load` on this process alone."""
+        path = self.path(names)
         if not path.is_file():
             return None
         try:
             with np.load(path) as stored:  # verifies the zip file's checksum of each array
                 return dict(stored)
         except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-            print(f"{path} is damaged ({error}): its features are computed again", file=sys.stderr)
+            print(f"{path} is damaged ({error}): it is computed again", file=sys.stderr)
             return None
 
     def save(self, names: Sequence[str], **arrays: np.ndarray) -> None:

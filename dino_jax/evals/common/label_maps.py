@@ -18,7 +18,16 @@ def _palette() -> np.ndarray:
     return np.concatenate([np.stack(colors, 1), np.arange(22, 256)[:, None].repeat(3, 1)]).astype(np.uint8)
 
 
+def _class_colors() -> np.ndarray:
+    """Returns the colors of VOC, uint8 [256, 3]: each third bit of a label is one of a color, the highest first."""
+    label = np.arange(256)
+    channels = [sum((label >> 3 * i + channel & 1) << 7 - i for i in range(3)) for channel in range(3)]
+    return np.stack(channels, 1).astype(np.uint8)
+
+
 PALETTE = _palette()
+CLASS_COLORS = _class_colors()
+VOID_COLOR = np.array((224, 224, 192), np.uint8)  # VOC's, of label 255
 
 
 def read_labels(path: Path, knob: str) -> np.ndarray:
@@ -28,6 +37,8 @@ def read_labels(path: Path, knob: str) -> np.ndarray:
             mode, labels = picture.mode, np.array(picture)
     except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises of damaged files
         raise UserError(f"{knob}: {path} can't be read as a label map ({error})") from error
+    if mode.startswith("I"):
+        raise UserError(f"{knob}: {path} has labels of 16 bits or more: save at most 256 classes as an 8-bit PNG")
     if mode not in ("P", "L"):
         raise UserError(f"{knob}: {path} has colors ({mode}) instead of labels: give the original palette PNG")
     return labels

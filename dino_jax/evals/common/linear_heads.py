@@ -19,14 +19,18 @@ from dino_jax.distributed.sharding import AXES
 from dino_jax.models import Tokens
 from dino_jax.weights.backbone import Backbone, normalize
 
-POOLINGS = ("cls", "cls_mean")
+POOLINGS = ("cls", "cls_mean", "cls_then_mean")
+DECAYS = ("epoch", "step")
 MOMENTUM = 0.9
 
 Array = jax.Array | np.ndarray  # on the host before a step, on the devices in it
 
 
 class Kind(NamedTuple):
-    """A kind of features: CLS of the last `blocks` blocks; "cls_mean" adds the mean patch token of the last block."""
+    """A kind of features: CLS of the last `blocks` blocks, and with it the mean patch token of the last block.
+
+    "cls_mean" interleaves the mean with the last CLS, as DINO does; "cls_then_mean" appends it, as DINOv2 does.
+    """
 
     blocks: int
     pooling: str
@@ -103,13 +107,14 @@ def probe_features(blocks: list[Tokens], kind: Kind) -> jax.Array:
     """Returns a head's features, given the last blocks' tokens after the final norm, oldest first.
 
     For "cls" these are the concatenated CLS tokens, float32 [B, n D]. "cls_mean" adds D channels, the mean patch token
-    of the last block, interleaved with the channels of its CLS token. This is the order of the reference
-    (`eval_linear.py`, which does so for one block).
+    of the last block, interleaved with the channels of its CLS token. This is the order of DINO's reference
+    (`eval_linear.py`, which does so for one block). "cls_then_mean" appends them, the order of DINOv2's.
     """
     parts = [tokens.cls.astype(jnp.float32) for tokens in blocks[-kind.blocks :]]
-    if kind.pooling == "cls_mean":
+    if kind.pooling != "cls":
         mean = blocks[-1].patches.mean(1, dtype=jnp.float32)
-        parts[-1] = jnp.stack([parts[-1], mean], axis=2).reshape(len(mean), -1)
+        together = [parts[-1], mean]
+        parts[-1:] = together if kind.pooling == "cls_then_mean" else [jnp.stack(together, 2).reshape(len(mean), -1)]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -160,10 +165,11 @@ def losses(heads: dict[str, Any], features: dict[str, jax.Array], label: Array) 
 
 
 def learning_rates(probe: Probe, step: jax.Array) -> jax.Array:
-    """Returns the rates of this step, [L]: lr * batch_size / 256 times a cosine by epoch (CosineAnnealingLR)."""
-    config, epoch = probe.config, step // probe.steps_per_epoch
+    """Returns the rates of this step, [L]: lr * batch_size / 256 times a cosine by epoch (as in torch) or step."""
+    config, steps = probe.config, probe.steps_per_epoch
+    done = step // steps / config.epochs if config.decay == "epoch" else step / (steps * config.epochs)
     start = jnp.array(config.lr, jnp.float32) * (config.batch_size / 256)
-    return start * 0.5 * (1 + jnp.cos(jnp.pi * epoch / config.epochs))
+    return start * 0.5 * (1 + jnp.cos(jnp.pi * done))
 
 
 def train_step(probe: Probe, state: ProbeState, rows: TrainRows) -> tuple[ProbeState, jax.Array]:
@@ -216,7 +222,7 @@ def init_heads(probe: Probe, variables: dict[str, Any]) -> dict[str, Any]:
     shapes = jax.eval_shape(partial(all_features, probe), variables, images)
     rates, heads = len(probe.config.lr), {}
     for kind in probe.kinds:
-        number = kind.blocks * len(POOLINGS) + POOLINGS.index(kind.pooling)
+        number = 2 * kind.blocks + (kind.pooling != "cls")
         key = jax.random.fold_in(jax.random.key(probe.config.seed), number)
         kernel = 0.01 * jax.random.normal(key, (shapes[str(kind)].shape[1], 1, probe.num_classes))
         heads[str(kind)] = {

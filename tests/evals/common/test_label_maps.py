@@ -3,7 +3,14 @@ import pytest
 from PIL import Image
 
 from dino_jax.errors import UserError
-from dino_jax.evals.common.label_maps import PALETTE, read_labels, read_objects, tint_objects, write_labels
+from dino_jax.evals.common.label_maps import (
+    CLASS_COLORS,
+    PALETTE,
+    read_labels,
+    read_objects,
+    tint_objects,
+    write_labels,
+)
 
 
 def test_labels_are_kept_in_the_palette_of_davis(tmp_path):
@@ -17,6 +24,11 @@ def test_labels_are_kept_in_the_palette_of_davis(tmp_path):
     assert colors[:5] == [[0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128]]
     assert colors[8:10] == [[64, 0, 0], [191, 0, 0]]
     assert colors[21:] == [[128, 64, 128], [22, 22, 22], [23, 23, 23]]
+
+
+def test_classes_have_the_colors_of_voc():
+    assert CLASS_COLORS[[0, 1, 8, 9, 20]].tolist() == [[0, 0, 0], [128, 0, 0], [64, 0, 0], [192, 0, 0], [0, 64, 128]]
+    assert len(np.unique(CLASS_COLORS, axis=0)) == 256
 
 
 @pytest.mark.parametrize("paint", [255, 1, (255, 255, 255), (200, 0, 0)])
@@ -48,9 +60,11 @@ def test_mistakes_are_named(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "black.png")
     noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "photo.png")
+    Image.fromarray(np.full((4, 4), 300, np.uint16)).save(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no picture")
     for read, name, message in (
         (read_labels, "photo.png", "colors"),
+        (read_labels, "deep.png", "deep.png has labels of 16 bits or more: .* 8-bit PNG"),
         (read_labels, "text.png", "text.png can't be read"),
         (read_labels, "none.png", "none.png can't be read"),
         (read_objects, "black.png", "all black"),
