@@ -48,7 +48,7 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
 
     parts = ["backbone", "head"] if heads else ["backbone"]
     if heads and "patch_head" in fresh.student and "patch_head" in pretrained.teacher.params:
-        _check_patch_head(pretrained.teacher.params["patch_head"], fresh.teacher["patch_head"], config)
+        _check_patch_head(pretrained.teacher.params["patch_head"], config)
         parts.append("patch_head")
 
     def merged(before: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
@@ -66,14 +66,12 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     return state, _describe(pretrained, config, heads)
 
 
-def _check_patch_head(loaded: dict[str, Any], fresh: dict[str, Any], config: ConfigDict) -> None:
-    there, here = (jax.tree.map(np.shape, head) for head in (loaded, fresh))
-    if there != here:
-        sizes = [head["last_layer"]["weight_v"] for head in (there, here)]
-        raise UserError(
-            f"init_from={config.init_from} has a patch head with prototypes {sizes[0]}, this run one with {sizes[1]}: "
-            "make them the same, or set --config.init_heads=False for fresh heads"
-        )
+def _check_patch_head(loaded: dict[str, Any], config: ConfigDict) -> None:
+    """Checks the sizes that the patch head does not share with the head of CLS, which `_head_of` checks."""
+    out_dim, bottleneck_dim = loaded["last_layer"]["weight_v"].shape
+    required = {"dinov2.patch_out_dim": out_dim, "dinov2.patch_bottleneck_dim": bottleneck_dim}
+    current = {name: config.dinov2[name.removeprefix("dinov2.")] for name in required}
+    _require_same(required, current, config, ", or --config.init_heads=False for fresh heads")
 
 
 def _mask_token_as_in(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -159,3 +159,29 @@ def test_weights_of_dinov2_need_a_model_of_its_kind_and_their_mask_token_is_left
     np.testing.assert_array_equal(loaded["register_tokens"], backbone["register_tokens"])
     with pytest.raises(UserError, match="--config.model.registers=2 --config.model.layer_scale=1e-05 --config.model"):
         begin(init_from=str(path))
+
+
+def test_a_run_of_dinov2_goes_on_from_its_checkpoint_in_the_official_form(tmp_path):
+    settings = DINOV2 | {
+        "method": "dinov2",
+        "head__norm_last_layer": False,
+        "dinov2__separate_head": True,
+        "dinov2__patch_out_dim": 48,
+        "dinov2__patch_bottleneck_dim": 8,
+        "dinov2__group_images": 8,
+    }
+    loop.train(tiny_config(**settings), tmp_path / "run")
+    ended = load.load_weights(tmp_path / "run")
+    assert set(ended.teacher.params) == {"backbone", "head", "patch_head"}
+    assert "mask_token" in ended.teacher.params["backbone"]
+    path = tmp_path / "checkpoint.safetensors"
+    convert.write_official_checkpoint(ended, path)
+    state, line, _ = begin(init_from=str(path), **settings)
+    assert_same(state.teacher, ended.teacher.params)
+    assert_same(state.student, ended.student.params)
+    np.testing.assert_array_equal(state.center, ended.center)
+    assert "with heads and center" in line
+    with pytest.raises(UserError, match="set --config.dinov2.patch_out_dim=48, or --config.init_heads=False"):
+        begin(init_from=str(path), **settings | {"dinov2__patch_out_dim": 24})
+    shared, _, _ = begin(init_from=str(path), **settings | {"dinov2__separate_head": False})
+    assert set(shared.student) == {"backbone", "head"}
