@@ -72,11 +72,6 @@ def measure(who: str, arch: str = "") -> dict[str, float]:
     return {"rate": rate(arch, {"xla": xla_product, "torch": torch_product}[who])}
 
 
-def products(who: str, arch: str) -> float | None:
-    """GFLOP/s of products in a process of their own; None if they fail."""
-    return environment.in_own_process("benchmarks.ceilings", who=who, arch=arch).get("rate")
-
-
 def main(argv: list[str]) -> None:
     """Prints the table, or with --row one measurement."""
     if ROW.value:
@@ -85,8 +80,8 @@ def main(argv: list[str]) -> None:
     del argv
     print(f"{environment.describe()}\n\n| | XLA | PyTorch |\n|---|---|---|")
     for arch in ("vit_tiny", "vit_small", "vit_base"):
-        found = [products(who, arch) for who in ("xla", "torch")]
-        shown = " | ".join("failed" if one is None else f"{one:,.0f}" for one in found)
+        found = [environment.in_own_process("benchmarks.ceilings", who=who, arch=arch) for who in ("xla", "torch")]
+        shown = " | ".join(f"{one['rate']:,.0f}" if "rate" in one else one["error"] for one in found)
         print(f"| products of {arch}, GFLOP/s | {shown} |", flush=True)
     found = environment.in_own_process("benchmarks.ceilings", who="copy")
     print(f"| copy, GB/s | {found.get('rate', float('nan')):.1f} | |")

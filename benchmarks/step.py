@@ -19,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import ceilings, environment
+from benchmarks import environment
 from dino_jax.distributed import sharding
 from dino_jax.training.flops import count_flops, peak_flops
 from dino_jax.training.setup import DeviceBatch, build_setup, flops_per_image, init_state
@@ -146,7 +146,7 @@ def main(argv: list[str]) -> None:
     print(f"{environment.describe()}; images/s (peak memory, first call), median of {REPEATS.value}\n")
     columns = [*OURS.value, *PEERS.value]
     reach = {
-        (arch, who): ceilings.products(who, arch)
+        (arch, who): environment.in_own_process("benchmarks.ceilings", who=who, arch=arch).get("rate")
         for arch in ARCH.value
         for who in ("xla", *(["torch"] if PEERS.value else []))
     }
