@@ -16,13 +16,16 @@ from jax.experimental import multihost_utils
 from dino_jax import atomic
 from dino_jax.checkpoints.integrity import damage, write_manifest
 from dino_jax.errors import UserError, listed
-from dino_jax.provenance import plain, versions
+from dino_jax.provenance import flat, plain, versions
 
 # Sections of the config that determine the state, except for FREE_KEYS.
 STATE_SECTIONS = ("model", "head")
 
 # The size of global crops sets the grid of learned positions; batch size, seed and init_from define what step N means.
-STATE_KEYS = ("optim.name", "crops.global_size", "batch_size", "seed", "init_from")
+STATE_KEYS = (
+    *("method", "optim.name", "crops.global_size", "batch_size", "seed", "init_from"),
+    *("dinov2.separate_head", "dinov2.patch_out_dim", "dinov2.patch_bottleneck_dim"),
+)
 
 # Settings that may change when a run resumes.
 FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.unroll", "model.attention")
@@ -196,14 +199,12 @@ def _saving(directory: Path) -> Iterator[None]:
 
 
 def _state_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the settings that determine the state, by dotted name."""
-    settings = {f"{section}.{key}": value for section in STATE_SECTIONS for key, value in config[section].items()}
-    for name in STATE_KEYS:
-        value = config
-        for key in name.split("."):
-            value = value[key]
-        settings[name] = value
-    return {name: value for name, value in settings.items() if name not in FREE_KEYS}
+    """Returns the settings that determine the state, by dotted name, as far as the config has them."""
+    return {
+        name: value
+        for name, value in flat(config).items()
+        if (name.split(".")[0] in STATE_SECTIONS or name in STATE_KEYS) and name not in FREE_KEYS
+    }
 
 
 def _require_same_settings(saved: Mapping[str, Any], current: Mapping[str, Any], folder: Any) -> None:

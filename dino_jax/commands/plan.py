@@ -68,8 +68,9 @@ def define_flags(arguments: Sequence[str]) -> cli.Settings:
 def main(arguments: Sequence[str]) -> None:
     """Prints the plan, and writes it as JSON if --output is set."""
     cli.require_no_arguments(arguments)
-    # Only the compiler is used, so libtpu must not search for a chip.
+    # Only the compiler is used: libtpu must not search for a chip, nor warn that it knows none. The topology decides.
     os.environ.update(ALLOW_MULTIPLE_LIBTPU_LOAD="1", TPU_SKIP_MDS_QUERY="1", TPU_STDERR_LOG_LEVEL="3")
+    os.environ.update(TPU_ACCELERATOR_TYPE="v5litepod-16", TPU_WORKER_HOSTNAMES="localhost")
     jax.config.update("jax_platforms", "cpu")
     values, config = flags.FLAGS, flags.FLAGS.config
     mesh, chip = topology_mesh(values.topology, values.slices, config.fsdp)

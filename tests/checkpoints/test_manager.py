@@ -13,7 +13,7 @@ import pytest
 from ml_collections import ConfigDict
 from processes import Process, free_port
 
-from dino_jax import checkpoints, provenance
+from dino_jax import checkpoints, provenance, recipes
 from dino_jax.checkpoints import export
 from dino_jax.errors import UserError
 from dino_jax.training import optimizers
@@ -33,7 +33,8 @@ def config(**changes):
         {
             "model": {"arch": "vit_nano", "patch_size": 8, "in_channels": 3, "drop_path_rate": 0.1, "remat": False},
             "head": {"out_dim": 64, "norm_last_layer": True},
-            "optim": {"name": "adamw", "lr": 5e-4, "clip_grad": 3.0},
+            "method": "dino",
+            "optim": recipes.get_config("default").optim.to_dict(),
             "crops": {"global_size": 32, "global_scale": (0.4, 1.0)},
             "data": {"source": "demo", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)},
             "eval": {"resize": 36, "crop": 32},
@@ -138,11 +139,14 @@ def test_a_save_that_was_killed_is_cleaned_up_and_can_be_repeated(tmp_path):
 def test_another_model_is_refused_by_name_and_what_may_change_is_not(tmp_path):
     save_steps(tmp_path, [5])
     with pytest.raises(UserError) as error:
-        restore(tmp_path, config(**{"model.arch": "vit_tiny", "head.out_dim": 128, "optim.name": "sgd"}))
+        restore(
+            tmp_path, config(**{"model.arch": "vit_tiny", "head.out_dim": 128, "optim.name": "sgd", "method": "dinov2"})
+        )
     message = str(error.value)
     assert "model.arch is 'vit_tiny', was 'vit_nano'" in message
     assert "head.out_dim is 128, was 64" in message
     assert "optim.name is 'sgd', was 'adamw'" in message
+    assert "method is 'dinov2', was 'dino'" in message
     assert "--workdir" in message
     assert "\n" not in message
     assert restore(tmp_path, config(**{"optim.lr": 1.0, "model.remat": True, "model.drop_path_rate": 0.3}))[1] == 5
