@@ -59,6 +59,13 @@ def ibot_loss(q: jax.Array, patch_logits: jax.Array, weights: jax.Array, crops: 
     return -jnp.sum(weights * jnp.einsum("mk,mk->m", q, log_p)) / crops
 
 
+def ibot_from_head(
+    q: jax.Array, z: jax.Array, weights: jax.Array, crops: int, prototypes: Function, last_layer: Params, temp: float
+) -> jax.Array:
+    """`ibot_loss` of the logits prototypes(last_layer, z), for unit vectors z [M, D']."""
+    return ibot_loss(q, prototypes(last_layer, z), weights, crops, temp)
+
+
 def koleo_loss(features: jax.Array) -> jax.Array:
     """KoLeo (Sablayrolles et al., 2019): minus the mean log distance of each unit vector to its nearest; [n, C] -> [].
 
@@ -106,7 +113,8 @@ class DINOv2:
     sinkhorn: bool  # targets by Sinkhorn-Knopp instead of centering
     group_images: int  # images whose features KoLeo compares, consecutive in the global batch
     axes: Any = None  # mesh axes over which the batch is split
-    loss_from_head: Function = dino.loss_from_head
+    loss_from_head: Function = dino.loss_from_head  # or those of `training.chunked_loss`, which take less memory
+    ibot_from_head: Function = ibot_from_head
 
     def init(self, key: jax.Array, image_shape: tuple[int, int, int]) -> TrainState:
         """A random student, its copy as the teacher, zero centers. image_shape: [H, W, C] of a global crop."""
@@ -161,10 +169,11 @@ class DINOv2:
 
         # 3. Its views match the targets of the other global crops, its masked patches those of the same patches.
         B, G, _ = q.shape
-        student_patches = self._patch_logits(student, out.patch_z)
+        head, patch_head = student["head"], self._patch_head(student)[1]
+        patches = patch_q, out.patch_z, out.weights, B * G, self.patch_prototypes, patch_head["last_layer"]
         losses = {
-            "dino": self.loss_from_head(q, out.z, self.prototypes, student["head"]["last_layer"], self.student_temp),
-            "ibot": ibot_loss(patch_q, student_patches, out.weights, B * G, self.student_temp),
+            "dino": self.loss_from_head(q, out.z, self.prototypes, head["last_layer"], self.student_temp),
+            "ibot": self.ibot_from_head(*patches, self.student_temp),
         }
 
         # 4. Its features of different images keep apart, in each global crop for itself.
@@ -203,6 +212,10 @@ class DINOv2:
         """Unit vectors [..., D] -> logits float32 [..., K], for all the prototypes of last_layer or a part of them."""
         return prototype_logits(self.head, last_layer, z)
 
+    def patch_prototypes(self, last_layer: Params, z: jax.Array) -> jax.Array:
+        """The same of masked patches, [..., D'] -> [..., K']."""
+        return prototype_logits(self.patch_head or self.head, last_layer, z)
+
     def _features(
         self, params: Params, groups: list[Any], drop_paths: list[Any], masks: Any
     ) -> tuple[jax.Array, jax.Array]:
@@ -234,11 +247,11 @@ class DINOv2:
 
     def logits(self, params: Params, outputs: Outputs) -> tuple[jax.Array, jax.Array]:
         """Returns the logits of views and of masked patches, [B, V, K] and [M, K']."""
-        return self.prototypes(params["head"]["last_layer"], outputs.z), self._patch_logits(params, outputs.patch_z)
-
-    def _patch_logits(self, params: Params, patch_z: jax.Array) -> jax.Array:
-        head, head_params = self._patch_head(params)
-        return prototype_logits(head, head_params["last_layer"], patch_z)
+        patch_layer = self._patch_head(params)[1]["last_layer"]
+        return (
+            self.prototypes(params["head"]["last_layer"], outputs.z),
+            self.patch_prototypes(patch_layer, outputs.patch_z),
+        )
 
     def _patch_head(self, params: Params) -> tuple[Any, Params]:
         """Returns the head of patches and its parameters."""

@@ -1,4 +1,4 @@
-"""The DINO loss without an array of all logits: a drop-in for `dino.loss_from_head`.
+"""The losses without an array of all the student's logits: for `dino.loss_from_head` and `dinov2.ibot_from_head`.
 
 The student's logits [B, V, K] would be the largest array of the step, several times over with what their gradient
 needs. Cross-entropy is linear in its target, so a view's share of the loss needs two numbers only, both of which are
@@ -26,18 +26,48 @@ def loss_from_head(
     G, K = q.shape[1:]
     if G != 2:
         raise ValueError(f"{G} global crops: this form of the loss is for two")
-    size = chunk_size(z.shape[0] * z.shape[1], K)
+    return _mean_over_pairs(G, *_sums_over_chunks(_view_sums, q, z, prototypes, last_layer, temp))
+
+
+def ibot_from_head(
+    q: jax.Array,
+    z: jax.Array,
+    weights: jax.Array,
+    crops: int,
+    prototypes: Callable[..., jax.Array],
+    last_layer: Any,
+    temp: float,
+) -> jax.Array:
+    """The value and gradients of `dinov2.ibot_from_head`, up to float32 rounding, in a fraction of its memory.
+
+    q: targets [M, K]. z: unit vectors [M, D]. weights: [M]. Returns a scalar.
+    """
+    log_sums, means = _sums_over_chunks(_row_sums, q, z, prototypes, last_layer, temp)
+    return jnp.sum(weights * (log_sums - means)) / crops
+
+
+def _sums_over_chunks(
+    sums_of: Callable[..., tuple[jax.Array, jax.Array]],
+    q: jax.Array,
+    z: jax.Array,
+    prototypes: Callable[..., jax.Array],
+    last_layer: Any,
+    temp: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Runs sums_of(q, logits) -> (logsumexp of logits, their mean under targets) on chunks of prototypes, and adds."""
+    K = q.shape[-1]
+    size = chunk_size(z.size // z.shape[-1], K)
     if size == K:
-        return _mean_over_pairs(G, *_view_sums(q, prototypes(last_layer, z) / temp))
+        return sums_of(q, prototypes(last_layer, z) / temp)
 
     @partial(jax.checkpoint, prevent_cse=False)  # inside a loop there are no common subexpressions to eliminate
     def sums(chunk: tuple[jax.Array, Any]) -> tuple[jax.Array, jax.Array]:
         start, layer = chunk
-        return _view_sums(jax.lax.dynamic_slice_in_dim(q, start, size, axis=2), prototypes(layer, z) / temp)
+        return sums_of(jax.lax.dynamic_slice_in_dim(q, start, size, axis=-1), prototypes(layer, z) / temp)
 
     layers = jax.tree.map(lambda x: x.reshape(-1, size, *x.shape[1:]), last_layer)
     log_sums, means = jax.lax.map(sums, (jnp.arange(0, K, size), layers))
-    return _mean_over_pairs(G, jax.nn.logsumexp(log_sums, axis=0), means.sum(0))
+    return jax.nn.logsumexp(log_sums, axis=0), means.sum(0)
 
 
 def chunk_size(views: int, K: int) -> int:
@@ -61,6 +91,11 @@ def _view_sums(q: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
     under_other = (q[:, ::-1] * logits[:, :G]).sum(-1)
     under_both = (q.sum(1, keepdims=True) * logits[:, G:]).sum(-1)
     return jax.nn.logsumexp(logits, axis=-1), jnp.concatenate([under_other, under_both], axis=1)
+
+
+def _row_sums(q: jax.Array, logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Logsumexp of each row's logits, and their mean under the row's targets, over some prototypes; both [M]."""
+    return jax.nn.logsumexp(logits, axis=-1), (q * logits).sum(-1)
 
 
 def _mean_over_pairs(G: int, log_sums: jax.Array, means: jax.Array) -> jax.Array:

@@ -109,6 +109,7 @@ def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
         group_images=settings.group_images,
         axes=sharding.AXES,
         loss_from_head=chunked_loss.loss_from_head,
+        ibot_from_head=chunked_loss.ibot_from_head,
     )
 
 

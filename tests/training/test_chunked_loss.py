@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dino_jax import dino
+from dino_jax import dino, dinov2
 from dino_jax.training import chunked_loss
 
 
@@ -27,6 +27,23 @@ def test_the_chunked_loss_is_the_loss():
     )
     np.testing.assert_allclose(ours, expected, rtol=1e-6)
     for ours, expected in zip(grads, expected_grads, strict=True):  # sums over K and over images in another order
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
+
+
+def test_the_chunked_loss_of_patches_is_the_loss():
+    M, K, D = 40, 2**13, 4
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.dirichlet(np.full(8, 0.1), M), jnp.float32).repeat(K // 8, -1) / (K // 8)
+    z, layer = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((M, D), (K, D)))
+    weights = jnp.where(jnp.arange(M) < 30, 1 / 7, 0.0)  # the last ten are padding
+    (ours, grads), (expected, expected_grads) = (
+        jax.jit(
+            jax.value_and_grad(lambda z, layer, f=f: f(q, z, weights, 6, lambda p, z: z @ p.T, layer, 0.1), (0, 1))
+        )(z, layer)
+        for f in (chunked_loss.ibot_from_head, dinov2.ibot_from_head)
+    )
+    np.testing.assert_allclose(ours, expected, rtol=1e-6)
+    for ours, expected in zip(grads, expected_grads, strict=True):  # sums over K and over rows in another order
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6 * np.abs(expected).max())
 
 
