@@ -2,7 +2,8 @@
 
     dino-jax ablation --workdir=runs/ablation
 
-Hardware: 2 CPU cores, 26 minutes (2026-11-22, AMD EPYC). The results are in README.md, "Is it learning?".
+Hardware: 2 CPU cores, 26 minutes for the first seven cells (2026-11-22, AMD EPYC). The results are in
+README.md, "Is it learning?".
 """
 
 from ml_collections import ConfigDict

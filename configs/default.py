@@ -16,7 +16,9 @@ def get_config() -> ConfigDict:
     config.seed = 0  # for the initial weights, data order, crops and drop paths
     config.batch_size = 512  # images in the global batch, over all devices and hosts [C: 64 per GPU, 8 GPUs]
     config.epochs = 100.0  # passes over the data; fractions are rounded to whole steps
-    config.method = "dino"  # how student and teacher learn: dino | dinov2
+    # How student and teacher learn: dino | dinov2, or a variant for the ablation: dino_mse | dino_predictor |
+    # dino_sinkhorn | dino_sinkhorn_predictor.
+    config.method = "dino"
     # Number of parts of a device's batch that are computed one after another to save memory. Batch norm sees one part.
     config.accum_steps = 1
     # Devices that each large parameter is split over (with its moments and its teacher), for models that are too large
@@ -91,6 +93,7 @@ def get_config() -> ConfigDict:
 
     config.loss_weights = ConfigDict()  # weights of the method's losses, which are logged as loss_NAME
     config.loss_weights.dino = 1.0  # cross-entropy between the teacher's and the student's outputs
+    config.loss_weights.mse = 1.0  # squared distance between the two outputs; only dino_mse, in place of dino
     config.loss_weights.ibot = 1.0  # the same at masked patches; only DINOv2
     config.loss_weights.koleo = 0.1  # spreads the features of different images; only DINOv2
 

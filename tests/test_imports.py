@@ -28,6 +28,7 @@ FLOORS = (
     "health",
     "dino",
     "dinov2",
+    "dino_variants",
     "evals",
     "training",
     "suggest",

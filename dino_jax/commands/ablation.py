@@ -1,4 +1,4 @@
-"""Trains the demo with one part of the method removed at a time: the paper's ablation (section 5).
+"""Trains the demo with one part of the method removed or replaced at a time: the paper's ablation (section 5).
 
     dino-jax ablation --workdir=runs/ablation
 
@@ -42,7 +42,7 @@ class Cell(NamedTuple):
 
     title: str
     changes: dict[str, Any]  # of the config, by dotted name
-    color: str  # from the color-blind safe palette of Okabe and Ito
+    color: str  # from the color-blind safe palettes of Okabe and Ito and, where those are all taken, of Tol
 
 
 CELLS = {
@@ -53,6 +53,10 @@ CELLS = {
     "no_sharpening": Cell("no sharpening", {"dino.sharpening": False}, "#0072B2"),
     "neither": Cell("neither of the two", {"dino.centering": False, "dino.sharpening": False}, "#CC79A7"),
     "no_multicrop": Cell("no multi-crop", {"crops.local_number": 0}, "#009E73"),
+    "mse": Cell("mean squared error", {"method": "dino_mse"}, "#999999"),
+    "predictor": Cell("predictor", {"method": "dino_predictor"}, "#F0E442"),
+    "sinkhorn": Cell("Sinkhorn-Knopp", {"method": "dino_sinkhorn"}, "#882255"),
+    "sinkhorn_predictor": Cell("Sinkhorn and predictor", {"method": "dino_sinkhorn_predictor"}, "#332288"),
 }
 SCALARS = ("loss", "teacher_entropy", "kl", "mean_target_entropy")
 FINAL = 0.1  # share of the logged steps, at the end of the run, that the final figures average

@@ -81,12 +81,14 @@ def scalars(means: Any, center: jax.Array, cross_entropy: jax.Array) -> Scalars:
 def motion(before: Any, student: Any, teacher: Any) -> Scalars:
     """Returns how far networks are apart, relative to the norm of the student's parameters; float32 [].
 
-    update_ratio: the student from itself before the step. teacher_distance: the teacher from the student.
+    update_ratio: the student from itself before the step. teacher_distance: the teacher from the student, in all that
+    the teacher has.
     """
     norm = optax.tree.norm(student) + EPS
+    shared = {part: student[part] for part in teacher}
     return {
         "update_ratio": optax.tree.norm(optax.tree.sub(student, before)) / norm,
-        "teacher_distance": optax.tree.norm(optax.tree.sub(student, teacher)) / norm,
+        "teacher_distance": optax.tree.norm(optax.tree.sub(shared, teacher)) / norm,
     }
 
 

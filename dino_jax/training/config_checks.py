@@ -128,6 +128,7 @@ LIMITS: Limits = {
     "watchdog.seconds": SECONDS,
     "watchdog.slow_seconds": (1, 1e8),
     "loss_weights.dino": (0, 1e6),
+    "loss_weights.mse": (0, 1e6),
     "loss_weights.ibot": (0, 1e6),
     "loss_weights.koleo": (0, 1e6),
     "evals.knn.every_epochs": COUNT_OR_NONE,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dino_jax import dino, dinov2
+from dino_jax import dino, dino_variants, dinov2
 from dino_jax.data import masks
 from dino_jax.data.multicrop import Crops, multicrop
 from dino_jax.distributed import fsdp, sharding
@@ -88,9 +88,15 @@ class DeviceBatch(NamedTuple):
     position: jax.Array  # int32 [B]
 
 
-def build_dino(config: ConfigDict, backbone: Any, head: Any) -> dino.DINO:
-    """Builds the DINO method of config.dino, with the loss that never holds all logits in memory."""
-    return dino.DINO(backbone, head, config.dino.student_temp, _center_momentum(config), chunked_loss.loss_from_head)
+def build_dino(
+    config: ConfigDict, backbone: Any, head: Any, variant: type[dino.DINO] = dino.DINO, **fields: Any
+) -> dino.DINO:
+    """Builds the DINO method of config.dino, with the loss that never holds all logits in memory.
+
+    variant: DINO or one of `dino_variants`. fields: those that the variant adds.
+    """
+    momentum, loss = _center_momentum(config), chunked_loss.loss_from_head
+    return variant(backbone, head, config.dino.student_temp, momentum, loss, **fields)
 
 
 def build_dinov2(config: ConfigDict, backbone: Any, head: Any) -> dinov2.DINOv2:
@@ -118,7 +124,17 @@ def _center_momentum(config: ConfigDict) -> float:
 
 
 # config.method -> (config, backbone, head) -> method
-METHODS: dict[str, Callable[..., Method]] = {"dino": build_dino, "dinov2": build_dinov2}
+METHODS: dict[str, Callable[..., Method]] = {
+    "dino": build_dino,
+    "dino_mse": partial(build_dino, variant=dino_variants.DINOWithMSE),
+    "dino_predictor": partial(build_dino, variant=dino_variants.DINOWithPredictor),
+    "dino_sinkhorn": partial(build_dino, variant=dino_variants.DINOWithSinkhorn, axes=sharding.AXES),
+    "dino_sinkhorn_predictor": partial(
+        build_dino, variant=dino_variants.DINOWithSinkhornAndPredictor, axes=sharding.AXES
+    ),
+    "dinov2": build_dinov2,
+}
+SINKHORN = ("dino_sinkhorn", "dino_sinkhorn_predictor")  # methods that always center targets on the batch
 TARGETS = ("center", "sinkhorn")  # config.dinov2.targets
 
 
@@ -147,8 +163,8 @@ def build_setup(config: ConfigDict, steps_per_epoch: int) -> Setup:
 
     method: Any = METHODS[config.method](config, backbone, head)
     schedule = schedules.from_config(config, steps_per_epoch)
-    if config.method == "dino":
-        return Setup(config, method, schedule, augment)
+    if config.method != "dinov2":
+        return Setup(config, method, schedule, augment, batch_centered=method if config.method in SINKHORN else None)
     settings = mask_settings(config)
     return Setup(
         config,

@@ -206,8 +206,14 @@ def _card_of(folder: Path, backbone: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _from_state(state: Mapping[str, Any], card: dict[str, Any]) -> Pretrained:
-    """Builds the result from trees under the field names of a training state."""
-    student = Weights(state["student"], state["student_stats"]) if "student" in state else None
+    """Builds the result from trees under the field names of a training state.
+
+    Parts that only the student has, such as a predictor, serve the training alone and are left out.
+    """
+    student = None
+    if "student" in state:
+        shared = {part: params for part, params in state["student"].items() if part in state["teacher"]}
+        student = Weights(shared, state["student_stats"])
     return Pretrained(card, Weights(state["teacher"], state["teacher_stats"]), student, state.get("center"))
 
 

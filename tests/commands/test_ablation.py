@@ -14,6 +14,7 @@ from tiny import SHORT, tiny_config
 
 from dino_jax.commands import ablation
 from dino_jax.training import loop
+from dino_jax.training.config_checks import check_config
 
 ROOT = Path(__file__).parents[2]
 LN_K = math.log(256)
@@ -101,6 +102,23 @@ def test_a_run_of_other_settings_is_trained(tmp_path, monkeypatch):
 def test_verdict(entropy, mean_target_entropy, knn, expected):
     figures = {"teacher_entropy": entropy, "mean_target_entropy": mean_target_entropy, "few": knn, "stopped": None}
     assert ablation.verdict(figures, LN_K, untrained=30.0) == expected
+
+
+@pytest.mark.parametrize("name", ablation.CELLS)
+def test_every_cell_is_a_valid_run_with_a_color_of_its_own(name):
+    cell = ablation.CELLS[name]
+    check_config(ablation.changed(tiny_config(), cell.changes), devices=1)
+    assert len(cell.title) < 24  # the width of the table's first column
+    assert [other.color for other in ablation.CELLS.values()].count(cell.color) == 1
+
+
+@pytest.mark.slow
+def test_figures_of_a_cell_of_another_loss(tmp_path):
+    config = ablation.changed(tiny_config(**KNN), ablation.CELLS["mse"].changes)
+    figures = ablation.run_cell(config, tmp_path)
+    assert 0 < figures["loss"] < 2
+    assert figures["kl"] > 0  # of the outputs, though the loss is not their cross-entropy
+    assert 0 <= figures["few"] <= 100
 
 
 def test_final_figures_are_means_of_the_end():
