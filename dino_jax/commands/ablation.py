@@ -5,6 +5,9 @@
 Each run is written to WORKDIR/CELL in the format of `dino-jax train`. The same command resumes after an interruption.
 The command prints a table, and writes ablation.json and ablation.png, which shows the two kinds of collapse (figure 7
 of the paper).
+
+Cells: full, no_momentum, once_per_epoch, no_centering, no_sharpening, neither (of the two), no_multicrop, mse,
+predictor, sinkhorn, sinkhorn_predictor.
 """
 
 import math
@@ -67,15 +70,15 @@ INK, FAINT = "#333333", "#DDDDDD"
 def define_flags(arguments: Sequence[str]) -> cli.Settings:
     """Defines the flags for workdir and cells, and returns the settings of the recipe `ablation`."""
     flags.DEFINE_string("workdir", "runs/ablation", "folder for the runs, ablation.json and ablation.png")
-    flags.DEFINE_list("cells", list(CELLS), "runs to train, separated by commas; finished runs are not repeated")
+    flags.DEFINE_list("cells", [], "runs to train, separated by commas; empty: all; finished runs are not repeated")
     return cli.recipe(arguments, default="ablation")
 
 
 def main(arguments: Sequence[str]) -> None:
     """Trains the unfinished cells, prints the table, and writes ablation.json and ablation.png."""
     cli.require_no_arguments(arguments)
-    config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells
-    if not names or set(names) - set(CELLS):
+    config, workdir, names = flags.FLAGS.config, Path(flags.FLAGS.workdir), flags.FLAGS.cells or list(CELLS)
+    if set(names) - set(CELLS):
         raise UserError(f"--cells={','.join(names)}: give a subset of {','.join(CELLS)}")
     require_matplotlib()
     set_cpu_device_count(config.batch_size)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,7 @@ def test_verdict(entropy, mean_target_entropy, knn, expected):
 def test_every_cell_is_a_valid_run_with_a_color_of_its_own(name):
     cell = ablation.CELLS[name]
     check_config(ablation.changed(tiny_config(), cell.changes), devices=1)
+    assert re.search(rf"\b{name}\b", ablation.__doc__.split("Cells: ")[1])
     assert len(cell.title) < 24  # the width of the table's first column
     assert [other.color for other in ablation.CELLS.values()].count(cell.color) == 1
 
