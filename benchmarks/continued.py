@@ -1,9 +1,9 @@
-"""Training on from a backbone without heads: with and without a warmup of the new heads.
+"""Continued training from a backbone without heads: with and without a warmup of the new heads.
 
     python -m benchmarks.continued [--pretrain=24] [--epochs=8] [--seeds=0,1,2] [--folder=runs/continued]
 
 A small ViT is pretrained with DINOv2's losses on nine of the ten classes of the bundled garments. Its backbone is
-exported, without heads, and training goes on from it on all ten classes. k-NN of the teacher, top-1 with k = 20 on
+exported, without heads, and training continues from it on all ten classes. k-NN of the teacher, top-1 with k = 20 on
 2,000 test images, 30 labels per class in the bank, at the start and after each epoch.
 """
 
@@ -23,8 +23,8 @@ from dino_jax.training import loop
 from dino_jax.training.writers import read_metrics
 
 PRETRAIN = flags.DEFINE_float("pretrain", 24, "epochs of pretraining on nine classes")
-EPOCHS = flags.DEFINE_float("epochs", 8, "epochs of training on")
-SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of each run that trains on")
+EPOCHS = flags.DEFINE_float("epochs", 8, "epochs of continued training")
+SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds of each continued run")
 FOLDER = flags.DEFINE_string("folder", "runs/continued", "where images and runs go; what is there is removed")
 
 LEFT_OUT = 8  # the class that pretraining does not see: bags
@@ -68,9 +68,9 @@ def train(changes: dict[str, Any], workdir: Path) -> list[float]:
 
 
 def main(arguments: list[str]) -> None:
-    """Pretrains, trains on in each way, and prints a row per run."""
+    """Pretrains, continues in each way, and prints a row per run."""
     del arguments
-    set_cpu_device_count(32)
+    set_cpu_device_count(32, recipes.get_config("demo_dinov2").dinov2.group_images)
     folder = Path(FOLDER.value)
     shutil.rmtree(folder, ignore_errors=True)
     write_nine_classes(folder / "nine")
@@ -79,7 +79,7 @@ def main(arguments: list[str]) -> None:
     print(
         f"{environment.describe()}; pretrained for {PRETRAIN.value:g} epochs on nine classes: k-NN {before[-1]:.1f}\n"
     )
-    print("| training on | seed | k-NN at the start | after each epoch |\n|---|---|---|---|")
+    print("| continued training | seed | k-NN at the start | after each epoch |\n|---|---|---|---|")
     for name, changes in WAYS.items():
         for seed in map(int, SEEDS.value):
             start = {"init_from": str(folder / "pretrained" / "export"), "init_heads": False, "seed": seed}

@@ -46,17 +46,10 @@ class Planted(NamedTuple):
     names: tuple[str, ...] = ()  # none: the run is healthy
     knob: str = ""
     images: Callable[[np.ndarray, int], np.ndarray] | None = None  # (demo images, i) -> image i of a folder of 320
+    recipe: str = "demo"
 
 
 COLLAPSE = ("uniform_collapse", "single_prototype", "partial_collapse", "constant_features")
-DINOV2 = {
-    "method": "dinov2",
-    "model.layer_scale": 0.1,
-    "head.norm_last_layer": False,
-    "dino.teacher_temp_changes": "step",
-    "optim.clip_by": "module",
-    "optim.freeze_by": "lr",
-}
 RUNS = {
     "healthy": Planted({}),
     "healthy_seed_1": Planted({"seed": 1}),
@@ -68,10 +61,10 @@ RUNS = {
         {"epochs": 200 / 375, "optim.warmup_epochs": 0.1, "optim.freeze_last_layer_epochs": 0.0, "log_every": 5}
     ),
     "healthy_continued": Planted({"init_from": "healthy"}),  # the run of this name
-    "healthy_dinov2": Planted(DINOV2),
-    "healthy_dinov2_sinkhorn": Planted(DINOV2 | {"dinov2.targets": "sinkhorn"}),
+    "healthy_dinov2": Planted({}, recipe="demo_dinov2"),
+    "healthy_dinov2_sinkhorn": Planted({"dinov2.targets": "sinkhorn"}, recipe="demo_dinov2"),
     "no_sharpening": Planted({"dino.sharpening": False}, COLLAPSE, "dino.sharpening"),
-    "dinov2_no_sharpening": Planted(DINOV2 | {"dino.sharpening": False}, COLLAPSE, "dino.sharpening"),
+    "dinov2_no_sharpening": Planted({"dino.sharpening": False}, COLLAPSE, "dino.sharpening", recipe="demo_dinov2"),
     "warm_teacher": Planted({"dino.teacher_temp": 0.2, "dino.warmup_teacher_temp": 0.2}, COLLAPSE, "dino.teacher_temp"),
     "no_centering": Planted({"dino.centering": False}, COLLAPSE, "dino.centering"),
     "slow_center": Planted({"dino.center_momentum": 0.9999}, COLLAPSE, "dino.center_momentum"),
@@ -126,7 +119,7 @@ def train(planted: Planted, workdir: Path) -> dict[str, Any]:
         changes["evals.probe.every_epochs"] = 0
     if "init_from" in changes:
         changes["init_from"] = str(workdir.parent / changes["init_from"])
-    config = recipes.get_config("demo")
+    config = recipes.get_config(planted.recipe)
     config.update_from_flattened_dict(SHORT | changes)
     with suppress(Stopped, NotFiniteError):
         loop.train(config, workdir)

@@ -49,7 +49,8 @@ def get_config() -> ConfigDict:
     # Resize positions to other image sizes with antialiasing, as DINOv2 does with registers; ViTs only.
     config.model.antialias = False
     config.model.in_channels = 3  # channels of the images
-    config.model.drop_path_rate = 0.1  # stochastic depth of the last block, student only; 0 for XCiTs and convnets
+    # Stochastic depth of the student: of the last block (DINO) or of all blocks (DINOv2); 0 for XCiTs and convnets.
+    config.model.drop_path_rate = 0.1
     config.model.remat = False  # recompute blocks in the backward pass: less memory, more time
     config.model.unroll = False  # unroll the loop over the blocks: less time, more memory, longer compilation
     # xla | cudnn (fused; NVIDIA GPUs, Ampere or newer, in bfloat16). xla is the default because cudnn is not measured.
@@ -83,7 +84,7 @@ def get_config() -> ConfigDict:
     # center (moving average, as in DINO) | sinkhorn (all prototypes get the same share of each batch)
     config.dinov2.targets = "center"
     # Images, consecutive in the global batch, that stand for a GPU of the official code: masks and drop paths are drawn
-    # for them together, and KoLeo compares them. It must divide the images that a device computes at a time.
+    # for them together, and KoLeo compares them. It must divide the images that a device processes at a time.
     config.dinov2.group_images = 16
     config.dinov2.mask_probability = 0.5  # share of the global crops that the student sees with a mask
     config.dinov2.mask_ratio = (0.1, 0.5)  # range of the share of patches that are masked in them
@@ -110,7 +111,7 @@ def get_config() -> ConfigDict:
     config.optim.layer_decay = 1.0  # factor of the learning rate from each layer of a ViT to the one before it
     config.optim.patch_embed_lr = 1.0  # factor of the learning rate of the patch embedding
     config.optim.freeze_last_layer_epochs = 1.0  # first epochs in which the prototypes are not trained
-    config.optim.freeze_backbone_epochs = 0.0  # first epochs in which only the heads train, on pretrained features
+    config.optim.freeze_backbone_epochs = 0.0  # first epochs in which only heads train (batch norm statistics move)
     config.optim.freeze_by = "gradient"  # how prototypes are not trained: gradient (none, also for Adam) | lr (0)
     # Largest number of steps in a row that are skipped because of a non-finite loss or gradient; more stop the run.
     config.optim.max_skipped = 10

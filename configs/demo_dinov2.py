@@ -1,4 +1,4 @@
-"""DINOv2 on the bundled garments: the sibling of `demo`, as long as it in time.
+"""DINOv2 on the bundled garments: the counterpart of `demo`; it takes about as long.
 
     dino-jax train --config=demo_dinov2 --workdir=runs/demo_dinov2
 

@@ -1,4 +1,4 @@
-"""Training on from a published DINOv2 or DINO backbone, on your own images.
+"""Continued training from a published DINOv2 or DINO backbone, on your own images.
 
     dino-jax train --config=dinov2_continue --workdir=runs/mine --config.data.source=folder:images \
         --config.init_from=dinov2_vits14_pretrain.pth
@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = recipes.get_config("dinov2_vits14_small")
     config.epochs = 20
     config.init_adapt = "image_size"
-    config.head.out_dim = 8_192
+    config.head.out_dim = 4_096
     config.dino.teacher_momentum = 0.999
     config.dino.warmup_teacher_temp_epochs = 5
     config.optim.lr = 1e-4
@@ -29,4 +29,5 @@ def get_config() -> ConfigDict:
     config.optim.weight_decay_end = 0.04
     config.optim.layer_decay = 0.8
     config.evals.probe.every_epochs = 1
+    config.evals.knn.every_epochs = 1
     return config

@@ -90,6 +90,7 @@ def sinkhorn_center(logits: jax.Array, used: jax.Array, temp: jax.Array | float,
     for _ in range(SINKHORN_ROUNDS):
         column_sums = _logsumexp_over_rows(scaled - row_sums[:, None], axes)  # [K]
         row_sums = jnp.where(used, jax.nn.logsumexp(scaled - column_sums, axis=1), jnp.inf)
+    column_sums -= column_sums.mean()  # which no target depends on
     return jnp.where(jnp.isfinite(column_sums), temp * column_sums, 0.0)  # without any row that is used: no center
 
 

@@ -22,10 +22,7 @@ from dino_jax.provenance import flat, plain, versions
 STATE_SECTIONS = ("model", "head")
 
 # The size of global crops sets the grid of learned positions; batch size, seed and init_from define what step N means.
-STATE_KEYS = (
-    *("method", "optim.name", "crops.global_size", "batch_size", "seed", "init_from"),
-    *("dinov2.separate_head", "dinov2.patch_out_dim", "dinov2.patch_bottleneck_dim"),
-)
+STATE_KEYS = ("method", "optim.name", "crops.global_size", "batch_size", "seed", "init_from", "dinov2.separate_head")
 
 # Settings that may change when a run resumes.
 FREE_KEYS = ("model.drop_path_rate", "model.remat", "model.unroll", "model.attention")

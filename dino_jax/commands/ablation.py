@@ -30,6 +30,7 @@ from dino_jax.json_files import OBJECT, read_object
 from dino_jax.provenance import plain, versions
 from dino_jax.training import loop
 from dino_jax.training.config_checks import check_config
+from dino_jax.training.setup import share_unit
 from dino_jax.training.writers import read_metrics
 from dino_jax.weights.backbone import load_backbone
 
@@ -81,7 +82,7 @@ def main(arguments: Sequence[str]) -> None:
     if set(names) - set(CELLS):
         raise UserError(f"--cells={','.join(names)}: give a subset of {','.join(CELLS)}")
     require_matplotlib()
-    set_cpu_device_count(config.batch_size)
+    set_cpu_device_count(config.batch_size, share_unit(config))
     check_config(config, jax.device_count())
     report: dict[str, Any] = {"config": plain(config), "bank": config.evals.knn.train, "bank_full": config.data.source}
     report["ln_k"] = math.log(config.head.out_dim)

@@ -116,8 +116,8 @@ def write_orbax(pretrained: Pretrained, target: Path) -> None:
         }
         if student is not None:
             trees["training"] |= {"student": student.params, "student_stats": student.stats}
-        if pretrained.center is not None:
-            trees["training"]["center"] = pretrained.center
+        centers = {"center": pretrained.center, "patch_center": pretrained.patch_center}
+        trees["training"] |= {name: x for name, x in centers.items() if x is not None}
     checkpoints.write_export(target, trees, pretrained.card)
 
 

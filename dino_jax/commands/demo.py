@@ -34,7 +34,7 @@ from dino_jax.models import from_card
 from dino_jax.provenance import versions
 from dino_jax.training import loop
 from dino_jax.training.evaluators import feature_table
-from dino_jax.training.setup import backbone_variables, build_setup, init_state
+from dino_jax.training.setup import backbone_variables, build_setup, init_state, share_unit
 from dino_jax.training.writers import read_metrics
 from dino_jax.weights.backbone import Backbone, load_backbone
 
@@ -53,7 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     """Trains or resumes, evaluates, and prints the report."""
     cli.require_no_arguments(arguments)
     config, workdir = flags.FLAGS.config, Path(flags.FLAGS.workdir)
-    set_cpu_device_count(config.batch_size)
+    set_cpu_device_count(config.batch_size, share_unit(config))
     loop.train(config, workdir)
     trained = load_backbone(workdir)
     initial = untrained(config)

@@ -27,7 +27,7 @@ from dino_jax.errors import UserError
 from dino_jax.progress import progress
 from dino_jax.training import loop, nonfinite
 from dino_jax.training.config_checks import check_config
-from dino_jax.training.setup import Setup, State, abstract_state, build_setup
+from dino_jax.training.setup import Setup, State, abstract_state, build_setup, share_unit
 from dino_jax.training.step import gradients, image_keys, train_step
 
 USAGE = "WORKDIR/replay-STEP.json"
@@ -99,7 +99,8 @@ def state_after(step: int, workdir: str, setup: Setup, mesh: Mesh) -> State:
 def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, jax.Array]:
     """Returns, for each image, whether its crops, teacher logits or student logits have non-finite values.
 
-    The keys are "pixels", "teacher" and "student", each bool [B]. Drop path is disabled.
+    The keys are "pixels", "teacher" and "student", each bool [B]. There is no drop path, and DINOv2's student sees whole
+    crops.
     """
     config, method = setup.config, setup.method
 
@@ -150,7 +151,7 @@ def main(arguments: Sequence[str]) -> None:
     [file] = arguments
     with storage.fetched(file) as path:
         config = nonfinite.read_replay_file(path)["config"]
-    processes.set_cpu_device_count(config["batch_size"], config["accum_steps"])  # as the trainer does
+    processes.set_cpu_device_count(config["batch_size"], share_unit(ConfigDict(config)))  # as the trainer does
     metrics, grad_norms, images = replay(file)
     print(", ".join(f"{name} {metrics[name]:.4g}" for name in ("loss", "grad_norm", "param_norm", "lr")))
     print(f"gradient norms, {min(LISTED, len(grad_norms))} of {len(grad_norms)} modules:")

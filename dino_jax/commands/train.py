@@ -14,6 +14,7 @@ from absl import flags
 from dino_jax.commands import cli, report, suggest
 from dino_jax.distributed import processes
 from dino_jax.training import loop
+from dino_jax.training.setup import share_unit
 
 USAGE = "--workdir=FOLDER [--config=RECIPE] [--config.KEY=VALUE ...]"
 
@@ -30,6 +31,6 @@ def main(arguments: Sequence[str]) -> None:
     """Trains or resumes a run."""
     cli.require_no_arguments(arguments)
     config, workdir = flags.FLAGS.config, cli.required("workdir", flags.FLAGS.workdir)
-    processes.set_cpu_device_count(config.batch_size, config.accum_steps * config.distributed.num_processes)
+    processes.set_cpu_device_count(config.batch_size, share_unit(config) * config.distributed.num_processes)
     loop.train(config, workdir)
     report.after_training(config, workdir)

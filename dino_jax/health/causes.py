@@ -84,9 +84,8 @@ def high_rate(h: History) -> Cause | None:
 def fresh_heads(h: History) -> Cause | None:
     """Random heads whose gradients reach pretrained features from the first step on."""
     if h.setting("optim.freeze_backbone_epochs", 0.0) == 0:
-        return Cause(
-            "new heads train the backbone before they have settled", "optim.freeze_backbone_epochs", "a tenth of epochs"
-        )
+        cause = "new heads train the backbone before they have settled; if heads were loaded, optim.lr is too high"
+        return Cause(cause, "optim.freeze_backbone_epochs", "a tenth of epochs, or a third of optim.lr")
     return None
 
 

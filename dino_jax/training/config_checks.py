@@ -266,6 +266,9 @@ def _check_model(config: ConfigDict) -> None:
     for key, (what, without) in FAMILY_SETTINGS.items():
         if key not in family.settings and model[key] != without:
             raise UserError(f"{model.arch} has no {what}: set --config.model.{key}={without}")
+    for key in ("layer_decay", "patch_embed_lr"):
+        if config.optim[key] != 1 and not family.block_tokens:
+            raise UserError(f"optim.{key} is for ViTs, and {model.arch} is not one: set --config.optim.{key}=1")
     if model.remat and model.unroll:
         raise UserError(
             "model.remat needs the loop over the blocks: set --config.model.unroll=False or --config.model.remat=False"
@@ -319,26 +322,41 @@ def _check_dinov2(config: ConfigDict, devices: int) -> None:
     """Checks what the masks and the groups of images of DINOv2 need."""
     if not family_of(config.model.arch).masks:
         raise UserError(
-            f"method=dinov2 masks patches of a ViT, and {config.model.arch} is none: set --config.model.arch to a ViT"
+            f"method=dinov2 needs a ViT, and {config.model.arch} is not one: set --config.model.arch to a ViT"
         )
     if config.head.use_bn:
         raise UserError("method=dinov2 has heads without batch norm: set --config.head.use_bn=False")
     share, group = config.batch_size // (devices * config.accum_steps), config.dinov2.group_images
+    if share < 2:
+        raise UserError(
+            "method=dinov2 compares images, but a device processes one at a time: set --config.batch_size to "
+            f"{2 * devices * config.accum_steps} or more, or fewer --config.accum_steps"
+        )
     if share % group:
         raise UserError(
-            f"dinov2.group_images {group} does not divide the {share} images that a device computes at a time: "
-            f"set --config.dinov2.group_images to a divisor of {share}"
+            f"dinov2.group_images {group} does not divide the {share} images that a device processes at a time: "
+            f"set --config.dinov2.group_images to one of {', '.join(_divisors(share))}"
         )
-    low, high = (settings := mask_settings(config)).ratio
-    if low > high:
+    ratio = tuple(config.dinov2.mask_ratio)
+    if len(ratio) != 2 or ratio[0] > ratio[1]:
         raise UserError(
-            f"dinov2.mask_ratio is {(low, high)}: set --config.dinov2.mask_ratio to a smaller and a larger number"
+            f"dinov2.mask_ratio is {ratio}: set --config.dinov2.mask_ratio to a smaller and a larger number"
+        )
+    settings = mask_settings(config)
+    if min(settings.grid) < 4:  # most blocks would not fit
+        raise UserError(
+            f"crops.global_size {config.crops.global_size} has {settings.grid[0]} patches a side, too few for masks: "
+            f"set --config.crops.global_size to {4 * config.model.patch_size} or more"
         )
     if settings.bound == 0:
         raise UserError(
-            f"dinov2.mask_probability {settings.probability} and dinov2.mask_ratio {(low, high)} mask no patch of "
+            f"dinov2.mask_probability {settings.probability} and dinov2.mask_ratio {ratio} mask no patch of "
             f"{settings.patches}: set --config.dinov2.mask_probability or the end of --config.dinov2.mask_ratio higher"
         )
+
+
+def _divisors(number: int) -> list[str]:
+    return [str(part) for part in range(2, number + 1) if number % part == 0]
 
 
 def _get(config: ConfigDict, name: str) -> Any:

@@ -14,10 +14,16 @@ from dino_jax.distributed.processes import on_every_process
 from dino_jax.distributed.sharding import replicate
 from dino_jax.errors import UserError
 from dino_jax.models.registry import VARIANT, family_of, given_sizes, given_variant, sizes_of, sizes_on_card
+from dino_jax.provenance import flat
 from dino_jax.storage import is_remote
 from dino_jax.weights import load
 from dino_jax.weights.pretrained import Pretrained, Weights
 
+# The heads of a student, and the settings of their own sizes.
+HEADS = {
+    "head": ("head.out_dim", "head.bottleneck_dim"),
+    "patch_head": ("dinov2.patch_out_dim", "dinov2.patch_bottleneck_dim"),
+}
 ADAPTATIONS = ("image_size", "in_channels")  # values that config.init_adapt may list
 
 
@@ -42,14 +48,10 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     # A copy, because a CPU device may alias the host's memory, and each step overwrites its state.
     student = pretrained.student or jax.tree.map(np.copy, pretrained.teacher)
     heads = "head" in pretrained.teacher.params and "head" in student.params
-    if heads:
-        pretrained = pretrained._replace(teacher=_head_of(pretrained.teacher, config))
-        student = _head_of(student, config)
-
-    parts = ["backbone", "head"] if heads else ["backbone"]
-    if heads and "patch_head" in fresh.student and "patch_head" in pretrained.teacher.params:
-        _check_patch_head(pretrained.teacher.params["patch_head"], config)
-        parts.append("patch_head")
+    parts = ["backbone", *(part for part in HEADS if heads and part in fresh.student and part in student.params)]
+    for part in parts[1:]:
+        pretrained = pretrained._replace(teacher=_head_of(pretrained.teacher, part, config))
+        student = _head_of(student, part, config)
 
     def merged(before: dict[str, Any], loaded: dict[str, Any]) -> dict[str, Any]:
         after = before | place({part: loaded[part] for part in parts if part in before}, mesh)
@@ -61,17 +63,11 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
         student=merged(fresh.student, student.params),
         student_stats=merged(fresh.student_stats, student.stats),
     )
-    if heads and pretrained.center is not None and config.dino.centering:  # without it the center stays at 0
-        state = state.replace(center=replicate(pretrained.center, mesh))
-    return state, _describe(pretrained, config, heads)
-
-
-def _check_patch_head(loaded: dict[str, Any], config: ConfigDict) -> None:
-    """Checks the sizes that the patch head does not share with the head of CLS, which `_head_of` checks."""
-    out_dim, bottleneck_dim = loaded["last_layer"]["weight_v"].shape
-    required = {"dinov2.patch_out_dim": out_dim, "dinov2.patch_bottleneck_dim": bottleneck_dim}
-    current = {name: config.dinov2[name.removeprefix("dinov2.")] for name in required}
-    _require_same(required, current, config, ", or --config.init_heads=False for fresh heads")
+    if heads and config.dino.centering:  # without it the centers stay at 0
+        centers = {"center": pretrained.center, "patch_center": pretrained.patch_center}
+        known = {name: x for name, x in centers.items() if np.shape(x) == np.shape(getattr(state, name, None)) != ()}
+        state = state.replace(**{name: replicate(x, mesh) for name, x in known.items()})
+    return state, _describe(pretrained, config, parts, set(fresh.student) - set(parts))
 
 
 def _mask_token_as_in(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
@@ -86,22 +82,28 @@ def _checksum(pretrained: Pretrained) -> int:
     return sum(zlib.crc32(np.ascontiguousarray(x).tobytes()) for x in jax.tree.leaves(pretrained[1:])) % 2**31
 
 
-def _describe(pretrained: Pretrained, config: ConfigDict, heads: bool) -> str:
+def _describe(pretrained: Pretrained, config: ConfigDict, parts: list[str], new: set[str]) -> str:
+    """Returns a log line. parts: what is loaded; new: parts of the student that start out random."""
     networks = "student and teacher" if pretrained.student else "the teacher, used for both networks"
     start = f"starting from {config.init_from}: {pretrained.card['architecture']['arch']} of {networks}"
     trained = pretrained.card["preprocessing"]
     before, now = ([*data["mean"], *data["std"]] for data in (trained, config.data))
     if len(before) != len(now) or not np.allclose(before, now, atol=1e-3):
         start += f" (trained with data.mean {trained['mean']} and data.std {trained['std']}, unlike this run)"
-    if heads and pretrained.center is not None:
-        return f"{start}, with heads and center; optimizer and schedules start from scratch"
-    if heads:
-        return f"{start}, with heads; it has no center, which starts at 0 and settles within about ten steps"
+    if "head" in parts:
+        start += ", with heads"
+        start += f"; {', '.join(sorted(new))} is new" if new else ""
+        if pretrained.center is None:
+            return f"{start}; it has no center, which starts at 0 and settles within about ten steps"
+        return f"{start} and center; optimizer and schedules start from scratch"
     why = "it has no projection head" if config.init_heads else "init_heads is False"
+    start += f"; {why}: heads and center are fresh."
+    if config.optim.freeze_backbone_epochs:
+        return f"{start} Only they train for the first {config.optim.freeze_backbone_epochs:g} epochs"
     return (
-        f"{start}; {why}: heads and center are fresh. Until the heads are trained, their targets are arbitrary and "
-        "degrade the pretrained features: compare k-NN with that of step 0 (--config.evals.knn.test), and try a lower "
-        "--config.optim.lr"
+        f"{start} Until the heads are trained, their targets are arbitrary and degrade the pretrained features: set "
+        "--config.optim.freeze_backbone_epochs to train only the heads at first, and compare k-NN with that of step 0 "
+        "(--config.evals.knn.test)"
     )
 
 
@@ -136,24 +138,25 @@ def _network(arch: str, sizes: dict[str, Any]) -> dict[str, Any]:
     return {"model.arch": arch} | {f"model.{name}": value for name, value in sizes.items()}
 
 
-def _head_of(weights: Weights, config: ConfigDict) -> Weights:
-    """Returns the weights with the config's form of the head: with a trainable gain, or without the gain if it is 1."""
-    head = weights.params["head"]
+def _head_of(weights: Weights, part: str, config: ConfigDict) -> Weights:
+    """Returns the weights with the config's form of a head: with a trainable gain, or without the gain if it is 1."""
+    head, (out_dim, bottleneck_dim) = weights.params[part], HEADS[part]
     layers = sum(name.startswith("mlp_") for name in head)
     prototypes = head["last_layer"]
     gain = prototypes.get("weight_g", np.ones(len(prototypes["weight_v"]), np.float32))
     required = {
-        "head.out_dim": prototypes["weight_v"].shape[0],
-        "head.bottleneck_dim": prototypes["weight_v"].shape[1],
+        out_dim: prototypes["weight_v"].shape[0],
+        bottleneck_dim: prototypes["weight_v"].shape[1],
         "head.layers": layers,
         "head.hidden_dim": head["mlp_0"]["kernel"].shape[1] if layers > 1 else config.head.hidden_dim,
         "head.use_bn": "bn_0" in head,
         "head.norm_last_layer": config.head.norm_last_layer and bool((gain == 1).all()),
     }
-    current = {name: config.head[name.removeprefix("head.")] for name in required}
+    settings = flat({"head": config.head.to_dict(), "dinov2": config.dinov2.to_dict()})
+    current = {name: settings[name] for name in required}
     _require_same(required, current, config, ", or --config.init_heads=False for fresh heads")
     last_layer = {"weight_v": prototypes["weight_v"]} | ({} if config.head.norm_last_layer else {"weight_g": gain})
-    return weights._replace(params=weights.params | {"head": head | {"last_layer": last_layer}})
+    return weights._replace(params=weights.params | {part: head | {"last_layer": last_layer}})
 
 
 def _require_same(required: dict[str, Any], current: dict[str, Any], config: ConfigDict, way_out: str) -> None:

@@ -188,6 +188,13 @@ def mask_settings(config: ConfigDict) -> masks.MaskSettings:
     )
 
 
+def _patch_head_flops(method: Any, settings: masks.MaskSettings) -> float:
+    """Returns the FLOPs of the head on the masked patches of an image, forward."""
+    head, features = method.patch_head or method.head, jax.ShapeDtypeStruct((1, method.backbone.embed_dim), np.float32)
+    variables = jax.eval_shape(head.init, jax.random.key(0), features)
+    return count_flops(head.apply, variables, features) * settings.bound / settings.images
+
+
 def share_unit(config: ConfigDict) -> int:
     """Returns the number that a device's share of a batch must be a multiple of."""
     return config.accum_steps * (config.dinov2.group_images if config.method == "dinov2" else 1)
@@ -258,4 +265,6 @@ def flops_per_image(setup: Setup) -> float:
         )
 
     teacher = 2 * forward(crops.global_size)
+    if setup.config.method == "dinov2":
+        teacher += _patch_head_flops(method, mask_settings(setup.config))
     return 3 * (teacher + crops.local_number * forward(crops.local_size)) + teacher

@@ -186,8 +186,8 @@ def _from_checkpoint(folder: Path, training: bool) -> Pretrained:
     saved = checkpoints.tree_of(folder / "state")
     card = _card_of(folder, saved["teacher"]["backbone"])
     if training:
-        keys = ("teacher", "teacher_stats", "student", "student_stats", "center")
-        target = {key: saved[key] for key in keys}
+        keys = ("teacher", "teacher_stats", "student", "student_stats", "center", "patch_center")
+        target = {key: saved[key] for key in keys if key in saved}
     else:
         like = official.backbone_like(card["architecture"])
         target = {"teacher": {"backbone": like["params"]}, "teacher_stats": {"backbone": like["batch_stats"]}}
@@ -214,7 +214,9 @@ def _from_state(state: Mapping[str, Any], card: dict[str, Any]) -> Pretrained:
     if "student" in state:
         shared = {part: params for part, params in state["student"].items() if part in state["teacher"]}
         student = Weights(shared, state["student_stats"])
-    return Pretrained(card, Weights(state["teacher"], state["teacher_stats"]), student, state.get("center"))
+    return Pretrained(
+        card, Weights(state["teacher"], state["teacher_stats"]), student, state.get("center"), state.get("patch_center")
+    )
 
 
 def _huggingface_file(folder: Path) -> Path | None:

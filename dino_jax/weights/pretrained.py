@@ -27,6 +27,7 @@ class Pretrained(NamedTuple):
     teacher: Weights
     student: Weights | None = None
     center: np.ndarray | None = None  # float32 [K]
+    patch_center: np.ndarray | None = None  # float32 [K'], of DINOv2's patches
 
 
 def resized(pretrained: Pretrained, image_size: int) -> Pretrained:

@@ -73,8 +73,14 @@ def test_the_backbone_waits_for_new_heads(trained, tmp_path, frozen_epochs):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"dinov2__group_images": 3}, "set --config.dinov2.group_images to a divisor of 32"),
+        ({"dinov2__group_images": 3}, "set --config.dinov2.group_images to one of 2, 4, 8, 16, 32"),
         ({"dinov2__mask_ratio": (0.5, 0.1)}, "set --config.dinov2.mask_ratio to a smaller and a larger number"),
+        ({"dinov2__mask_ratio": (0.1, 0.2, 0.5)}, "set --config.dinov2.mask_ratio to a smaller and a larger number"),
+        (
+            {"model__patch_size": 16},
+            "2 patches a side, too few for masks: set --config.crops.global_size to 64 or more",
+        ),
+        ({"batch_size": 1, "dinov2__group_images": 2}, "set --config.batch_size to 2 or more"),
         ({"dinov2__mask_probability": 0.0}, "mask no patch of 16: set --config.dinov2.mask_probability"),
         ({"head__use_bn": True}, "set --config.head.use_bn=False"),
         ({"model__arch": "resnet18"}, "--config.model"),
