@@ -99,8 +99,8 @@ def state_after(step: int, workdir: str, setup: Setup, mesh: Mesh) -> State:
 def not_finite(setup: Setup, mesh: Mesh, state: State, batch: Any) -> dict[str, jax.Array]:
     """Returns, for each image, whether its crops, teacher logits or student logits have non-finite values.
 
-    The keys are "pixels", "teacher" and "student", each bool [B]. There is no drop path, and DINOv2's student sees whole
-    crops.
+    The keys are "pixels", "teacher" and "student", each bool [B]. There is no drop path, and the student of DINOv2 sees
+    whole crops.
     """
     config, method = setup.config, setup.method
 

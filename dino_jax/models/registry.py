@@ -1,8 +1,8 @@
 """Registry of backbones: how to build each architecture and what it supports.
 
 To add an architecture, add a line to `ARCHITECTURES`. To add a kind of backbone, add a `Family` and its module, whose
-`__call__(images, train, drop_path)` returns `Tokens` and whose `last_blocks(images, n)` returns a list of `Tokens`. That
-of a ViT also takes `masks`.
+`__call__(images, train, drop_path)` returns `Tokens` and whose `last_blocks(images, n)` returns a list of `Tokens`. A
+ViT's call also takes `masks`.
 """
 
 from collections.abc import Callable, Mapping
