@@ -43,6 +43,7 @@ SETTINGS = {
     "global_blur": (1.0, 0.1),
     "local_blur": 0.5,
     "blur_sigma": (0.1, 2.0),
+    "blur_taps": 0,
     "global_solarize": (0.0, 0.2),
 }
 BOXES_ONLY = {
