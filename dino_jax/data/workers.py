@@ -20,6 +20,8 @@ from absl import flags
 
 from dino_jax.errors import UserError
 
+# Seconds of waiting at a time: a signal that arrives just before the wait is handled after it.
+PIECE = 0.5
 READER_THREADS = 2  # without workers: each makes one batch at a time, so at most 2 are prefetched
 STALL_TIMEOUT = 600.0  # seconds; longer than a network disk is usually unavailable
 PARENT_CHECK = 1.0  # seconds between a worker's checks that the trainer is alive
@@ -52,11 +54,14 @@ class Batches(Generic[T]):
 
     def __next__(self) -> T:
         answer = self._asked = self._asked or self._ask()  # a signal may interrupt the wait; the next call continues it
-        batch, error, stalled = None, None, False
-        try:
-            batch, error = answer.get(timeout=self._stall_timeout or None)
-        except queue.Empty:
-            stalled = True
+        batch, error = None, None
+        since, stalled = time.monotonic(), False
+        while not stalled:
+            try:
+                batch, error = answer.get(timeout=PIECE)
+                break
+            except queue.Empty:
+                stalled = 0 < self._stall_timeout <= time.monotonic() - since
         self._asked = None
         if len(self._workers) < self._count:  # grain starts them with the first batches and does not expose them
             self._workers |= set(multiprocessing.active_children()) - self._others

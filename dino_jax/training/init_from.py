@@ -65,9 +65,14 @@ def start_from(fresh: Any, config: ConfigDict, mesh: Mesh) -> tuple[Any, str]:
     )
     if heads and config.dino.centering:  # without it the centers stay at 0
         centers = {"center": pretrained.center, "patch_center": pretrained.patch_center}
-        known = {name: x for name, x in centers.items() if np.shape(x) == np.shape(getattr(state, name, None)) != ()}
-        state = state.replace(**{name: replicate(x, mesh) for name, x in known.items()})
+        fits = {name: x for name, x in centers.items() if x is not None and x.shape == _shape_of(state, name)}
+        state = state.replace(**{name: replicate(x, mesh) for name, x in fits.items()})
     return state, _describe(pretrained, config, parts, set(fresh.student) - set(parts))
+
+
+def _shape_of(state: Any, name: str) -> tuple[int, ...]:
+    """Returns the shape of a center; () if the method has none of this name."""
+    return tuple(getattr(state, name, np.float32(0)).shape)
 
 
 def _mask_token_as_in(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:

@@ -264,7 +264,7 @@ def flops_per_image(setup: Setup) -> float:
             for module, variables, x in ((method.backbone, backbone, images), (method.head, head, features))
         )
 
-    teacher = 2 * forward(crops.global_size)
+    teacher = 2.0 * forward(crops.global_size)
     if setup.config.method == "dinov2":
         teacher += _patch_head_flops(method, mask_settings(setup.config))
     return 3 * (teacher + crops.local_number * forward(crops.local_size)) + teacher

@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from dino_jax.training import loop, recent, schedules
 
-NOW = schedules.Values(*[jnp.float32(0)] * 5)
+NOW = schedules.Values(*[jnp.float32(0)] * len(schedules.Values._fields))
 
 
 def after(norms, skipped=()):
