@@ -176,8 +176,8 @@ def features_lost(h: History) -> str | None:
 
 
 def no_progress(h: History) -> str | None:
-    """No evaluation is better than that of the network before training."""
-    if features_lost(h):
+    """No evaluation is better than that of the untrained network. Pretrained features need not get better."""
+    if h.setting("init_from", ""):
         return None
     gains = {name: (values[0], max(values[-2:])) for name in PROGRESS if len(values := h.measured(name)) > 2}
     if gains and all(best <= first for first, best in gains.values()):
