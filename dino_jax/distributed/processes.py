@@ -54,12 +54,12 @@ def initialize(distributed: Any) -> None:
     timeout = distributed.timeout
     late = f"not all processes have met in {timeout} s: start each of them, or raise --config.distributed.timeout"
     try:
-        # JAX's own time-outs abort with pages of text, so they come after ours.
+        # JAX's own time-outs abort with pages of text, so they come after ours, which a busy machine may double.
         with deadline(timeout, late):
             jax.distributed.initialize(
                 **({} if distributed.auto else where),
                 initialization_timeout=timeout + 60,
-                heartbeat_timeout_seconds=2 * distributed.heartbeat,
+                heartbeat_timeout_seconds=4 * distributed.heartbeat,
             )
     except (ValueError, RuntimeError) as error:
         raise UserError(
