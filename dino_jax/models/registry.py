@@ -24,16 +24,9 @@ SIZES = ("embed_dim", "depth", "num_heads")
 CHANNELS_A_HEAD = 64  # in all named ViTs of the papers
 
 # What a ViT may have beyond its sizes: keys of a model card and of a ViT's constructor, with the values of DINO's ViT,
-# which cards of earlier versions mean. The first four are also keys of config.model.
-VARIANT = {
-    "registers": 0,
-    "layer_scale": 0.0,
-    "ffn": "mlp",
-    "antialias": False,
-    "pos_offset": None,
-    "mask_token": False,
-}
-CONFIGURED = ("registers", "layer_scale", "ffn", "antialias")
+# which cards of earlier versions mean. Those of CONFIGURED are also keys of config.model.
+CONFIGURED = {"registers": 0, "layer_scale": 0.0, "ffn": "mlp", "antialias": False}
+VARIANT = CONFIGURED | {"pos_offset": None, "mask_token": False}
 
 
 @dataclass(frozen=True)
@@ -249,7 +242,7 @@ def given_sizes(model: Mapping[str, Any]) -> dict[str, Any]:
 
 def given_variant(model: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the `CONFIGURED` part of `VARIANT` in a config's `model` section, which earlier versions lack."""
-    return {name: model.get(name, VARIANT[name]) for name in CONFIGURED}
+    return {name: model.get(name, plain) for name, plain in CONFIGURED.items()}
 
 
 # --- model cards -----------------------------------------------------------------------------------------------------

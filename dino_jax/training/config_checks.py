@@ -23,7 +23,7 @@ from dino_jax.limits import (
     check_numbers,
 )
 from dino_jax.models.blocks import FFNS
-from dino_jax.models.registry import ARCHITECTURES, SIZES, check_patch_size, check_sizes, family_of
+from dino_jax.models.registry import ARCHITECTURES, CONFIGURED, SIZES, check_patch_size, check_sizes, family_of
 from dino_jax.provenance import flat
 from dino_jax.training.init_from import ADAPTATIONS
 from dino_jax.training.optimizers import CLIPS, FREEZES, OPTIMIZERS
@@ -148,10 +148,10 @@ FAMILY_SETTINGS = {
     "remat": ("rematerialization", False),
     "unroll": ("loop over its blocks", False),
     "attention": ("attention", "xla"),
-    "registers": ("registers", 0),
-    "layer_scale": ("LayerScale", 0.0),
-    "ffn": ("feed-forward networks", "mlp"),
-    "antialias": ("positions", False),
+    "registers": ("registers", CONFIGURED["registers"]),
+    "layer_scale": ("LayerScale", CONFIGURED["layer_scale"]),
+    "ffn": ("feed-forward networks", CONFIGURED["ffn"]),
+    "antialias": ("positions", CONFIGURED["antialias"]),
 }
 
 

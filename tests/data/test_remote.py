@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from buckets import bucket, cut, error
 from PIL import Image
+from tfds_sets import write_tfds
 
 from dino_jax import storage
 from dino_jax.commands.prepare import prepare
@@ -210,26 +211,7 @@ def test_prepare_writes_to_a_bucket_and_goes_on_there(store, local, monkeypatch)
 @pytest.fixture(scope="module")
 def tfds_set(tmp_path_factory):
     """The folder of a TFDS set with two splits."""
-    tfds = pytest.importorskip("tensorflow_datasets")
-
-    class TinyRemote(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # its search fails for a class outside any package
-
-        def _info(self):
-            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples(9), "test": self._generate_examples(3)}
-
-        def _generate_examples(self, count):
-            for i in range(count):
-                yield i, {"image": jpeg(i), "label": i % 3}
-
-    builder = TinyRemote(data_dir=tmp_path_factory.mktemp("tfds"), file_format="array_record")
-    builder.download_and_prepare()
-    return builder.data_dir
+    return write_tfds(tmp_path_factory.mktemp("tfds"), jpeg, train=9, test=3)
 
 
 @pytest.mark.parametrize(("split", "copied"), [("train[:50%]", 1), ("train[:2]+test", 2), ("all", 2)])

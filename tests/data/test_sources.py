@@ -5,6 +5,7 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from tfds_sets import write_tfds
 
 from dino_jax.data import demo_images
 from dino_jax.data.sources import SCHEMES, Example, Source, open_source
@@ -231,26 +232,8 @@ def test_array_record_of_bare_images_has_no_labels(tmp_path):
 
 
 def test_tfds_gives_encoded_images_and_labels(tmp_path):
-    tfds = pytest.importorskip("tensorflow_datasets")
-
-    class Tiny(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-        code_path = None  # its search fails for a class outside any package
-
-        def _info(self):
-            features = {"image": tfds.features.Image(), "label": tfds.features.ClassLabel(num_classes=3)}
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(6):
-                yield i, {"image": image_bytes(i), "label": i % 3}
-
-    builder = Tiny(data_dir=tmp_path, file_format="array_record")
-    builder.download_and_prepare()
-    source = pickle.loads(pickle.dumps(open_source(f"tfds:{builder.data_dir}:train")))
+    folder = write_tfds(tmp_path, image_bytes, train=6)
+    source = pickle.loads(pickle.dumps(open_source(f"tfds:{folder}:train")))
     assert source.num_classes == 3
     values = []
     for i in range(len(source)):
@@ -259,10 +242,10 @@ def test_tfds_gives_encoded_images_and_labels(tmp_path):
         values.append(int(np.asarray(Image.open(io.BytesIO(image)))[0, 0, 0]))
         assert label == values[-1] % 3
     assert sorted(values) == list(range(6))
-    assert len(open_source(f"tfds:{builder.data_dir}:train[:50%]")) == 3
-    assert len(open_source(f"tfds:{builder.data_dir}")) == 6
+    assert len(open_source(f"tfds:{folder}:train[:50%]")) == 3
+    assert len(open_source(f"tfds:{folder}")) == 6
     with pytest.raises(UserError, match="data.source"):
-        open_source(f"tfds:{builder.data_dir}:validation")
+        open_source(f"tfds:{folder}:validation")
 
 
 def test_demo_images_are_placed_at_random_but_fixed():
